@@ -1,0 +1,98 @@
+"""KV caches. Each layer keeps only what its kind needs:
+
+sliding   a ring of the window, rounded up to a tile: slot = position mod size. Order never matters, K is already rotated.
+full      K and V of every position.
+V only    for layers whose K and V come from one projection: K = RoPE(w * V) is rebuilt by the attention op.
+
+Layers that share KV have no cache of their own; `KVCache.layer(i)` gives their donor's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemma4_fast.config import Gemma4Config, LayerConfig
+
+TILE = 64  # kernels read a cache in tiles of this many slots
+
+
+@dataclass
+class LayerCache:
+    """k, v [B, S, Hkv, D]; k is None for a V-only cache."""
+
+    k: Tensor | None
+    v: Tensor
+
+    @property
+    def slots(self) -> int:
+        """S, slots per sequence."""
+        return self.v.shape[1]
+
+    def rows(self, sequence: Tensor, position: Tensor) -> Tensor:
+        """Row of the cache flattened to [B*S, Hkv, D] for each (sequence, position), both int64."""
+        return sequence * self.slots + position % self.slots
+
+    def write(self, k: Tensor, v: Tensor, rows: Tensor) -> None:
+        """k, v [T, Hkv, D] to the rows [T] int64, which must be distinct."""
+        self.v.view(-1, *self.v.shape[2:]).index_copy_(0, rows, v)
+        if self.k is not None:
+            self.k.view(-1, *self.k.shape[2:]).index_copy_(0, rows, k)
+
+
+class KVCache:
+    """The caches of all layers for `batch_size` sequences of up to `max_len` tokens each.
+
+    `lens` [B] int32 on the device counts the tokens each sequence has; `host_lens` is the same on the host, so that bounds
+    are checked without waiting for the device.
+    """
+
+    def __init__(
+        self,
+        config: Gemma4Config,
+        batch_size: int,
+        max_len: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not 1 <= max_len <= config.max_position_embeddings:
+            limit = config.max_position_embeddings
+            raise ValueError(f"max_len must lie in [1, max_position_embeddings = {limit}], got {max_len}")
+        self.config, self.max_len, self.batch_size = config, max_len, batch_size
+        self.host_lens = [0] * batch_size
+        self.lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        layers = config.layers()
+        own = {c.index: self._allocate(c, dtype, device) for c in layers if c.kv_donor is None}
+        self._layers = [own[c.index if c.kv_donor is None else c.kv_donor] for c in layers]
+
+    def _allocate(self, layer: LayerConfig, dtype: torch.dtype, device: torch.device | str) -> LayerCache:
+        slots = min(self.max_len, layer.window or self.max_len)
+        slots = -(-slots // TILE) * TILE
+        shape = (self.batch_size, slots, layer.num_kv_heads, layer.head_dim)
+        # Zeros, not empty: a masked slot still takes part in 0 * value, and 0 * NaN is NaN.
+        v = torch.zeros(shape, dtype=dtype, device=device)
+        return LayerCache(None if layer.k_eq_v else torch.zeros(shape, dtype=dtype, device=device), v)
+
+    def layer(self, index: int) -> LayerCache:
+        """The cache that decoder layer `index` reads: its own, or its donor's."""
+        return self._layers[index]
+
+    def advance(self, new: list[int]) -> None:
+        """Count `new[b]` more tokens for each sequence b, after all layers have written them."""
+        self.host_lens = [have + n for have, n in zip(self.host_lens, new, strict=True)]
+        self.lens += torch.tensor(new, dtype=torch.int32).to(self.lens.device, non_blocking=True)
+
+    def reset(self) -> None:
+        """Forget every token; the memory stays."""
+        self.host_lens = [0] * self.batch_size
+        self.lens.zero_()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all caches, each donor's counted once."""
+        unique = {id(c): c for c in self._layers}.values()
+        return sum(c.v.nbytes + (0 if c.k is None else c.k.nbytes) for c in unique)

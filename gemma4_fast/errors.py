@@ -1,0 +1,24 @@
+"""The package's own error types. A caller's plain mistake (wrong shape, value out of range) is a ValueError instead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gemma4_fast.verify import Report
+
+
+class UnsupportedError(RuntimeError):
+    """A valid request that this backend, machine or package version cannot serve."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded; the message names the file and the tensors or keys at fault."""
+
+
+class SelfCheckError(RuntimeError):
+    """The fast path and the reference disagree. `report` holds every comparison that was made."""
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report

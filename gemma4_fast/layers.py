@@ -1,0 +1,367 @@
+"""The layers of Gemma 4's text model. A layer reads like the formula, and every op goes through the table.
+
+Tokens travel flat, [num_tokens, hidden_size], sequences end to end; only attention knows where one ends. The pre-norm of a
+sublayer is computed by the op that ends the sublayer before it, so layers hand on the pair (x, h): the residual stream and
+its normed form.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemma4_fast import ops
+from gemma4_fast.cache import KVCache, LayerCache
+from gemma4_fast.config import Gemma4Config, LayerConfig
+from gemma4_fast.reference.model import inv_freq
+from gemma4_fast.reference.ops import rope_angles
+
+
+class Weight(nn.Module):
+    """A bare `weight` parameter: a norm's [H], a projection's [N, K], a table's [V, H]."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape), requires_grad=False)
+
+
+class PackedWeight(nn.Module):
+    """Several projections of one input in one [N, K] parameter, so that one product serves them.
+
+    In the state dict each part has its own name, as in transformers, and is a view of the parameter.
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, int]) -> None:
+        super().__init__()
+        self.parts = parts
+        self.weight = nn.Parameter(torch.empty(sum(parts.values()), in_features), requires_grad=False)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        parent = prefix[: prefix[:-1].rfind(".") + 1]  # without this module's own name
+        weight = self.weight if keep_vars else self.weight.detach()
+        for part, rows in zip(self.parts, weight.split(list(self.parts.values())), strict=True):
+            destination[f"{parent}{part}.weight"] = rows
+
+
+def _pack_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Before a module loads: its children's parts, which have names of their own, become the children's parameters."""
+    for name, child in module.named_children():
+        if isinstance(child, PackedWeight):
+            parts = [f"{prefix}{part}.weight" for part in child.parts]
+            if all(part in state_dict for part in parts):
+                state_dict[f"{prefix}{name}.weight"] = torch.cat([state_dict.pop(part) for part in parts])
+
+
+@dataclass
+class Step:
+    """What all layers share in one pass over `num_tokens` new tokens.
+
+    Prefill attends to the new K and V beside what the cache held before; decode (one token for every sequence) writes the
+    cache first and reads only it.
+    """
+
+    positions: Tensor  # [T] int64
+    sequence: Tensor  # [T] int64, which sequence a token belongs to
+    cu_seqlens: Tensor  # [B + 1] int32
+    prefix_lens: Tensor | None  # [B] int32, tokens in the cache before this pass; None without a cache
+    kv_lens: Tensor | None  # [B] int32, the same after it; 0 marks an idle row. Set for decode only
+    angles: dict[bool, tuple[Tensor, Tensor]]  # by is_sliding: cos, sin [T, R]
+    new_lens: list[int]
+    rows: dict[int, Tensor] = field(default_factory=dict)  # by slots per sequence: cache row [T] of each token
+    shared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by donor layer: this pass's K and V
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Gemma4Config, layer: LayerConfig) -> None:
+        super().__init__()
+        self.layer, self.eps = layer, config.rms_norm_eps
+        self.is_donor = any(c.kv_donor == layer.index for c in config.layers())
+        q, kv = layer.num_q_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+        parts = {"q_proj": q}
+        if layer.kv_donor is None:
+            parts["k_proj"] = kv
+            if not layer.k_eq_v:
+                parts["v_proj"] = kv
+            self.k_norm = Weight(layer.head_dim)
+        self.qkv_proj = PackedWeight(config.hidden_size, parts)
+        self.q_norm = Weight(layer.head_dim)
+        self.o_proj = Weight(config.hidden_size, q)
+        self.register_load_state_dict_pre_hook(_pack_parts)
+
+    def forward(self, h: Tensor, step: Step, cache: KVCache | None, owner: Attention, inv_freq: Tensor) -> Tensor:
+        """h [T, H] -> [T, H]. `owner` is the attention whose K and V are read: this one, or the donor's."""
+        layer, own = self.layer, owner is self
+        kv = None if cache is None else cache.layer(layer.index)
+        qkv = ops.linear(h, self.qkv_proj.weight)
+        k_weight = self.k_norm.weight if own else None
+        heads = layer.num_q_heads, layer.num_kv_heads if own else 0
+        norm = (qkv, self.q_norm.weight, k_weight, *step.angles[layer.is_sliding], *heads)
+        # What a V-only cache needs besides V
+        rebuild = (inv_freq, owner.k_norm.weight) if layer.k_eq_v else (None, None)
+
+        if step.kv_lens is not None and kv is not None:  # decode
+            if own:
+                q, _, _ = ops.qkv_norm_rope(*norm, kv.k, kv.v, step.rows[kv.slots], self.eps)
+            else:
+                q, _, _ = ops.qkv_norm_rope(*norm, eps=self.eps)
+            a = ops.gqa_decode(q, kv.k, kv.v, step.kv_lens, layer.window, None, *rebuild)
+        else:
+            q, k, v = ops.qkv_norm_rope(*norm, eps=self.eps)
+            if k is None or v is None:
+                k, v = step.shared[owner.layer.index]
+            old = (kv.k, kv.v, step.prefix_lens) if kv is not None else (None, None, None)
+            a = ops.gqa_prefill(q, k, v, step.cu_seqlens, layer.window, *old, None, *rebuild)
+            if self.is_donor:  # its cache is written once the layers that share it are through: see Text.forward
+                step.shared[layer.index] = k, v
+            elif own and kv is not None:
+                write_new(kv, step, k, v)
+        return ops.linear(a.flatten(1), self.o_proj.weight)
+
+
+def write_new(kv: LayerCache, step: Step, k: Tensor, v: Tensor) -> None:
+    """A prefill's K, V [T, Hkv, D] into one layer's cache; of a chunk longer than a ring only the newest tokens."""
+    if max(step.new_lens, default=0) > kv.slots:
+        last = step.cu_seqlens[1:].long()[step.sequence]
+        keep = torch.arange(k.shape[0], device=k.device) >= last - kv.slots
+        rows = kv.rows(step.sequence[keep], step.positions[keep])
+        kv.write(k[keep], v[keep], rows)
+        return
+    if kv.slots not in step.rows:
+        step.rows[kv.slots] = kv.rows(step.sequence, step.positions)
+    kv.write(k, v, step.rows[kv.slots])
+
+
+class MLP(nn.Module):
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_up_proj = PackedWeight(hidden, {"gate_proj": intermediate, "up_proj": intermediate})
+        self.down_proj = Weight(hidden, intermediate)
+        self.register_load_state_dict_pre_hook(_pack_parts)
+
+
+class Router(nn.Module):
+    def __init__(self, hidden: int, num_experts: int) -> None:
+        super().__init__()
+        self.proj = Weight(num_experts, hidden)
+        self.scale = nn.Parameter(torch.empty(hidden), requires_grad=False)
+        self.per_expert_scale = nn.Parameter(torch.empty(num_experts), requires_grad=False)
+
+
+class Experts(nn.Module):
+    def __init__(self, hidden: int, intermediate: int, num_experts: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate, hidden), requires_grad=False)
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, intermediate), requires_grad=False)
+
+
+class Layer(nn.Module):
+    """One decoder layer, as two blocks: attention, then feed-forward with PLE and the layer scalar."""
+
+    def __init__(self, config: Gemma4Config, layer: LayerConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.layer, self.eps, self.top_k = layer, config.rms_norm_eps, config.top_k_experts
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(hidden, layer.intermediate_size)
+        self.input_layernorm = Weight(hidden)
+        self.post_attention_layernorm = Weight(hidden)
+        self.pre_feedforward_layernorm = Weight(hidden)
+        self.post_feedforward_layernorm = Weight(hidden)
+        self.layer_scalar = nn.Parameter(torch.empty(1), requires_grad=False)
+        if layer.is_moe:
+            self.router = Router(hidden, config.num_experts)
+            self.experts = Experts(hidden, config.moe_intermediate_size, config.num_experts)
+            self.post_feedforward_layernorm_1 = Weight(hidden)
+            self.post_feedforward_layernorm_2 = Weight(hidden)
+            self.pre_feedforward_layernorm_2 = Weight(hidden)
+        self.has_ple = bool(config.hidden_size_per_layer_input)
+        if self.has_ple:
+            self.per_layer_input_gate = Weight(config.hidden_size_per_layer_input, hidden)
+            self.per_layer_projection = Weight(hidden, config.hidden_size_per_layer_input)
+            self.post_per_layer_input_norm = Weight(hidden)
+
+    def attention_block(
+        self, x: Tensor, h: Tensor, step: Step, cache: KVCache | None, owner: Attention, inv_freq: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """x, h = rms(x) [T, H] -> x + rms(attention(h)), and the feed-forward's pre-norm of it."""
+        a = self.self_attn(h, step, cache, owner, inv_freq)
+        weights = self.post_attention_layernorm.weight, None, self.pre_feedforward_layernorm.weight
+        return ops.norm_add_norm(a, x, *weights, self.eps)
+
+    def feed_forward_block(
+        self, x: Tensor, h: Tensor, ple: Tensor | None, next_norm: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x, h = rms(x) [T, H], ple [T, P] -> the layer's output, and its norm by the next layer's weight."""
+        d = ops.geglu_mlp(h, self.mlp.gate_up_proj.weight, self.mlp.down_proj.weight)
+        if self.layer.is_moe:
+            router = self.router.scale, self.router.proj.weight, self.router.per_expert_scale
+            weights, ids = ops.route_topk(x, *router, self.top_k, self.eps)
+            e = ops.rms_norm(x, self.pre_feedforward_layernorm_2.weight, self.eps)
+            e = ops.moe(e, weights, ids, self.experts.gate_up_proj, self.experts.down_proj)
+            d = ops.rms_norm(d, self.post_feedforward_layernorm_1.weight, self.eps)
+            d, _ = ops.norm_add_norm(e, d, self.post_feedforward_layernorm_2.weight, eps=self.eps)
+        end = self.layer_scalar, next_norm, self.eps
+        post = self.post_feedforward_layernorm.weight
+        if ple is None:
+            return ops.norm_add_norm(d, x, post, *end)
+        x, _ = ops.norm_add_norm(d, x, post, eps=self.eps)
+        gate, proj = self.per_layer_input_gate.weight, self.per_layer_projection.weight
+        return ops.ple_gate(x, ple, gate, proj, self.post_per_layer_input_norm.weight, *end)
+
+
+class Text(nn.Module):
+    """Embedding, layers, final norm: what transformers' state dict calls `model`."""
+
+    def __init__(self, config: Gemma4Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in config.layers())
+        self.norm = Weight(config.hidden_size)
+        if size := config.hidden_size_per_layer_input:
+            width = config.num_hidden_layers * size
+            self.embed_tokens_per_layer = Weight(config.vocab_size_per_layer_input, width)
+            self.per_layer_model_projection = Weight(width, config.hidden_size)
+            self.per_layer_projection_norm = Weight(size)
+        self._inv_freq: dict[tuple[bool, torch.device], Tensor] = {}
+
+    def inv_freq(self, is_sliding: bool, device: torch.device) -> Tensor:
+        """[R] radians per token of one kind of layer. Not a buffer: it must survive `to_empty` and casts to bf16."""
+        key = is_sliding, device
+        if key not in self._inv_freq:
+            layer = next(c for c in self.config.layers() if c.is_sliding == is_sliding)
+            self._inv_freq[key] = inv_freq(layer, self.norm.weight.dtype, device)
+        return self._inv_freq[key]
+
+    def step(self, new_lens: list[int], cache: KVCache | None, *, decode: bool = False) -> Step:
+        """The Step for `new_lens[b]` new tokens of each sequence b.
+
+        decode: one row for every sequence, and the cache is written first. new_lens[b] = 0 then marks an idle row: it counts
+        for nothing, and what it writes lands in the slot that the next token would take.
+        """
+        device, batch = self.norm.weight.device, len(new_lens)
+        if decode and cache is not None:
+            positions, sequence = cache.lens.long(), torch.arange(batch, device=device)
+            kv_lens = cache.lens + 1
+            if 0 in new_lens:
+                kv_lens = torch.where(torch.tensor(new_lens, device=device) > 0, kv_lens, 0)
+            caches = {kv.slots: kv for kv in (cache.layer(i) for i in range(len(self.layers)))}
+            return Step(
+                positions=positions,
+                sequence=sequence,
+                cu_seqlens=torch.arange(batch + 1, dtype=torch.int32, device=device),
+                prefix_lens=None,
+                kv_lens=kv_lens,
+                angles=self._angles(positions),
+                new_lens=new_lens,
+                rows={slots: kv.rows(sequence, positions) for slots, kv in caches.items()},
+            )
+        have = [0] * batch if cache is None else cache.host_lens
+        bounds = list(itertools.accumulate(new_lens, initial=0))
+        new = torch.tensor(new_lens, device=device)
+        sequence = torch.arange(batch, device=device).repeat_interleave(new, output_size=bounds[-1])
+        shift = torch.tensor([h - lo for h, lo in zip(have, bounds, strict=False)], device=device)
+        positions = torch.arange(bounds[-1], device=device) + shift[sequence]
+        return Step(
+            positions=positions,
+            sequence=sequence,
+            cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device),
+            prefix_lens=None if cache is None else cache.lens.clone(),
+            kv_lens=None,
+            angles=self._angles(positions),
+            new_lens=new_lens,
+        )
+
+    def _angles(self, positions: Tensor) -> dict[bool, tuple[Tensor, Tensor]]:
+        kinds = {c.is_sliding for c in self.config.layers()}
+        return {s: rope_angles(positions, self.inv_freq(s, positions.device)) for s in kinds}
+
+    def embed(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """ids [T] int64 -> x [T, H], and the layers' PLE inputs [T, L, P] (None for models without)."""
+        c, weight = self.config, self.embed_tokens.weight
+        x = F.embedding(ids, weight) * _rounded(c.hidden_size**0.5, weight.dtype)
+        if not (size := c.hidden_size_per_layer_input):
+            return x, None
+        context = ops.linear(x, self.per_layer_model_projection.weight) * c.hidden_size**-0.5
+        context = context.view(-1, c.num_hidden_layers, size)
+        context = ops.rms_norm(context, self.per_layer_projection_norm.weight, c.rms_norm_eps)
+        token = F.embedding(ids, self.embed_tokens_per_layer.weight) * _rounded(size**0.5, weight.dtype)
+        return x, (context + token.view_as(context)) * 2.0**-0.5
+
+    def owner(self, index: int) -> Attention:
+        """The attention whose K and V layer `index` reads."""
+        donor = self.config.layer(index).kv_donor
+        return self.layers[index if donor is None else donor].self_attn  # type: ignore[union-attr,return-value]
+
+    def forward(self, ids: Tensor, step: Step, cache: KVCache | None, last: list[bool] | None = None) -> Tensor:
+        """ids [T] int64 -> final normed hidden states [T, H], and the cache counts the new tokens.
+
+        last: only the newest token's hidden state of each sequence b with last[b] is wanted -> [B, H]; other rows are
+        undefined. Layers that share KV then see these tokens alone, since they add nothing to any cache.
+        """
+        x, ple = self.embed(ids)
+        eps = self.config.rms_norm_eps
+        h: Tensor | None = ops.rms_norm(x, self.layers[0].input_layernorm.weight, eps)  # type: ignore[union-attr,arg-type]
+        picked = last is None or step.kv_lens is not None  # a decode step has one token a sequence already
+        for index in range(self.config.num_hidden_layers):
+            if index == self.config.first_shared_layer and cache is not None and not picked and last is not None:
+                self._write_donors(step, cache)
+                cut = self._last_rows(step)
+                x, h, ple = x[cut], None if h is None else h[cut], None if ple is None else ple[cut]
+                step = self._last_step(step, cache, last)
+                picked = True
+            x, h = self.run_layer(index, x, h, step, cache, None if ple is None else ple[:, index])
+        if cache is not None:
+            self._write_donors(step, cache)
+            cache.advance(step.new_lens)
+        assert h is not None
+        return h if picked else h[self._last_rows(step)]
+
+    def run_layer(
+        self, index: int, x: Tensor, h: Tensor | None, step: Step, cache: KVCache | None, ple: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Layer `index` on (x, h): its output and the pre-norm of what follows. h None: computed from x."""
+        layer: Layer = self.layers[index]  # type: ignore[assignment]
+        last = index + 1 == len(self.layers)
+        following = self.norm if last else self.layers[index + 1].input_layernorm  # type: ignore[union-attr]
+        if h is None:
+            h = ops.rms_norm(x, layer.input_layernorm.weight, layer.eps)
+        freq = self.inv_freq(layer.layer.is_sliding, x.device)
+        x, h = layer.attention_block(x, h, step, cache, self.owner(index), freq)
+        assert h is not None
+        return layer.feed_forward_block(x, h, ple, following.weight)  # type: ignore[union-attr,arg-type]
+
+    def _write_donors(self, step: Step, cache: KVCache) -> None:
+        """What Attention left in step.shared goes to the donors' caches, now that nothing reads their old content."""
+        for index, (k, v) in step.shared.items():
+            write_new(cache.layer(index), step, k, v)
+        step.shared.clear()
+
+    @staticmethod
+    def _last_rows(step: Step) -> Tensor:
+        return (step.cu_seqlens[1:].long() - 1).clamp(min=0)
+
+    def _last_step(self, step: Step, cache: KVCache, last: list[bool]) -> Step:
+        """The Step that shows the rest of the layers only each sequence's newest token, as a decode step over the caches."""
+        rows = self._last_rows(step)
+        new = torch.tensor(step.new_lens, dtype=torch.int32, device=rows.device)
+        wanted = torch.tensor(last, device=rows.device)
+        positions = step.positions[rows]
+        return Step(
+            positions=positions,
+            sequence=torch.arange(len(last), device=rows.device),
+            cu_seqlens=torch.arange(len(last) + 1, dtype=torch.int32, device=rows.device),
+            prefix_lens=step.prefix_lens,
+            kv_lens=torch.where(wanted, cache.lens + new, 0),
+            angles={s: (cos[rows], sin[rows]) for s, (cos, sin) in step.angles.items()},
+            new_lens=step.new_lens,
+        )
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(value, dtype=dtype))

@@ -1,0 +1,243 @@
+"""Gemma4: the model a user holds. Loading, running and generating; the layers are in `layers.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gemma4_fast import ops
+from gemma4_fast.cache import KVCache
+from gemma4_fast.config import Gemma4Config
+from gemma4_fast.layers import Text, Weight
+
+if TYPE_CHECKING:
+    from gemma4_fast.generate import Generation, Stream
+    from gemma4_fast.tokenizer import Tokenizer
+
+# The ops a model calls; `moe` chooses among the last three by itself.
+MODEL_OPS = ("rms_norm", "norm_add_norm", "linear", "qkv_norm_rope", "gqa_prefill", "gqa_decode", "geglu_mlp", "logits")
+PLE_OPS = ("ple_gate",)
+MOE_OPS = ("route_topk", "moe_decode", "expert_dispatch", "grouped_gemm")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def model_ops(config: Gemma4Config) -> tuple[str, ...]:
+    """Names of the ops a model of this config calls."""
+    ple = PLE_OPS if config.hidden_size_per_layer_input else ()
+    return MODEL_OPS + ple + (MOE_OPS if config.enable_moe_block else ())
+
+
+class Gemma4(nn.Module):
+    """A Gemma 4 text model. State-dict names are transformers'; parameters need no gradient and get none.
+
+    `backend`: one name, several in order of preference ("cpu,torch"), or None for the automatic choice of every op.
+    """
+
+    def __init__(self, config: Gemma4Config, backend: str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        ops.parse_backend(backend)
+        self.model = Text(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = Weight(config.vocab_size, config.hidden_size)
+        self.generation_config: dict[str, Any] = {}
+        self.path: Path | None = None  # the checkpoint's folder, where the tokenizer lies
+        self._tokenizer: Tokenizer | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+        check: bool | str = True,
+        load_format: str = "auto",
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Gemma4:
+        """A model from a checkpoint folder or a hub id ("google/gemma-4-E4B-it"); "tiny" is the one in this package.
+
+        dtype: bfloat16, float16, float32 or float64 (None: as the config says). device: None takes the GPU if there is one.
+        check: True compares one layer of each kind with the reference before returning and raises SelfCheckError if it is
+        wrong; "full" compares every layer and the whole model; False does neither. load_format "dummy" reads config.json
+        only and fills in seeded random weights. Errors: CheckpointError (files), UnsupportedError (backend cannot run
+        here), ValueError (arguments); nothing is loaded before those that can be known beforehand.
+        """
+        from gemma4_fast import verify, weights
+
+        if check not in (True, False, "quick", "full"):
+            raise ValueError(f"check must be True, False, 'quick' or 'full', got {check!r}")
+        if load_format not in ("auto", "dummy"):
+            raise ValueError(f"load_format must be 'auto' or 'dummy', got {load_format!r}")
+        backends = ops.parse_backend(backend)
+        target = parse_device(device)
+        path = weights.resolve(path_or_hub_id)
+        config = Gemma4Config.from_pretrained(path)
+        chosen = parse_dtype(dtype if dtype is not None else config.dtype)
+        with ops.use_backend(backends or None):
+            ops.require(target, chosen, model_ops(config))
+        with torch.device("meta"):
+            model = cls(config, backend)
+        model.to(chosen)
+        if load_format == "dummy":
+            model.to_empty(device=target)
+            weights.dummy(model, seed)
+        else:
+            weights.load(model, path, device=target, dtype=chosen, progress=progress)
+        model.path = path
+        model.generation_config = weights.load_generation_config(path)
+        if check:
+            verify.verify(model, level="full" if check == "full" else "quick").raise_if_wrong()
+        return model
+
+    @classmethod
+    def dummy(
+        cls,
+        config: Gemma4Config,
+        *,
+        dtype: torch.dtype | str = torch.bfloat16,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+        seed: int = 0,
+    ) -> Gemma4:
+        """A model with seeded random weights of the right scale, made on the device: for benchmarks at true shapes."""
+        from gemma4_fast import weights
+
+        with torch.device("meta"):
+            model = cls(config, backend)
+        model.to(parse_dtype(dtype)).to_empty(device=parse_device(device))
+        weights.dummy(model, seed)
+        return model
+
+    def save_pretrained(self, path: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+        """Write a checkpoint that transformers and `from_pretrained` load: config, weights, and the tokenizer if known."""
+        from gemma4_fast import weights
+
+        weights.save_pretrained(self, path, max_shard_bytes=max_shard_bytes, tokenizer_from=self.path)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.norm.weight.dtype
+
+    @property
+    def head(self) -> Tensor:
+        """[V, H]: the embedding table, or lm_head where they are not tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, read at the first use. CheckpointError if there is none."""
+        if self._tokenizer is None:
+            from gemma4_fast.errors import CheckpointError
+            from gemma4_fast.tokenizer import Tokenizer
+
+            if self.path is None:
+                raise CheckpointError("this model was not loaded from a folder, so it has no tokenizer; pass token ids")
+            self._tokenizer = Tokenizer.from_pretrained(self.path)
+        return self._tokenizer
+
+    def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> KVCache:
+        """An empty cache for sequences of up to `max_len` tokens (default: the model's maximum)."""
+        return KVCache(self.config, batch_size, max_len or self.config.max_position_embeddings, self.dtype, self.device)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside: no gradients, and this model's backends."""
+        with torch.inference_mode():
+            if self.backend is None:
+                yield
+                return
+            with ops.use_backend(self.backend):
+                yield
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """input_ids [B, T] int -> logits [B, T, V] in the model's dtype. With a cache the tokens follow those it holds.
+
+        ValueError for ids that are out of range, an empty batch or prompt, a wrong device, or a context overflow.
+        """
+        self._check_forward(input_ids, cache)
+        batch, tokens = input_ids.shape
+        decode = cache is not None and tokens == 1
+        with self.running():
+            step = self.model.step([tokens] * batch, cache, decode=decode)
+            h = self.model(input_ids.reshape(-1).long(), step, cache)
+            return self.logits(h).view(batch, tokens, -1)
+
+    def logits(self, h: Tensor, *, argmax: bool = False) -> Tensor:
+        """Final hidden states [T, H] -> softcapped logits [T, V], or the argmax [T]."""
+        return ops.logits(h, self.head, self.config.final_logit_softcapping, argmax)
+
+    def _check_forward(self, input_ids: Tensor, cache: KVCache | None) -> None:
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+            got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise ValueError(f"input_ids must be an int64 or int32 tensor, got {got}")
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
+            raise ValueError(f"input_ids must be [B, T] with B, T >= 1, got shape {list(input_ids.shape)}")
+        if input_ids.device != self.device:
+            raise ValueError(f"input_ids are on {input_ids.device}, the model on {self.device}")
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(f"token ids must lie in [0, {self.config.vocab_size}), got {low if low < 0 else high}")
+        have, limit, what = 0, self.config.max_position_embeddings, "max_position_embeddings"
+        if cache is not None:
+            if cache.config != self.config or cache.lens.device != self.device:
+                raise ValueError("this cache was made for another model or device")
+            if cache.layer(0).v.dtype != self.dtype:
+                raise ValueError(f"the cache holds {cache.layer(0).v.dtype}, the model computes in {self.dtype}")
+            if cache.batch_size != input_ids.shape[0]:
+                raise ValueError(f"input_ids have {input_ids.shape[0]} rows, the cache {cache.batch_size}")
+            have, limit, what = max(cache.host_lens), cache.max_len, "the cache's max_len"
+        if have + input_ids.shape[1] > limit:
+            raise ValueError(f"{have} cached + {input_ids.shape[1]} new tokens exceed {what} = {limit}")
+
+    def generate(self, prompt: Any, **options: Any) -> Generation | list[Generation]:
+        """Text (or token ids) in, a Generation out; a list in, a list out. Options: see gemma4_fast.generate.generate."""
+        from gemma4_fast.generate import generate
+
+        return generate(self, prompt, **options)
+
+    def stream(self, prompt: Any, **options: Any) -> Stream:
+        """Text (or token ids) in, an iterator of text pieces out. Options: see gemma4_fast.generate.stream."""
+        from gemma4_fast.generate import stream
+
+        return stream(self, prompt, **options)
+
+
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """ "bf16", "bfloat16", torch.bfloat16, ... -> one of DTYPES."""
+    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+    found = getattr(torch, short.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
+    if found not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise ValueError(f"dtype must be one of {names}, got {dtype!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def parse_device(device: torch.device | str | None) -> torch.device:
+    """A usable torch device; None: the GPU if there is one. ValueError if it does not exist here."""
+    if device is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as e:
+        raise ValueError(f"unknown device {device!r}: {str(e).splitlines()[0]}") from e
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {str(device)!r}")
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            raise ValueError(f"device {str(device)!r} is not there: this machine has {count} CUDA devices")
+        found = torch.device("cuda", found.index if found.index is not None else torch.cuda.current_device())
+    return found

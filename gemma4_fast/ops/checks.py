@@ -1,0 +1,48 @@
+"""Argument checks shared by the ops: ValueError with what was got and what was expected, before any backend runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+INTS = (torch.int32, torch.int64)
+
+
+def floating(op: str, name: str, x: Tensor, ndim: int | None = None) -> None:
+    """x is a floating tensor, of `ndim` axes if given."""
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{op}: {name} must be a floating-point tensor, got {got}")
+    if ndim is not None and x.dim() != ndim:
+        raise ValueError(f"{op}: {name} must have {ndim} axes, got shape {list(x.shape)}")
+
+
+def shaped(
+    op: str,
+    name: str,
+    x: Tensor | None,
+    shape: Sequence[int],
+    like: Tensor,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+) -> None:
+    """x, unless None, has `shape` (-1: any size), `like`'s device, and one of `dtypes` (None: `like`'s dtype)."""
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dim() != len(shape) or any(want not in (-1, got) for want, got in zip(shape, x.shape, strict=True)):
+        want = ["any" if s == -1 else s for s in shape]
+        raise ValueError(f"{op}: {name} has shape {list(x.shape)}, expected {want}")
+    if x.device != like.device:
+        raise ValueError(f"{op}: {name} is on {x.device}, expected {like.device}")
+    if x.dtype not in (dtypes or (like.dtype,)):
+        expected = " or ".join(str(d) for d in dtypes or (like.dtype,))
+        raise ValueError(f"{op}: {name} has dtype {x.dtype}, expected {expected}")
+
+
+def require(op: str, ok: bool, message: str) -> None:
+    """A plain condition on the arguments."""
+    if not ok:
+        raise ValueError(f"{op}: {message}")

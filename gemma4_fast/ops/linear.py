@@ -1,0 +1,120 @@
+"""Specs of the dense ops: linear, geglu_mlp, logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from gemma4_fast.ops import checks
+from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
+from gemma4_fast.reference import ops as reference
+
+
+def _check_linear(x: Tensor, weight: Tensor) -> None:
+    checks.floating("linear", "x", x)
+    checks.shaped("linear", "weight", weight, (-1, x.shape[-1]), x)
+
+
+def _linear_case(m: Maker, *shape: int, out: int) -> dict[str, Any]:
+    return dict(x=m.randn(*shape), weight=m.randn(out, shape[-1], scale=1 / math.sqrt(shape[-1])))
+
+
+LINEAR = register(
+    Op(
+        name="linear",
+        summary="x @ weight^T",
+        reference=reference.linear,
+        check=_check_linear,
+        cases={
+            "26b_qkv_one_token": lambda m: _linear_case(m, 1, 2816, out=8192),
+            "e2b_o_proj": lambda m: _linear_case(m, 9, 2048, out=1536),
+            "batched": lambda m: _linear_case(m, 2, 5, 64, out=96),
+            "odd": lambda m: _linear_case(m, 3, 97, out=31),
+            "no_tokens": lambda m: _linear_case(m, 0, 64, out=32),
+        },
+        cost=lambda x, weight: Cost(
+            2 * x.numel() * weight.shape[0],
+            x.nbytes + weight.nbytes + x.numel() // x.shape[-1] * weight.shape[0] * x.element_size(),
+        ),
+        impls={"torch": Impl("gemma4_fast.ops.torch_backend:linear")},
+    )
+)
+
+
+def _check_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> None:
+    op = "geglu_mlp"
+    checks.floating(op, "x", x)
+    checks.shaped(op, "gate_up", gate_up, (-1, x.shape[-1]), x)
+    checks.require(op, gate_up.shape[0] % 2 == 0, f"gate_up has {gate_up.shape[0]} rows, expected an even number")
+    checks.shaped(op, "down", down, (x.shape[-1], gate_up.shape[0] // 2), x)
+
+
+def _mlp_case(m: Maker, tokens: int, hidden: int, inter: int) -> dict[str, Any]:
+    return dict(
+        x=m.randn(tokens, hidden),
+        gate_up=m.randn(2 * inter, hidden, scale=1 / math.sqrt(hidden)),
+        down=m.randn(hidden, inter, scale=1 / math.sqrt(inter)),
+    )
+
+
+GEGLU_MLP = register(
+    Op(
+        name="geglu_mlp",
+        summary="dense MLP with gelu_tanh gating",
+        reference=reference.geglu_mlp,
+        check=_check_mlp,
+        cases={
+            "26b_dense_one_token": lambda m: _mlp_case(m, 1, 2816, 2112),
+            "e2b": lambda m: _mlp_case(m, 7, 1536, 6144),
+            "odd": lambda m: _mlp_case(m, 3, 97, 33),
+        },
+        cost=lambda x, gate_up, down: Cost(
+            2 * x.numel() // x.shape[-1] * (gate_up.numel() + down.numel()), gate_up.nbytes + down.nbytes + 2 * x.nbytes
+        ),
+        impls={"torch": Impl("gemma4_fast.ops.torch_backend:geglu_mlp")},
+    )
+)
+
+
+def _check_logits(x: Tensor, weight: Tensor, softcap: float | None = None, argmax: bool = False) -> None:
+    checks.floating("logits", "x", x, 2)
+    checks.shaped("logits", "weight", weight, (-1, x.shape[1]), x)
+    checks.require("logits", weight.shape[0] > 0, "weight has no rows")
+    checks.require("logits", softcap is None or softcap > 0, f"softcap must be positive or None, got {softcap}")
+
+
+def _logits_case(
+    m: Maker, tokens: int, hidden: int, vocab: int, cap: float | None = 30.0, argmax: bool = False, big: float = 1.0
+) -> dict[str, Any]:
+    return dict(
+        x=m.randn(tokens, hidden),
+        weight=m.randn(vocab, hidden, scale=big / math.sqrt(hidden)),
+        softcap=cap,
+        argmax=argmax,
+    )
+
+
+def _logits_cost(x: Tensor, weight: Tensor, softcap: float | None = None, argmax: bool = False) -> Cost:
+    out = 8 * x.shape[0] if argmax else x.shape[0] * weight.shape[0] * x.element_size()
+    return Cost(2 * x.shape[0] * weight.numel(), x.nbytes + weight.nbytes + out)
+
+
+LOGITS = register(
+    Op(
+        name="logits",
+        summary="lm_head with softcap, or argmax alone",
+        reference=reference.logits,
+        check=_check_logits,
+        cases={
+            "26b_slice": lambda m: _logits_case(m, 2, 2816, 4096),
+            "saturated": lambda m: _logits_case(m, 4, 64, 500, big=40.0),
+            "no_cap": lambda m: _logits_case(m, 3, 64, 100, cap=None),
+            "argmax": lambda m: _logits_case(m, 5, 2816, 4096, argmax=True),
+            "odd": lambda m: _logits_case(m, 3, 97, 1001),
+        },
+        cost=_logits_cost,
+        impls={"torch": Impl("gemma4_fast.ops.torch_backend:logits")},
+    )
+)

@@ -1,0 +1,276 @@
+"""Specs of the mixture-of-experts ops: route_topk, expert_dispatch, grouped_gemm, moe_decode, moe."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma4_fast.ops import checks
+from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
+from gemma4_fast.reference import ops as reference
+
+WEIGHTS = (torch.float32, torch.float64)  # routing weights stay wide whatever x is
+
+
+def _check_route(
+    x: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tensor, top_k: int, eps: float = 1e-6
+) -> None:
+    op = "route_topk"
+    checks.floating(op, "x", x, 2)
+    checks.floating(op, "proj", proj, 2)
+    experts, hidden = proj.shape[0], x.shape[1]
+    checks.shaped(op, "proj", proj, (experts, hidden), x)
+    checks.shaped(op, "scale", scale, (hidden,), x)
+    checks.shaped(op, "per_expert_scale", per_expert_scale, (experts,), x)
+    checks.require(op, 1 <= top_k <= experts, f"top_k must lie in [1, {experts}], got {top_k}")
+
+
+def _route_case(m: Maker, tokens: int, hidden: int, experts: int, top_k: int, ties: bool = False) -> dict[str, Any]:
+    proj = m.randn(experts, hidden)
+    if ties:  # equal rows give equal probabilities: the lower id must win
+        proj[1::2] = proj[0::2]
+    return dict(
+        x=m.randn(tokens, hidden, scale=4.0),
+        scale=m.gain(hidden),
+        proj=proj,
+        per_expert_scale=m.gain(experts),
+        top_k=top_k,
+        eps=1e-6,
+    )
+
+
+ROUTE_TOPK = register(
+    Op(
+        name="route_topk",
+        summary="residual -> routing weights fp32 and expert ids",
+        reference=reference.route_topk,
+        check=_check_route,
+        cases={
+            "26b": lambda m: _route_case(m, 6, 2816, 128, 8),
+            "26b_one_token": lambda m: _route_case(m, 1, 2816, 128, 8),
+            "ties": lambda m: _route_case(m, 5, 64, 16, 4, ties=True),
+            "all_experts": lambda m: _route_case(m, 3, 32, 4, 4),
+            "odd": lambda m: _route_case(m, 7, 97, 13, 3),
+        },
+        cost=lambda x, scale, proj, per_expert_scale, top_k, eps=1e-6: Cost(
+            2 * x.shape[0] * proj.numel(), x.nbytes + proj.nbytes + 8 * x.shape[0] * top_k
+        ),
+        impls={"torch": Impl("gemma4_fast.ops.torch_backend:route_topk")},
+    )
+)
+
+
+def _check_ids(op: str, ids: Tensor, num_experts: int) -> None:
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int32:
+        got = f"{list(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"{op}: ids must be [T, K] int32, got {got}")
+    checks.require(op, num_experts > 0, f"num_experts must be positive, got {num_experts}")
+
+
+def _check_dispatch(ids: Tensor, num_experts: int, block_m: int = 64) -> None:
+    _check_ids("expert_dispatch", ids, num_experts)
+    checks.require("expert_dispatch", block_m > 0, f"block_m must be positive, got {block_m}")
+
+
+def _ids(m: Maker, tokens: int, experts: int, top_k: int, skew: str = "") -> Tensor:
+    """Distinct experts per token. skew "one": all tokens to the same; "empty": the upper half of the experts gets none."""
+    limit = {"": experts, "one": top_k, "empty": max(top_k, experts // 2)}[skew]
+    rows = [torch.randperm(limit, generator=m.generator)[:top_k] for _ in range(tokens)]
+    ids = torch.stack(rows) if rows else torch.empty(0, top_k)
+    return ids.to(m.device, torch.int32)
+
+
+def _dispatch_case(m: Maker, tokens: int, experts: int, top_k: int, block_m: int, skew: str = "") -> dict[str, Any]:
+    return dict(ids=_ids(m, tokens, experts, top_k, skew), num_experts=experts, block_m=block_m)
+
+
+EXPERT_DISPATCH = register(
+    Op(
+        name="expert_dispatch",
+        summary="(token, expert) assignments sorted by expert, and their tiles",
+        reference=reference.expert_dispatch,
+        check=_check_dispatch,
+        cases={
+            "26b": lambda m: _dispatch_case(m, 100, 128, 8, 16),
+            "one_token": lambda m: _dispatch_case(m, 1, 128, 8, 64),
+            "skewed": lambda m: _dispatch_case(m, 50, 16, 2, 16, "one"),
+            "empty_experts": lambda m: _dispatch_case(m, 33, 16, 4, 32, "empty"),
+            "no_tokens": lambda m: _dispatch_case(m, 0, 16, 4, 16),
+            "odd": lambda m: _dispatch_case(m, 37, 13, 3, 7),
+        },
+        cost=lambda ids, num_experts, block_m=64: Cost(0, 2 * ids.nbytes + 4 * num_experts),
+        impls={"torch": Impl("gemma4_fast.ops.torch_backend:expert_dispatch")},
+    )
+)
+
+
+def _check_grouped(
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    epilogue: str = "none",
+    topk_weights: Tensor | None = None,
+) -> None:
+    op = "grouped_gemm"
+    checks.floating(op, "x", x, 2)
+    checks.require(
+        op, epilogue in ("none", "geglu", "combine"), f"epilogue must be none, geglu or combine, got {epilogue!r}"
+    )
+    checks.floating(op, "weight", weight, 3)
+    checks.shaped(op, "weight", weight, (-1, -1, x.shape[1]), x)
+    checks.shaped(op, "order", order, (-1,), x, (torch.int32,))
+    checks.shaped(op, "offsets", offsets, (weight.shape[0] + 1,), x, (torch.int32,))
+    rows = order.shape[0]
+    checks.require(op, top_k > 0 and rows % top_k == 0, f"{rows} assignments do not divide into top_k = {top_k}")
+    tokens = rows // top_k if epilogue == "geglu" else rows
+    checks.require(op, x.shape[0] == tokens, f"x has {x.shape[0]} rows, expected {tokens}")
+    checks.require(op, epilogue != "geglu" or weight.shape[1] % 2 == 0, "geglu needs an even number of output rows")
+    checks.require(op, (epilogue == "combine") == (topk_weights is not None), "topk_weights go with epilogue 'combine'")
+    checks.shaped(op, "topk_weights", topk_weights, (rows // top_k, top_k), x, WEIGHTS)
+
+
+def _grouped_case(
+    m: Maker, tokens: int, experts: int, top_k: int, n: int, k: int, epilogue: str, skew: str = ""
+) -> dict[str, Any]:
+    ids = _ids(m, tokens, experts, top_k, skew)
+    order, offsets, _ = reference.expert_dispatch(ids, experts)
+    rows = tokens if epilogue == "geglu" else tokens * top_k
+    return dict(
+        x=m.randn(rows, k),
+        weight=m.randn(experts, n, k, scale=1 / math.sqrt(k)),
+        order=order,
+        offsets=offsets,
+        top_k=top_k,
+        epilogue=epilogue,
+        topk_weights=m.randn(tokens, top_k, dtype=torch.float32).abs() if epilogue == "combine" else None,
+    )
+
+
+def _grouped_cost(
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    epilogue: str = "none",
+    topk_weights: Tensor | None = None,
+) -> Cost:
+    rows, n = order.shape[0], weight.shape[1]
+    hit = int((offsets.diff() > 0).sum())
+    out = {"none": rows * n, "geglu": rows * n // 2, "combine": rows // top_k * n}[epilogue]
+    return Cost(2 * rows * n * x.shape[1], x.nbytes + out * x.element_size() + hit * weight[0].nbytes)
+
+
+GROUPED_GEMM = register(
+    Op(
+        name="grouped_gemm",
+        summary="each expert's rows times its matrix, with GeGLU or weighted combine",
+        reference=reference.grouped_gemm,
+        check=_check_grouped,
+        cases={
+            "26b_geglu": lambda m: _grouped_case(m, 12, 8, 2, 1408, 2816, "geglu"),
+            "26b_combine": lambda m: _grouped_case(m, 12, 8, 2, 2816, 704, "combine"),
+            "none": lambda m: _grouped_case(m, 20, 16, 4, 96, 64, "none"),
+            "skewed_geglu": lambda m: _grouped_case(m, 40, 16, 2, 64, 96, "geglu", "one"),
+            "empty_experts_combine": lambda m: _grouped_case(m, 25, 16, 4, 96, 32, "combine", "empty"),
+            "one_token": lambda m: _grouped_case(m, 1, 16, 4, 64, 96, "geglu"),
+            "odd": lambda m: _grouped_case(m, 7, 5, 3, 34, 97, "combine"),
+        },
+        cost=_grouped_cost,
+        impls={"torch": Impl("gemma4_fast.ops.torch_backend:grouped_gemm")},
+    )
+)
+
+
+def _check_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> None:
+    op = "moe"
+    checks.floating(op, "x", x, 2)
+    checks.floating(op, "gate_up", gate_up, 3)
+    experts, tokens, hidden = gate_up.shape[0], x.shape[0], x.shape[1]
+    _check_ids(op, ids, experts)
+    checks.shaped(op, "ids", ids, (tokens, -1), x, (torch.int32,))
+    checks.shaped(op, "topk_weights", topk_weights, ids.shape, x, WEIGHTS)
+    checks.shaped(op, "gate_up", gate_up, (experts, -1, hidden), x)
+    checks.require(
+        op, gate_up.shape[1] % 2 == 0, f"gate_up has {gate_up.shape[1]} rows per expert, expected an even number"
+    )
+    checks.shaped(op, "down", down, (experts, hidden, gate_up.shape[1] // 2), x)
+
+
+def _moe_case(
+    m: Maker, tokens: int, hidden: int, inter: int, experts: int, top_k: int, skew: str = ""
+) -> dict[str, Any]:
+    return dict(
+        x=m.randn(tokens, hidden),
+        topk_weights=m.randn(tokens, top_k, dtype=torch.float32).abs(),
+        ids=_ids(m, tokens, experts, top_k, skew),
+        gate_up=m.randn(experts, 2 * inter, hidden, scale=1 / math.sqrt(hidden)),
+        down=m.randn(experts, hidden, inter, scale=1 / math.sqrt(inter)),
+    )
+
+
+def _moe_cost(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Cost:
+    hit = int(ids.unique().numel())
+    per_row = 2 * (gate_up[0].numel() + down[0].numel())
+    return Cost(ids.numel() * per_row, hit * (gate_up[0].nbytes + down[0].nbytes) + 2 * x.nbytes)
+
+
+MOE_DECODE = register(
+    Op(
+        name="moe_decode",
+        summary="routed experts for few tokens: no sort, no padding",
+        reference=reference.moe_decode,
+        check=_check_moe,
+        cases={
+            "26b_one_token": lambda m: _moe_case(m, 1, 2816, 704, 8, 8),
+            "26b": lambda m: _moe_case(m, 5, 2816, 704, 8, 2),
+            "skewed": lambda m: _moe_case(m, 16, 96, 32, 16, 4, "one"),
+            "no_tokens": lambda m: _moe_case(m, 0, 96, 32, 16, 4),
+            "odd": lambda m: _moe_case(m, 3, 97, 33, 5, 3),
+        },
+        cost=_moe_cost,
+        impls={"torch": Impl("gemma4_fast.ops.torch_backend:moe_decode")},
+    )
+)
+
+
+def moe_crossover(device: torch.device) -> int:
+    """The largest number of tokens that `moe` hands to moe_decode.
+
+    16 is where vLLM saw gathered experts lose to the grouped path for E=128, I=704 (vllm#41379); not yet measured here.
+    """
+    return 16
+
+
+def _compose_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    if x.shape[0] <= moe_crossover(x.device):
+        return MOE_DECODE.select((x, topk_weights, ids, gate_up, down))(x, topk_weights, ids, gate_up, down)  # type: ignore[no-any-return]
+    top_k = ids.shape[1]
+    order, offsets, _ = EXPERT_DISPATCH(ids, gate_up.shape[0])
+    h = GROUPED_GEMM(x, gate_up, order, offsets, top_k, "geglu", None)
+    return GROUPED_GEMM(h, down, order, offsets, top_k, "combine", topk_weights)  # type: ignore[no-any-return]
+
+
+MOE = register(
+    Op(
+        name="moe",
+        summary="routed experts: moe_decode for few tokens, dispatch + grouped_gemm for many",
+        reference=reference.moe,
+        check=_check_moe,
+        cases={
+            "26b_one_token": lambda m: _moe_case(m, 1, 2816, 704, 8, 8),
+            "26b_prefill": lambda m: _moe_case(m, 24, 2816, 704, 8, 2),
+            "many": lambda m: _moe_case(m, 200, 96, 32, 16, 4),
+            "skewed": lambda m: _moe_case(m, 40, 96, 32, 16, 4, "one"),
+            "empty_experts": lambda m: _moe_case(m, 40, 96, 32, 16, 4, "empty"),
+            "odd": lambda m: _moe_case(m, 19, 97, 33, 5, 3),
+        },
+        cost=_moe_cost,
+        compose=_compose_moe,
+    )
+)

@@ -1,0 +1,226 @@
+"""The table: one `Op` per operation, and the dispatcher that picks a backend for each call.
+
+An Op holds everything that is known about an operation once: its reference, its check of the arguments, its named cases, its
+cost, and where each backend's implementation lives. Tests, benchmarks, `explain` and the support table are made from it.
+
+Backends: `reference` (truth, any dtype, never chosen by itself), `torch` (PyTorch calls, never missing), `cpu` (C++),
+`triton` (NVIDIA, AMD), `cuda` (NVIDIA). The automatic choice walks AUTO_ORDER and takes the first that serves the device,
+dtype and shapes. A backend that the caller names never falls back: it works or raises UnsupportedError.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma4_fast.errors import UnsupportedError
+
+log = logging.getLogger("gemma4_fast")
+
+AUTO_ORDER = ("cuda", "triton", "cpu", "torch")
+BACKENDS = (*AUTO_ORDER, "reference")
+HALF_AND_UP = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The floor of one call: floating-point operations, and bytes that must cross memory once."""
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Impl:
+    """Where one backend's function lives ("package.module:name", imported at the first call) and what it takes.
+
+    `accepts(*args)` returns None, or why these arguments cannot be served; it may look at shapes, never at values.
+    """
+
+    path: str
+    dtypes: tuple[torch.dtype, ...] = HALF_AND_UP
+    accepts: Callable[..., str | None] | None = None
+
+    @functools.cached_property
+    def function(self) -> Callable[..., Any]:
+        module, name = self.path.split(":")
+        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+class Maker:
+    """Seeded random tensors for an op's cases: made on the CPU, so that every device sees the same values."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> None:
+        self.dtype, self.device = dtype, torch.device(device)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        x = torch.randn(*shape, generator=self.generator, dtype=torch.float64) * scale
+        return x.to(self.device, dtype or self.dtype)
+
+    def gain(self, *shape: int) -> Tensor:
+        """A norm weight: around 1, never all the same, so that a forgotten one shows."""
+        return (1 + 0.3 * self.randn(*shape, dtype=torch.float64)).to(self.dtype)
+
+    def ints(self, values: Iterable[Any], dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype, device=self.device)
+
+
+@dataclass
+class Op:
+    """One row of the table. `reference`, `check`, `cost` and every implementation take the same positional arguments."""
+
+    name: str
+    summary: str
+    reference: Callable[..., Any]
+    check: Callable[..., None]
+    cases: Mapping[str, Callable[[Maker], dict[str, Any]]]
+    cost: Callable[..., Cost]
+    impls: dict[str, Impl] = field(default_factory=dict)
+    compose: Callable[..., Any] | None = None  # an op made of other ops: it has no backend of its own
+    mutates: tuple[str, ...] = ()  # arguments that are written in place; outputs, for a test
+    slack: float = 2.0
+
+    def __call__(self, *args: Any) -> Any:
+        self.check(*args)
+        if self.compose is not None:
+            return self.compose(*args)
+        return self.select(args)(*args)
+
+    def select(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """The implementation that serves these arguments under the selection in force."""
+        x: Tensor = args[0]
+        wanted = _SELECTION.get().for_op(self.name)
+        reasons = []
+        for backend in wanted or AUTO_ORDER:
+            reason = self.why_not(backend, x.device, x.dtype, args)
+            if reason is None:
+                return self.reference if backend == "reference" else self.impls[backend].function
+            reasons.append(f"{backend}: {reason}")
+            if not wanted and backend in self.impls:
+                _say_once(f"{self.name} passes over {backend}: {reason}")
+        raise UnsupportedError(f"op {self.name} on {x.device}, {x.dtype}: {'; '.join(reasons)}")
+
+    def why_not(
+        self, backend: str, device: torch.device, dtype: torch.dtype, args: tuple[Any, ...] | None = None
+    ) -> str | None:
+        """None if `backend` serves this device and dtype (and these arguments, if given), else the reason."""
+        if self.compose is not None or backend == "reference":
+            return None
+        impl = self.impls.get(backend)
+        if impl is None:
+            return "has no kernel for this op"
+        if (reason := backend_missing(backend, device.type)) is not None:
+            return reason
+        if dtype.is_floating_point and dtype not in impl.dtypes:
+            return f"does not take {str(dtype).removeprefix('torch.')}"
+        return impl.accepts(*args) if args is not None and impl.accepts is not None else None
+
+    def inputs(
+        self, case: str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+    ) -> dict[str, Any]:
+        """The arguments of a named case, by name, in the order of the signature."""
+        return self.cases[case](Maker(dtype, device, seed))
+
+
+TABLE: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    """Add an op to the table; a name is taken once."""
+    if op.name in TABLE:
+        raise ValueError(f"op {op.name!r} is already in the table")
+    TABLE[op.name] = op
+    return op
+
+
+@functools.cache
+def backend_missing(backend: str, device_type: str) -> str | None:
+    """None if the backend can run on tensors of this device type in this process, else why not."""
+    if backend in ("torch", "reference"):
+        return None
+    if backend == "cpu":
+        return None if device_type == "cpu" else "runs on CPU tensors only"
+    if device_type != "cuda":
+        return f"needs a GPU, the tensors are on {device_type}"
+    if backend == "cuda" and torch.version.hip is not None:
+        return "needs an NVIDIA GPU"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed"
+    return None
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning("gemma4_fast: %s", message)
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """Backends named by the caller, in order of preference: for single ops, and for all others. Empty: automatic."""
+
+    default: tuple[str, ...] = ()
+    per_op: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def for_op(self, name: str) -> tuple[str, ...]:
+        return self.per_op.get(name, self.default)
+
+
+_SELECTION: ContextVar[_Selection] = ContextVar("gemma4_fast_backend", default=_Selection())
+
+
+def parse_backend(backend: str | Iterable[str] | None) -> tuple[str, ...]:
+    """ "cpu", "cpu,torch", ("cpu", "torch"), None or "auto" -> names in order of preference; empty means automatic."""
+    if backend is None or backend == "auto":
+        return ()
+    names = backend.split(",") if isinstance(backend, str) else list(backend)
+    names = [n.strip() for n in names]
+    if not names:
+        raise ValueError("no backend named; leave the argument out for the automatic choice")
+    for name in names:
+        if name not in BACKENDS:
+            raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}, or auto")
+    return tuple(names)
+
+
+@contextmanager
+def use_backend(backend: str | Iterable[str] | None, *, ops: Iterable[str] | None = None) -> Iterator[None]:
+    """Choose backends for the calls inside: one name, or several in order of preference. `ops` limits it to these ops.
+
+    A named backend never falls back to one that is not named: UnsupportedError says why it cannot serve a call.
+    """
+    names, now = parse_backend(backend), _SELECTION.get()
+    if ops is None:
+        new = _Selection(names)
+    else:
+        chosen = list(ops)
+        if unknown := [n for n in chosen if n not in TABLE]:
+            raise ValueError(f"unknown ops {unknown}; the table has {sorted(TABLE)}")
+        new = _Selection(now.default, {**now.per_op, **dict.fromkeys(chosen, names)})
+    token = _SELECTION.set(new)
+    try:
+        yield
+    finally:
+        _SELECTION.reset(token)
+
+
+def require(device: torch.device, dtype: torch.dtype, ops: Iterable[str]) -> None:
+    """Raise UnsupportedError, naming every op at fault, if the selection in force cannot serve these ops here."""
+    faults = []
+    for name in ops:
+        wanted = _SELECTION.get().for_op(name)
+        reasons = {b: TABLE[name].why_not(b, device, dtype) for b in wanted or AUTO_ORDER}
+        if None not in reasons.values():
+            faults.append(f"{name} ({'; '.join(f'{b} {r}' for b, r in reasons.items())})")
+    if faults:
+        raise UnsupportedError(f"cannot run on {device} in {str(dtype).removeprefix('torch.')}: {', '.join(faults)}")

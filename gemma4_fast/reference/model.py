@@ -1,0 +1,154 @@
+"""The whole of Gemma 4's text model in one page, to be read beside the formula. No cache, no batch, no tuning.
+
+`weights` is any mapping from transformers' state-dict names to tensors. Every function works in the dtype of the weights it
+is given; `Weights(tensors, dtype=torch.float64)` widens each tensor at the moment it is read, so that a large model is judged
+in fp64 with one layer widened at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemma4_fast.config import Gemma4Config, LayerConfig
+from gemma4_fast.reference import ops
+
+
+class Weights(Mapping[str, Tensor]):
+    """A view of named tensors below a prefix, widened to `dtype` when read (None: as stored)."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "model.", dtype: torch.dtype | None = None) -> None:
+        self._tensors, self._prefix, self._dtype = tensors, prefix, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[self._prefix + name].detach()
+        return tensor if self._dtype is None else tensor.to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return (n.removeprefix(self._prefix) for n in self._tensors if n.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def layer(self, index: int) -> Weights:
+        """The tensors of decoder layer `index`, with names as in facts: "self_attn.q_proj.weight", "layer_scalar", ..."""
+        return Weights(self._tensors, f"{self._prefix}layers.{index}.", self._dtype)
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows `ids` of a table, widened after the look-up: embedding tables are too large to widen whole."""
+        rows = self._tensors[self._prefix + name].detach()[ids]
+        return rows if self._dtype is None else rows.to(self._dtype)
+
+
+def inv_freq(layer: LayerConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """[R] radians per token: theta^(-2 i / D). The exponent is over the whole head dim, also where only R < D/2 pairs turn.
+
+    Half-precision dtypes get fp32: an angle is position * inv_freq, and positions go to 262144.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+    i = torch.arange(layer.num_rotary_pairs, device=device).to(dtype)
+    return 1.0 / (layer.rope_theta ** (2 * i / layer.head_dim))
+
+
+def embed(w: Weights, config: Gemma4Config, ids: Tensor) -> Tensor:
+    """ids [T] -> x [T, H] = table[ids] * sqrt(H), the factor rounded to x's dtype (53.0 in bf16 for the 26B)."""
+    x = w.rows("embed_tokens.weight", ids)
+    return x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+
+
+def per_layer_inputs(w: Weights, config: Gemma4Config, ids: Tensor, x: Tensor) -> Tensor | None:
+    """PLE [T, L, P] = (rms(projection(x) * H^-0.5) + table[ids] * sqrt(P)) * 2^-0.5; None for models without."""
+    if not (size := config.hidden_size_per_layer_input):
+        return None
+    context = F.linear(x, w["per_layer_model_projection.weight"]) * config.hidden_size**-0.5
+    context = context.view(ids.shape[0], config.num_hidden_layers, size)
+    context = ops.rms_norm(context, w["per_layer_projection_norm.weight"], config.rms_norm_eps)
+    token = w.rows("embed_tokens_per_layer.weight", ids) * torch.tensor(size**0.5, dtype=x.dtype, device=x.device)
+    return (context + token.view_as(context)) * 2.0**-0.5
+
+
+def attention_block(
+    w: Weights, config: Gemma4Config, layer: LayerConfig, x: Tensor, kv: dict[int, tuple[Tensor, Tensor]]
+) -> Tensor:
+    """x [T, H] -> x + rms(attention(rms(x))). `kv` collects every layer's K, V [T, Hkv, D] for the layers that share them."""
+    eps, tokens = config.rms_norm_eps, x.shape[0]
+    h = ops.rms_norm(x, w["input_layernorm.weight"], eps)
+    cos, sin = ops.rope_angles(torch.arange(tokens, device=x.device), inv_freq(layer, x.dtype, x.device))
+
+    q = F.linear(h, w["self_attn.q_proj.weight"]).view(tokens, layer.num_q_heads, layer.head_dim)
+    q = ops.rotate(ops.rms_norm(q, w["self_attn.q_norm.weight"], eps), cos, sin)
+    if layer.kv_donor is None:
+        raw_k = F.linear(h, w["self_attn.k_proj.weight"]).view(tokens, layer.num_kv_heads, layer.head_dim)
+        raw_v = raw_k if layer.k_eq_v else F.linear(h, w["self_attn.v_proj.weight"]).view_as(raw_k)
+        k = ops.rotate(ops.rms_norm(raw_k, w["self_attn.k_norm.weight"], eps), cos, sin)
+        kv[layer.index] = k, ops.rms_norm(raw_v, None, eps)
+    k, v = kv[layer.index if layer.kv_donor is None else layer.kv_donor]
+
+    position = torch.arange(tokens, device=x.device)
+    mask = position[None] <= position[:, None]
+    if layer.window is not None:
+        mask &= position[None] > position[:, None] - layer.window
+    a = F.linear(ops.attend(q, k, v, mask, 1.0).flatten(1), w["self_attn.o_proj.weight"])
+    return x + ops.rms_norm(a, w["post_attention_layernorm.weight"], eps)
+
+
+def feed_forward_block(w: Weights, config: Gemma4Config, layer: LayerConfig, x: Tensor, ple: Tensor | None) -> Tensor:
+    """x [T, H] -> the layer's output: dense branch, routed experts (MoE), per-layer embedding (ple [T, P]), layer scalar."""
+    eps = config.rms_norm_eps
+    h = ops.rms_norm(x, w["pre_feedforward_layernorm.weight"], eps)
+    gate, up = F.linear(h, w["mlp.gate_proj.weight"]), F.linear(h, w["mlp.up_proj.weight"])
+    d = F.linear(F.gelu(gate, approximate="tanh") * up, w["mlp.down_proj.weight"])
+    if layer.is_moe:
+        d = ops.rms_norm(d, w["post_feedforward_layernorm_1.weight"], eps)
+        router = w["router.scale"], w["router.proj.weight"], w["router.per_expert_scale"]
+        weights, ids = ops.route_topk(x, *router, config.top_k_experts, eps)  # reads the un-normed residual
+        e = ops.rms_norm(x, w["pre_feedforward_layernorm_2.weight"], eps)
+        e = ops.moe(e, weights, ids, w["experts.gate_up_proj"], w["experts.down_proj"])
+        d = d + ops.rms_norm(e, w["post_feedforward_layernorm_2.weight"], eps)
+    x = x + ops.rms_norm(d, w["post_feedforward_layernorm.weight"], eps)
+    if ple is not None:
+        h = F.gelu(F.linear(x, w["per_layer_input_gate.weight"]), approximate="tanh") * ple
+        h = F.linear(h, w["per_layer_projection.weight"])
+        x = x + ops.rms_norm(h, w["post_per_layer_input_norm.weight"], eps)
+    return x * w["layer_scalar"]
+
+
+def head(w: Weights, tensors: Mapping[str, Tensor], config: Gemma4Config, x: Tensor) -> Tensor:
+    """x [T, H] -> logits [T, V]: final norm, the unscaled embedding table (or lm_head), softcap."""
+    x = ops.rms_norm(x, w["norm.weight"], config.rms_norm_eps)
+    table = tensors["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"].detach()
+    blocks = table.split(16384)  # widened block by block, so that fp64 never holds the whole table
+    return softcap(torch.cat([F.linear(x, block.to(x.dtype)) for block in blocks], -1), config)
+
+
+def softcap(y: Tensor, config: Gemma4Config) -> Tensor:
+    """softcap * tanh(y / softcap), or y for a model without."""
+    cap = config.final_logit_softcapping
+    return y if cap is None else cap * torch.tanh(y / cap)
+
+
+@torch.no_grad()
+def forward(
+    tensors: Mapping[str, Tensor],
+    config: Gemma4Config,
+    ids: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    last: int | None = None,
+) -> Tensor:
+    """ids [T] int64, one sequence from position 0 -> logits [T, V] (of the last `last` tokens if given).
+
+    `dtype` None computes in the dtype of the tensors.
+    """
+    w = Weights(tensors, dtype=dtype)
+    x = embed(w, config, ids)
+    ple = per_layer_inputs(w, config, ids, x)
+    kv: dict[int, tuple[Tensor, Tensor]] = {}
+    for layer in config.layers():
+        lw = w.layer(layer.index)
+        x = attention_block(lw, config, layer, x, kv)
+        x = feed_forward_block(lw, config, layer, x, None if ple is None else ple[:, layer.index])
+    return head(w, tensors, config, x[-last:] if last else x)

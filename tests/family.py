@@ -1,0 +1,84 @@
+"""Small random models shaped like the five members of the family, made by transformers: the truth to compare with.
+
+Imported by several tests. Shapes are small, but head dims, patterns and special cases are those of the real ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+from gemma4_fast import Gemma4
+from gemma4_fast.config import Gemma4Config
+
+_BASE: dict[str, Any] = dict(
+    vocab_size=211, hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=32, global_head_dim=64,
+    sliding_window=8, max_position_embeddings=512, final_logit_softcapping=30.0, hidden_size_per_layer_input=0,
+    vocab_size_per_layer_input=211, dtype="float32",
+)  # fmt: skip
+
+
+def _types(period: int, layers: int) -> list[str]:
+    return ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(layers)]
+
+
+MEMBERS: dict[str, dict[str, Any]] = {
+    "e2b": dict(
+        _BASE, num_hidden_layers=10, layer_types=_types(5, 10), num_key_value_heads=1, num_kv_shared_layers=4,
+        use_double_wide_mlp=True, hidden_size_per_layer_input=32,
+    ),
+    "e4b": dict(
+        _BASE, num_hidden_layers=12, layer_types=_types(6, 12), num_key_value_heads=2, num_kv_shared_layers=5,
+        hidden_size_per_layer_input=32,
+    ),
+    "12b": dict(
+        _BASE, num_hidden_layers=6, layer_types=_types(6, 6), num_key_value_heads=2, num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+    ),
+    "26b-a4b": dict(
+        _BASE, num_hidden_layers=6, layer_types=_types(6, 6), num_key_value_heads=2, num_global_key_value_heads=1,
+        attention_k_eq_v=True, enable_moe_block=True, num_experts=16, top_k_experts=4, moe_intermediate_size=32,
+    ),
+    "31b": dict(
+        _BASE, num_hidden_layers=12, layer_types=_types(6, 12), num_key_value_heads=4, num_global_key_value_heads=2,
+        attention_k_eq_v=True, num_attention_heads=8, hidden_size=96,
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def transformers_model(member: str) -> Gemma4ForCausalLM:
+    """fp32, eager attention, every parameter random: a norm left at 1 or a scalar left at 1 would hide a mistake."""
+    config = Gemma4TextConfig(**MEMBERS[member])
+    config._attn_implementation = "eager"
+    model = Gemma4ForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            noise = torch.randn(tensor.shape, generator=generator)
+            if "layer_scalar" in name:
+                tensor.copy_(0.7 + 0.1 * noise)
+            elif "q_norm" in name or "k_norm" in name:
+                tensor.copy_(tensor.shape[0] ** -0.25 * (1 + 0.3 * noise))
+            elif "norm" in name or "scale" in name:
+                tensor.copy_(1 + 0.3 * noise)
+            elif "router.proj" in name:
+                tensor.copy_(2 * noise)
+            else:
+                tensor.copy_(noise * tensor.shape[-1] ** -0.5)
+    return model
+
+
+def fast_model(member: str, dtype: torch.dtype = torch.float32, backend: str | None = None) -> Gemma4:
+    """The same weights in this package's model."""
+    theirs = transformers_model(member)
+    model = Gemma4(Gemma4Config.from_dict(theirs.config.to_dict()), backend)
+    model.load_state_dict({k: v for k, v in theirs.state_dict().items() if k != "lm_head.weight"})  # tied
+    return model.to(dtype)
+
+
+def prompt(batch: int, tokens: int, vocab: int = 211, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, vocab, (batch, tokens), generator=torch.Generator().manual_seed(seed))
