@@ -42,6 +42,18 @@ class LayerCache:
             self.k.view(-1, *self.k.shape[2:]).index_copy_(0, rows, k)
 
 
+def allocate(
+    layer: LayerConfig, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device | str
+) -> LayerCache:
+    """An empty cache for one layer that has keys and values of its own."""
+    slots = min(max_len, layer.window or max_len)
+    slots = -(-slots // TILE) * TILE
+    shape = (batch_size, slots, layer.num_kv_heads, layer.head_dim)
+    # Zeros, not empty: a masked slot still takes part as 0 * value, and 0 * NaN is NaN.
+    v = torch.zeros(shape, dtype=dtype, device=device)
+    return LayerCache(None if layer.k_eq_v else torch.zeros(shape, dtype=dtype, device=device), v)
+
+
 class KVCache:
     """The caches of all layers for `batch_size` sequences of up to `max_len` tokens each.
 
@@ -66,16 +78,8 @@ class KVCache:
         self.host_lens = [0] * batch_size
         self.lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
         layers = config.layers()
-        own = {c.index: self._allocate(c, dtype, device) for c in layers if c.kv_donor is None}
+        own = {c.index: allocate(c, batch_size, max_len, dtype, device) for c in layers if c.kv_donor is None}
         self._layers = [own[c.index if c.kv_donor is None else c.kv_donor] for c in layers]
-
-    def _allocate(self, layer: LayerConfig, dtype: torch.dtype, device: torch.device | str) -> LayerCache:
-        slots = min(self.max_len, layer.window or self.max_len)
-        slots = -(-slots // TILE) * TILE
-        shape = (self.batch_size, slots, layer.num_kv_heads, layer.head_dim)
-        # Zeros, not empty: a masked slot still takes part in 0 * value, and 0 * NaN is NaN.
-        v = torch.zeros(shape, dtype=dtype, device=device)
-        return LayerCache(None if layer.k_eq_v else torch.zeros(shape, dtype=dtype, device=device), v)
 
     def layer(self, index: int) -> LayerCache:
         """The cache that decoder layer `index` reads: its own, or its donor's."""

@@ -8,8 +8,9 @@ its normed form.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,18 @@ from gemma4_fast.cache import KVCache, LayerCache
 from gemma4_fast.config import Gemma4Config, LayerConfig
 from gemma4_fast.reference.model import inv_freq
 from gemma4_fast.reference.ops import rope_angles
+
+
+# The ops a model calls; `moe` chooses among the last three.
+MODEL_OPS = ("rms_norm", "norm_add_norm", "linear", "qkv_norm_rope", "gqa_prefill", "gqa_decode", "geglu_mlp", "logits")
+PLE_OPS = ("ple_gate",)
+MOE_OPS = ("route_topk", "moe_decode", "expert_dispatch", "grouped_gemm")
+
+
+def model_ops(config: Gemma4Config) -> tuple[str, ...]:
+    """Names of the ops a model of this config calls."""
+    ple = PLE_OPS if config.hidden_size_per_layer_input else ()
+    return MODEL_OPS + ple + (MOE_OPS if config.enable_moe_block else ())
 
 
 class Weight(nn.Module):
@@ -293,10 +306,14 @@ class Text(nn.Module):
         token = F.embedding(ids, self.embed_tokens_per_layer.weight) * _rounded(size**0.5, weight.dtype)
         return x, (context + token.view_as(context)) * 2.0**-0.5
 
+    def layer(self, index: int) -> Layer:
+        """Decoder layer `index`."""
+        return cast(Layer, self.layers[index])
+
     def owner(self, index: int) -> Attention:
         """The attention whose K and V layer `index` reads."""
         donor = self.config.layer(index).kv_donor
-        return self.layers[index if donor is None else donor].self_attn  # type: ignore[union-attr,return-value]
+        return self.layer(index if donor is None else donor).self_attn
 
     def forward(self, ids: Tensor, step: Step, cache: KVCache | None, last: list[bool] | None = None) -> Tensor:
         """ids [T] int64 -> final normed hidden states [T, H], and the cache counts the new tokens.
@@ -305,38 +322,47 @@ class Text(nn.Module):
         undefined. Layers that share KV then see these tokens alone, since they add nothing to any cache.
         """
         x, ple = self.embed(ids)
-        eps = self.config.rms_norm_eps
-        h: Tensor | None = ops.rms_norm(x, self.layers[0].input_layernorm.weight, eps)  # type: ignore[union-attr,arg-type]
+        h: Tensor | None = None
         picked = last is None or step.kv_lens is not None  # a decode step has one token a sequence already
         for index in range(self.config.num_hidden_layers):
             if index == self.config.first_shared_layer and cache is not None and not picked and last is not None:
-                self._write_donors(step, cache)
+                self.write_donors(step, cache)
                 cut = self._last_rows(step)
                 x, h, ple = x[cut], None if h is None else h[cut], None if ple is None else ple[cut]
                 step = self._last_step(step, cache, last)
                 picked = True
             x, h = self.run_layer(index, x, h, step, cache, None if ple is None else ple[:, index])
         if cache is not None:
-            self._write_donors(step, cache)
+            self.write_donors(step, cache)
             cache.advance(step.new_lens)
-        assert h is not None
+        h = cast(Tensor, h)
         return h if picked else h[self._last_rows(step)]
 
     def run_layer(
-        self, index: int, x: Tensor, h: Tensor | None, step: Step, cache: KVCache | None, ple: Tensor | None
+        self,
+        index: int,
+        x: Tensor,
+        h: Tensor | None,
+        step: Step,
+        cache: KVCache | None,
+        ple: Tensor | None,
+        observe: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Layer `index` on (x, h): its output and the pre-norm of what follows. h None: computed from x."""
-        layer: Layer = self.layers[index]  # type: ignore[assignment]
-        last = index + 1 == len(self.layers)
-        following = self.norm if last else self.layers[index + 1].input_layernorm  # type: ignore[union-attr]
+        """Layer `index` on (x, h): its output and the pre-norm of what follows. h None: computed from x.
+
+        observe is shown the residual stream between the two blocks.
+        """
+        layer = self.layer(index)
+        following = self.norm if index + 1 == len(self.layers) else self.layer(index + 1).input_layernorm
         if h is None:
             h = ops.rms_norm(x, layer.input_layernorm.weight, layer.eps)
         freq = self.inv_freq(layer.layer.is_sliding, x.device)
         x, h = layer.attention_block(x, h, step, cache, self.owner(index), freq)
-        assert h is not None
-        return layer.feed_forward_block(x, h, ple, following.weight)  # type: ignore[union-attr,arg-type]
+        if observe is not None:
+            observe(x)
+        return layer.feed_forward_block(x, cast(Tensor, h), ple, following.weight)
 
-    def _write_donors(self, step: Step, cache: KVCache) -> None:
+    def write_donors(self, step: Step, cache: KVCache) -> None:
         """What Attention left in step.shared goes to the donors' caches, now that nothing reads their old content."""
         for index, (k, v) in step.shared.items():
             write_new(cache.layer(index), step, k, v)

@@ -13,23 +13,13 @@ from torch import Tensor, nn
 from gemma4_fast import ops
 from gemma4_fast.cache import KVCache
 from gemma4_fast.config import Gemma4Config
-from gemma4_fast.layers import Text, Weight
+from gemma4_fast.layers import Text, Weight, model_ops
 
 if TYPE_CHECKING:
     from gemma4_fast.generate import Generation, Stream
     from gemma4_fast.tokenizer import Tokenizer
 
-# The ops a model calls; `moe` chooses among the last three by itself.
-MODEL_OPS = ("rms_norm", "norm_add_norm", "linear", "qkv_norm_rope", "gqa_prefill", "gqa_decode", "geglu_mlp", "logits")
-PLE_OPS = ("ple_gate",)
-MOE_OPS = ("route_topk", "moe_decode", "expert_dispatch", "grouped_gemm")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def model_ops(config: Gemma4Config) -> tuple[str, ...]:
-    """Names of the ops a model of this config calls."""
-    ple = PLE_OPS if config.hidden_size_per_layer_input else ()
-    return MODEL_OPS + ple + (MOE_OPS if config.enable_moe_block else ())
 
 
 class Gemma4(nn.Module):
@@ -71,7 +61,8 @@ class Gemma4(nn.Module):
         only and fills in seeded random weights. Errors: CheckpointError (files), UnsupportedError (backend cannot run
         here), ValueError (arguments); nothing is loaded before those that can be known beforehand.
         """
-        from gemma4_fast import verify, weights
+        from gemma4_fast import weights
+        from gemma4_fast.verify import verify
 
         if check not in (True, False, "quick", "full"):
             raise ValueError(f"check must be True, False, 'quick' or 'full', got {check!r}")
@@ -95,7 +86,7 @@ class Gemma4(nn.Module):
         model.path = path
         model.generation_config = weights.load_generation_config(path)
         if check:
-            verify.verify(model, level="full" if check == "full" else "quick").raise_if_wrong()
+            verify(model, level="full" if check == "full" else "quick").raise_if_wrong()
         return model
 
     @classmethod

@@ -59,6 +59,8 @@ def resolve(path_or_hub_id: str | Path, *, revision: str | None = None, local_fi
     text = os.fspath(path_or_hub_id)
     if text == "tiny":
         return tiny_path()
+    if not text:
+        raise CheckpointError("the path of the checkpoint is empty")
     path = Path(text).expanduser()
     if path.is_dir():
         return path
@@ -200,13 +202,10 @@ def validate(model: nn.Module, path: Path) -> dict[str, Stored]:
     dtypes = [f"{n} (got {s.dtype})" for n, s in found.items() if s.dtype not in _FLOATS]
     if any(map(_is_tower, extra)):
         problems.append("config.json has no vision_config or audio_config, but there are tower tensors")
-    for names, what in (
-        (missing, "missing tensor"),
-        (extra, "unexpected tensor"),
-        (shapes, "misshaped tensor"),
-        (dtypes, f"tensor that must be one of {'/'.join(_FLOATS)}"),
-    ):
-        problems += [_names(names, what)] if names else []
+    problems += [_names(missing, "missing tensor")] if missing else []
+    problems += [_names(extra, "unexpected tensor")] if extra else []
+    problems += [_names(shapes, "misshaped tensor")] if shapes else []
+    problems += [_names(dtypes, "tensor", f" not in {'/'.join(_FLOATS)}")] if dtypes else []
     if problems:
         raise CheckpointError(f"{path}: does not fit its config: {'; '.join(problems)}")
     return found
@@ -275,8 +274,8 @@ def _bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
 def dummy(model: nn.Module, seed: int = 0) -> None:
     """Fills `model`, which must have storage, with seeded random weights that give activations of unit scale.
 
-    Each tensor is drawn on its own device from (seed, its name) alone: order, sharing and `slice`d-off layers change
-    nothing, and a bf16 model gets the rounded values of the fp32 one. Devices differ from one another in their draws.
+    Each tensor is drawn on its own device from (seed, its name) alone, so their order is nothing to them; a bf16 model
+    gets the rounded values of the fp32 one. Kinds of device differ from one another in their draws.
     """
     per_layer = model.config.hidden_size_per_layer_input  # type: ignore[union-attr]
     with torch.no_grad():
@@ -299,6 +298,9 @@ def _dummy_scale(name: str, t: torch.Tensor, per_layer: int) -> tuple[float, flo
     the embedding is multiplied by sqrt(H)."""
     if name.endswith(("q_norm.weight", "k_norm.weight")):  # q.k is not divided by sqrt(D)
         return t.shape[0] ** -0.25, 0.1 * t.shape[0] ** -0.25
+    if name.endswith("post_attention_layernorm.weight"):
+        # Attention averages over tokens. At full weight that makes all positions alike within some tens of layers.
+        return 0.5, 0.05
     if t.dim() == 1:
         return 1.0, 0.1
     if name.endswith("router.proj.weight"):  # its input has norm 1
@@ -338,9 +340,7 @@ def save_pretrained(
         _write_shards(tensors, new, max_shard_bytes)
         entry = new / (SINGLE if (new / SINGLE).exists() else INDEX)
         stale = [path / SINGLE, path / INDEX, path / "generation_config.json", *path.glob("model-*-of-*.safetensors")]
-        if (
-            new / "tokenizer.json"
-        ).exists():  # a template left over from another tokenizer would win over the new one's
+        if (new / "tokenizer.json").exists():  # another tokenizer's template would win over the new one's
             stale += [path / name for name in TOKENIZER_FILES if not (new / name).exists()]
         for old in stale:  # the loadable names go first
             old.unlink(missing_ok=True)
@@ -394,9 +394,11 @@ def _write_json(file: Path, data: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def _names(items: list[str], what: str) -> str:
+def _names(items: list[str], noun: str, rest: str = "") -> str:
+    """ "2 tensors that fit nowhere: a, b" from ["a", "b"], "tensor" and " that fit nowhere"."""
     more = f", ... and {len(items) - _NAMES_SHOWN} more" if len(items) > _NAMES_SHOWN else ""
-    return f"{len(items)} {what}{'s' if len(items) > 1 else ''}: {', '.join(items[:_NAMES_SHOWN])}{more}"
+    plural = "s" if len(items) > 1 else ""
+    return f"{len(items)} {noun}{plural}{rest}: {', '.join(items[:_NAMES_SHOWN])}{more}"
 
 
 def one_line(e: BaseException) -> str:

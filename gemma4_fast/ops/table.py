@@ -218,9 +218,24 @@ def require(device: torch.device, dtype: torch.dtype, ops: Iterable[str]) -> Non
     """Raise UnsupportedError, naming every op at fault, if the selection in force cannot serve these ops here."""
     faults = []
     for name in ops:
-        wanted = _SELECTION.get().for_op(name)
-        reasons = {b: TABLE[name].why_not(b, device, dtype) for b in wanted or AUTO_ORDER}
-        if None not in reasons.values():
+        backend, reasons = decide(name, device, dtype)
+        if backend == "none":
             faults.append(f"{name} ({'; '.join(f'{b} {r}' for b, r in reasons.items())})")
     if faults:
         raise UnsupportedError(f"cannot run on {device} in {str(dtype).removeprefix('torch.')}: {', '.join(faults)}")
+
+
+def decide(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
+    """The backend that the selection in force gives this op here, shapes aside, and why each one tried before is not it.
+
+    The backend is "none" if nothing serves, and "composed" for an op that is made of others.
+    """
+    op, reasons = TABLE[name], {}
+    if op.compose is not None:
+        return "composed", {}
+    for backend in _SELECTION.get().for_op(name) or AUTO_ORDER:
+        reason = op.why_not(backend, device, dtype)
+        if reason is None:
+            return backend, reasons
+        reasons[backend] = reason
+    return "none", reasons

@@ -1,0 +1,102 @@
+"""Window edges: attention asked about one key at a time, so that one key too many or too few decides the answer.
+
+With real weights and a window of 1024, an off-by-one changes the output by a thousandth and hides in bf16 rounding. Here each
+query points straight at one key: the oldest it may see, the one just before that, its own, or the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gemma4_fast import ops
+from gemma4_fast.cache import allocate
+from gemma4_fast.config import LayerConfig
+from gemma4_fast.reference import ops as reference
+
+if TYPE_CHECKING:
+    from gemma4_fast.model import Gemma4
+
+NEW = 16  # tokens whose queries are pointed
+SHORT = 5  # length of a sequence whose cache is mostly empty
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """The worst row's L2 distance, relative to the row's norm, but at least to a hundredth of the rows' typical norm."""
+    got, truth = got.to(truth.dtype).flatten(1), truth.flatten(1)
+    norm = truth.norm(dim=1)
+    worst = (got - truth).norm(dim=1) / norm.clamp(min=0.01 * norm.square().mean().sqrt().item() + 1e-30)
+    return worst.max().item() if worst.isfinite().all() else math.inf
+
+
+def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterator[tuple[str, str, float, float]]:
+    """Yields (op, phase, relative error, what plain PyTorch loses) for this kind of layer at its true shapes."""
+    dtype, device, window = model.dtype, model.device, layer.window
+    total = min((window or 2 * NEW) + 2 * NEW, model.config.max_position_embeddings)
+    owner = model.model.owner(layer.index)
+    freq = model.model.inv_freq(layer.is_sliding, device)
+    k_weight = owner.k_norm.weight
+    rebuild: tuple[Any, ...] = (freq, k_weight) if layer.k_eq_v else (None, None)
+    generator = torch.Generator().manual_seed(layer.index)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    def keys(v: Tensor) -> Tensor:
+        """K of positions 0, 1, ...: from V where they are one projection."""
+        if not layer.k_eq_v:
+            return randn(*v.shape)
+        angles = reference.rope_angles(torch.arange(v.shape[0], device=device), freq)
+        return reference.rotate(v.float() * k_weight.float(), *angles).to(dtype)
+
+    def point(key: Tensor) -> Tensor:
+        """Queries [..., Hq, D] whose score with key [..., Hkv, D] outweighs all other keys together a hundredfold."""
+        score = math.log(total) + 5
+        q = key.float() * score / key.float().square().sum(-1, keepdim=True)
+        return q.to(dtype).repeat_interleave(layer.num_q_heads // layer.num_kv_heads, -2)
+
+    def judge(op: str, phase: str, *args: Any) -> tuple[str, str, float, float]:
+        plain_op = getattr(reference, op)
+        truth = plain_op(*(a.to(wide) if isinstance(a, Tensor) and a.dtype == dtype else a for a in args))
+        return op, phase, relative_error(getattr(ops, op)(*args), truth), relative_error(plain_op(*args), truth)
+
+    v = randn(total, layer.num_kv_heads, layer.head_dim)
+    k = keys(v)
+    targets = []
+    for t in range(total):
+        oldest = t - window + 1 if window is not None else 0
+        target = (oldest, oldest - 1, t, t + 1)[t % 4]
+        targets.append(target if 0 <= target < total else t)
+    q = point(k[torch.tensor(targets, device=device)])
+    bounds = torch.tensor([0, total], dtype=torch.int32, device=device)
+    yield judge("gqa_prefill", "prefill", q, k, v, bounds, window)
+
+    prefix = total - NEW
+    kv = allocate(layer, 1, total, dtype, device)
+    at = torch.arange(max(0, prefix - kv.slots), prefix, device=device)
+    kv.write(k[at], v[at], kv.rows(torch.zeros_like(at), at))
+    bounds = torch.tensor([0, NEW], dtype=torch.int32, device=device)
+    lens = torch.tensor([prefix], dtype=torch.int32, device=device)
+    old = kv.k, kv.v, lens, None, *rebuild
+    yield judge("gqa_prefill", "chunk", q[prefix:], k[prefix:], v[prefix:], bounds, window, *old)
+
+    # Decode: the newest key, the oldest in the window, the one before it if the ring still has it, and an empty slot.
+    kv = allocate(layer, 4, total, dtype, device)
+    garbage_v = randn(kv.slots, layer.num_kv_heads, layer.head_dim)
+    garbage_k = keys(garbage_v)
+    last = total - 1
+    oldest = last - window + 1 if window is not None else 0
+    before = oldest - 1 if oldest - 1 > last - kv.slots and oldest > 0 else last
+    lens_host = [total, total, total, SHORT]
+    for b, length in enumerate(lens_host):
+        everywhere = torch.arange(kv.slots, device=device)
+        kv.write(garbage_k, garbage_v, kv.rows(torch.full_like(everywhere, b), everywhere))
+        at = torch.arange(max(0, length - kv.slots), length, device=device)
+        kv.write(k[at], v[at], kv.rows(torch.full_like(at, b), at))
+    pointed = torch.stack((k[last], k[oldest], k[before], garbage_k[SHORT]))
+    lens = torch.tensor(lens_host, dtype=torch.int32, device=device)
+    yield judge("gqa_decode", "decode", point(pointed), kv.k, kv.v, lens, window, None, *rebuild)

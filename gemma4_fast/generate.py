@@ -1,0 +1,428 @@
+"""Text generation: prefill in chunks, a decode loop, stop conditions, streaming.
+
+A `Session` runs a batch of prompts token by token; `generate` and `stream` turn its tokens into text. Prompts may differ in
+length: they travel end to end, without padding.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gemma4_fast.cache import KVCache
+from gemma4_fast.errors import CheckpointError
+from gemma4_fast.sampling import Sampling, sample
+
+if TYPE_CHECKING:
+    from gemma4_fast.model import Gemma4
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]] | Tensor
+DEFAULT_NEW_TOKENS = 256
+
+
+@dataclass
+class Generation:
+    """What became of one prompt. `token_ids` holds every new token, a stop token too; `text` leaves special tokens out and
+    ends before a stop string (None if the model has no tokenizer). logprobs are natural logs of the model's own
+    distribution, before temperature and filters; top_logprobs[i] are the likeliest (id, logprob) at token i."""
+
+    prompt_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    text: str | None = None
+    finish_reason: str | None = None  # "stop" (a stop token or string) or "length"
+    stopped_by: int | str | None = None  # the stop token's id, or the stop string
+    logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    prefill_seconds: float = 0.0  # of the whole batch
+    decode_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token of one sequence."""
+
+    sequence: int
+    id: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] | None = None
+
+
+@dataclass
+class Prefix:
+    """A cache kept between calls, and the tokens it holds: a chat's next turn prefills only what is new."""
+
+    cache: KVCache | None = None
+    ids: list[int] = field(default_factory=list)
+
+
+class Session:
+    """A batch of prompts on their way. Arguments are checked, and nothing has run, when the constructor returns."""
+
+    def __init__(
+        self,
+        model: Gemma4,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        logprobs: int | None = None,
+        prefill_chunk: int = 2048,
+        prefix: Prefix | None = None,
+    ) -> None:
+        self.model, self.prompts = model, prompts
+        self.sampling = sampling or Sampling()
+        self.logprobs, self.prefill_chunk, self.prefix = logprobs, prefill_chunk, prefix
+        config = model.config
+        self._check_prompts(config.vocab_size)
+        self.max_new_tokens = self._room(max_new_tokens, config.max_position_embeddings)
+        for name, value, low in (("logprobs", logprobs, 0), ("prefill_chunk", prefill_chunk, 1)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+                raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+        if logprobs is not None and logprobs > config.vocab_size:
+            raise ValueError(f"logprobs must be at most vocab_size = {config.vocab_size}, got {logprobs}")
+        stops = stop_ids(model) if stop_token_ids is None else stop_token_ids
+        if bad := [t for t in stops if not isinstance(t, int) or not 0 <= t < config.vocab_size]:
+            raise ValueError(f"stop token ids must lie in [0, {config.vocab_size}), got {bad[0]!r}")
+        self.stop_ids = frozenset(stops)
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
+            raise ValueError(f"seed must be an integer in [0, 2^63), got {seed!r}")
+        first = secrets.randbits(48) if seed is None else seed
+        self.generators = [
+            torch.Generator(model.device).manual_seed((first + b) % 2**63) for b in range(len(prompts))
+        ]  # a sequence draws its own numbers, whoever its neighbours are
+        self.prefill_seconds = self.decode_seconds = 0.0
+
+    def _check_prompts(self, vocab: int) -> None:
+        if not self.prompts:
+            raise ValueError("the batch is empty: expected at least one prompt")
+        for b, ids in enumerate(self.prompts):
+            if not ids:
+                raise ValueError(f"prompt {b} is empty: expected at least one token")
+            if bad := [t for t in ids if not isinstance(t, int) or isinstance(t, bool) or not 0 <= t < vocab]:
+                raise ValueError(f"prompt {b}: token ids must be integers in [0, {vocab}), got {bad[0]!r}")
+
+    def _room(self, wanted: int | None, limit: int) -> int:
+        longest = max(map(len, self.prompts))
+        if wanted is None:
+            wanted = min(DEFAULT_NEW_TOKENS, max(1, limit - longest))
+        if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
+            raise ValueError(f"max_new_tokens must be an integer >= 1, got {wanted!r}")
+        if longest + wanted > limit:
+            raise ValueError(
+                f"a prompt of {longest} tokens and max_new_tokens = {wanted} exceed max_position_embeddings = {limit}"
+            )
+        return wanted
+
+    def run(self, on_prefill: Callable[[int, int], None] | None = None) -> Iterator[list[Token]]:
+        """Yields, step by step, the new token of every sequence that is still going. `finish(b)` takes one out.
+
+        on_prefill(done, total) is called after each chunk of the prompts, in tokens.
+        """
+        batch = len(self.prompts)
+        self.going = [True] * batch
+        start = time.perf_counter()
+        cache, hidden = self._prefill(on_prefill)
+        tokens, ids = self._choose(hidden, 0)
+        self.prefill_seconds = time.perf_counter() - start
+        yield tokens
+        for step in range(1, self.max_new_tokens):
+            if not any(self.going):
+                return
+            start = time.perf_counter()
+            with self.model.running():
+                plan = self.model.model.step([int(g) for g in self.going], cache, decode=True)
+                hidden = self.model.model(ids, plan, cache)
+            if self.prefix is not None:
+                self.prefix.ids.append(tokens[0].id)
+            tokens, ids = self._choose(hidden, step)
+            self.decode_seconds += time.perf_counter() - start
+            yield tokens
+
+    def finish(self, sequence: int) -> None:
+        """This sequence wants no more tokens."""
+        self.going[sequence] = False
+
+    def _prefill(self, on_prefill: Callable[[int, int], None] | None) -> tuple[KVCache, Tensor]:
+        """All prompts into the cache, `prefill_chunk` tokens at a time -> the cache, and each last token's hidden state."""
+        cache, done = self._cache()
+        total = sum(map(len, self.prompts))
+        hidden = None
+        with self.model.running():
+            while any(d < len(p) for d, p in zip(done, self.prompts, strict=True)):
+                budget, new = self.prefill_chunk, []
+                for have, prompt in zip(done, self.prompts, strict=True):
+                    new.append(min(len(prompt) - have, budget))
+                    budget -= new[-1]
+                flat = [t for d, n, p in zip(done, new, self.prompts, strict=True) for t in p[d : d + n]]
+                ids = torch.tensor(flat, device=self.model.device)
+                done = [d + n for d, n in zip(done, new, strict=True)]
+                ends = [n > 0 and d == len(p) for d, n, p in zip(done, new, self.prompts, strict=True)]
+                h = self.model.model(ids, self.model.model.step(new, cache), cache, last=ends)
+                hidden = h if hidden is None else torch.where(torch.tensor(ends, device=h.device)[:, None], h, hidden)
+                if self.prefix is not None:
+                    self.prefix.ids.extend(flat)
+                if on_prefill is not None:
+                    on_prefill(sum(done), total)
+        assert hidden is not None  # every prompt has at least one token to run
+        return cache, hidden
+
+    def _cache(self) -> tuple[KVCache, list[int]]:
+        """A cache with room for everything, and how many tokens of each prompt it already holds."""
+        room = max(map(len, self.prompts)) + self.max_new_tokens
+        if self.prefix is None:
+            return self.model.new_cache(len(self.prompts), room), [0] * len(self.prompts)
+        if len(self.prompts) != 1:
+            raise ValueError(f"a kept prefix serves one prompt, got {len(self.prompts)}")
+        kept, prompt = self.prefix, self.prompts[0]
+        # The last prompt token always runs again, for its hidden state; so the kept tokens must be a proper prefix.
+        usable = kept.cache is not None and kept.cache.max_len >= room and kept.ids == prompt[: len(kept.ids)]
+        if not usable or len(kept.ids) >= len(prompt):
+            limit = self.model.config.max_position_embeddings
+            kept.cache, kept.ids = self.model.new_cache(1, min(limit, 1 << max(10, (room - 1).bit_length()))), []
+        assert kept.cache is not None
+        return kept.cache, [len(kept.ids)]
+
+    def _choose(self, hidden: Tensor, step: int) -> tuple[list[Token], Tensor]:
+        """hidden [B, H] -> the tokens of the sequences still going, and all ids [B] on the device."""
+        model, values, top = self.model, None, None
+        with model.running():
+            finite = hidden.isfinite().all(-1)
+            if self.sampling.greedy and self.logprobs is None:
+                ids = model.logits(hidden, argmax=True)
+            else:
+                logits = model.logits(hidden)
+                ids = sample(logits, self.sampling, self.generators)
+                if self.logprobs is not None:
+                    logp = logits.float().log_softmax(-1)
+                    values = logp.gather(-1, ids[:, None]).squeeze(-1).tolist()
+                    top = [t.tolist() for t in logp.topk(self.logprobs, dim=-1)] if self.logprobs else None
+            *chosen, fine = torch.stack((ids, finite.long())).tolist()
+        for b, ok in enumerate(fine):
+            if self.going[b] and not ok:
+                raise RuntimeError(
+                    f"sequence {b}: the model's activations are not finite at new token {step}; "
+                    "the self-check tells whether weights or kernels are at fault (fp16 can overflow: use bfloat16)"
+                )
+        tokens = []
+        for b, token in enumerate(chosen[0]):
+            if self.going[b]:
+                best = None if top is None else list(zip(top[1][b], top[0][b], strict=True))
+                tokens.append(Token(b, token, None if values is None else values[b], best))
+        return tokens, ids
+
+
+def stop_ids(model: Gemma4) -> tuple[int, ...]:
+    """The checkpoint's stop tokens: generation_config.json's, else config.json's."""
+    eos = model.generation_config.get("eos_token_id")
+    if eos is None:
+        return model.config.eos_token_id
+    return tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def default_sampling(model: Gemma4, **given: Any) -> Sampling:
+    """What the caller gave; for the rest what generation_config.json recommends, and greedy if it recommends nothing."""
+    recommended = model.generation_config if model.generation_config.get("do_sample") else {}
+    names = ("temperature", "top_k", "top_p", "min_p")
+    settings = {n: recommended[n] for n in names if recommended.get(n) is not None}
+    if recommended:
+        settings.setdefault("temperature", 1.0)
+    settings.update({n: v for n, v in given.items() if v is not None})
+    if "temperature" not in settings and settings:  # a filter alone asks for sampling
+        settings["temperature"] = 1.0
+    return Sampling(**settings)
+
+
+def encode_prompts(model: Gemma4, prompt: Any) -> tuple[list[list[int]], bool]:
+    """Any accepted form of prompt -> token ids of each, and whether it was a single one.
+
+    One prompt: text, token ids (list or 1-D tensor), or chat messages (list of {"role", "content"}). Several: a list of
+    those, or a 2-D tensor.
+    """
+    if isinstance(prompt, Tensor):
+        if prompt.dtype not in (torch.int64, torch.int32) or prompt.dim() not in (1, 2):
+            raise ValueError(f"a prompt tensor must be 1-D or 2-D int64, got {list(prompt.shape)} {prompt.dtype}")
+        prompt = prompt.tolist()
+    if isinstance(prompt, str) or (isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], (int, dict))):
+        return [_encode(model, prompt)], True
+    if not isinstance(prompt, (list, tuple)):
+        raise ValueError(
+            f"a prompt is text, token ids or chat messages, or a list of these, got {type(prompt).__name__}"
+        )
+    return [_encode(model, p) for p in prompt], False
+
+
+def _encode(model: Gemma4, prompt: Any) -> list[int]:
+    if isinstance(prompt, str):
+        if not prompt:
+            raise ValueError("the prompt is empty: expected at least one character")
+        return model.tokenizer.encode(prompt)
+    if isinstance(prompt, Tensor):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, (list, tuple)):
+        raise ValueError(f"a prompt is text, token ids or chat messages, got {type(prompt).__name__}")
+    if prompt and isinstance(prompt[0], dict):
+        return model.tokenizer.encode(model.tokenizer.apply_chat_template(list(prompt)))
+    return list(prompt)
+
+
+class Stream:
+    """Iterates over the text of one generation in pieces that never split a character. `result` is whole at the end."""
+
+    def __init__(self, session: Session, stop: Sequence[str], on_prefill: Callable[[int, int], None] | None) -> None:
+        from gemma4_fast.tokenizer import StopStrings, TextStream
+
+        self._session = session
+        self._stop = StopStrings(stop)
+        self._text = TextStream(session.model.tokenizer)
+        self.result = Generation(session.prompts[0], text="")
+        self._pieces = self._run(on_prefill)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _run(self, on_prefill: Callable[[int, int], None] | None) -> Iterator[str]:
+        for tokens in self._session.run(on_prefill):
+            piece = record(self.result, tokens[0], self._session, self._text, self._stop)
+            self._times()
+            if piece:
+                yield piece
+            if self.result.finish_reason is not None:
+                break
+
+    def _times(self) -> None:
+        self.result.prefill_seconds = self._session.prefill_seconds
+        self.result.decode_seconds = self._session.decode_seconds
+
+
+def record(result: Generation, token: Token, session: Session, text: Any, stop: Any) -> str:
+    """Note one token in `result`, and end it if a stop condition is met. Returns the new text ("" without a tokenizer)."""
+    result.token_ids.append(token.id)
+    if token.logprob is not None:
+        result.logprobs = [*(result.logprobs or []), token.logprob]
+    if token.top is not None:
+        result.top_logprobs = [*(result.top_logprobs or []), token.top]
+    piece = "" if text is None else stop.put(text.put(token.id))
+    if token.id in session.stop_ids:
+        result.finish_reason, result.stopped_by = "stop", token.id
+    elif len(result.token_ids) == session.max_new_tokens:
+        result.finish_reason = "length"
+    if text is not None and result.finish_reason is not None:
+        piece += stop.put(text.end()) + stop.end()
+    if stop is not None and stop.hit is not None:
+        result.finish_reason, result.stopped_by = "stop", stop.hit
+    if result.finish_reason is not None:
+        session.finish(token.sequence)
+    if text is not None:
+        result.text = (result.text or "") + piece
+    return piece
+
+
+def generate(
+    model: Gemma4,
+    prompt: Any,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    stop_token_ids: Sequence[int] | None = None,
+    logprobs: int | None = None,
+    prefill_chunk: int = 2048,
+    on_prefill: Callable[[int, int], None] | None = None,
+) -> Generation | list[Generation]:
+    """Continue one prompt (-> Generation) or several (-> list of them); see `encode_prompts` for what a prompt may be.
+
+    max_new_tokens: default 256, or what the context leaves. temperature 0 is greedy; settings left out come from the
+    checkpoint's generation_config.json, and without one decoding is greedy. seed: sequence b draws from seed + b.
+    stop: strings that end the text (not part of it). stop_token_ids: default the checkpoint's; () for none.
+    logprobs: n >= 0 adds each token's log-probability and the n likeliest tokens'. prefill_chunk: tokens of the prompts that
+    run at once. ValueError before any work if prompt and output exceed the model's positions.
+    """
+    from gemma4_fast.tokenizer import StopStrings, TextStream
+
+    prompts, single = encode_prompts(model, prompt)
+    session = Session(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=default_sampling(model, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+        seed=seed,
+        stop_token_ids=stop_token_ids,
+        logprobs=logprobs,
+        prefill_chunk=prefill_chunk,
+    )
+    tokenizer = _tokenizer_or_none(model)
+    if tokenizer is None and stop:
+        raise ValueError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
+    stops = [StopStrings([stop] if isinstance(stop, str) else stop) for _ in prompts]
+    texts = [None if tokenizer is None else TextStream(tokenizer) for _ in prompts]
+    results = [Generation(p) for p in prompts]
+    for tokens in session.run(on_prefill):
+        for t in tokens:
+            record(results[t.sequence], t, session, texts[t.sequence], stops[t.sequence])
+    for r in results:
+        r.prefill_seconds, r.decode_seconds = session.prefill_seconds, session.decode_seconds
+    return results[0] if single else results
+
+
+def _tokenizer_or_none(model: Gemma4) -> Any:
+    try:
+        return model.tokenizer
+    except CheckpointError:
+        if model.path is not None and (model.path / "tokenizer.json").exists():
+            raise  # there is one, and it is broken
+        return None
+
+
+def stream(
+    model: Gemma4,
+    prompt: Any,
+    *,
+    stop: str | Sequence[str] = (),
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    on_prefill: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Stream:
+    """Like `generate` for one prompt, as an iterator of text pieces; its `result` is the Generation so far."""
+    prompts, single = encode_prompts(model, prompt)
+    if not single:
+        raise ValueError("stream takes one prompt; use generate for several")
+    sampling = default_sampling(model, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    session = Session(model, prompts, sampling=sampling, **options)
+    return Stream(session, [stop] if isinstance(stop, str) else stop, on_prefill)
+
+
+def perplexity(model: Gemma4, ids: Sequence[int], *, window: int, stride: int) -> tuple[float, int]:
+    """exp(mean negative log-likelihood) of `ids`, and how many tokens it counts.
+
+    Windows of `window` tokens start every `stride`; each counts only the tokens that no earlier window has counted, so
+    that every token but the first counts once, with as much context as the window gives.
+    """
+    if not 1 <= stride <= window or len(ids) < 2:
+        raise ValueError(f"expected 1 <= stride <= window and at least 2 tokens, got {stride}, {window}, {len(ids)}")
+    total, counted = 0.0, 0
+    for start in range(0, len(ids) - 1, stride):
+        piece = torch.tensor([list(ids[start : start + window + 1])], device=model.device)
+        logp = model(piece[:, :-1]).float().log_softmax(-1)[0]
+        nll = -logp.gather(-1, piece[0, 1:, None]).squeeze(-1)
+        fresh = nll[max(0, counted - start) :]
+        total, counted = total + fresh.sum().item(), counted + fresh.numel()
+    return math.exp(total / counted), counted
