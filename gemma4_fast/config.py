@@ -103,7 +103,7 @@ class Gemma4Config:
     pad_token_id: int = 0
     bos_token_id: int = 2
     eos_token_id: tuple[int, ...] = (1,)
-    dtype: str = "bfloat16"
+    dtype: str = field(default="bfloat16", compare=False)  # as stored; a model may run in another
     towers: tuple[str, ...] = field(default=(), compare=False)  # towers that the checkpoint has and this package leaves
 
     def __post_init__(self) -> None:
@@ -139,6 +139,10 @@ class Gemma4Config:
             )
         if not 0 <= self.num_kv_shared_layers < n:
             raise ValueError(f"num_kv_shared_layers must lie in [0, {n}), got {self.num_kv_shared_layers}")
+        if self.hidden_size_per_layer_input and self.vocab_size_per_layer_input < self.vocab_size:
+            raise ValueError(
+                f"vocab_size_per_layer_input = {self.vocab_size_per_layer_input} is below vocab_size = {self.vocab_size}"
+            )
         own, shared = set(self.layer_types[: self.first_shared_layer]), set(self.layer_types[self.first_shared_layer :])
         if not shared <= own:
             raise ValueError(f"layers that share KV have no donor of type {sorted(shared - own)}")
@@ -292,7 +296,8 @@ def _refuse_unknown(keys: Mapping[str, Any], known: set[str], where: str) -> Non
 def _text_fields(raw: dict[str, Any], outer: Mapping[str, Any]) -> dict[str, Any]:
     """The text part of config.json -> Gemma4Config's fields; every key is used, known to be harmless, or refused."""
     take = raw.pop
-    _expect(take("model_type", None), _MODEL_TYPES, "text model_type")
+    model_type = take("model_type", None)
+    _expect(model_type, _MODEL_TYPES, "text model_type")
     for key, only in (("hidden_activation", "gelu_pytorch_tanh"), ("attention_bias", False)):
         if (value := take(key, only)) not in (only, None):
             raise ValueError(f"{key} = {value!r} is not served; Gemma 4 has {only!r}")
@@ -324,9 +329,15 @@ def _text_fields(raw: dict[str, Any], outer: Mapping[str, Any]) -> dict[str, Any
         "num_kv_shared_layers": 0, "use_double_wide_mlp": False, "enable_moe_block": False, "tie_word_embeddings": True,
         "vocab_size_per_layer_input": 262144, "hidden_size_per_layer_input": 256,
     }  # fmt: skip
+    if model_type == "gemma4_unified_text":
+        defaults.update(max_position_embeddings=262144, hidden_size_per_layer_input=0)
     for key, default in defaults.items():
         value = take(key, default)
-        fields[key] = default if value is None and key != "hidden_size_per_layer_input" else value or 0
+        if value is None:
+            value = 0 if key == "hidden_size_per_layer_input" else default
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise ValueError(f"{key} must be true or false, got {value!r}")
+        fields[key] = value
     fields["final_logit_softcapping"] = take("final_logit_softcapping", None)
     moe = {k: take(k, None) or 0 for k in ("num_experts", "top_k_experts", "moe_intermediate_size")}
     fields.update(moe if fields["enable_moe_block"] else {})

@@ -38,8 +38,16 @@ class Explanation:
         return {"device": self.device, "dtype": self.dtype, "ops": rows}
 
     def __str__(self) -> str:
-        rows = [(c.op, c.backend, "; ".join(f"{b}: {why}" for b, why in c.passed_over.items())) for c in self.choices]
-        return render(("op", "runs on", "passed over"), rows, title=f"{self.dtype} on {self.device}")
+        picks = [c for c in self.choices if c.backend != "composed"]
+        common = set.intersection(*(set(c.passed_over.items()) for c in picks)) if picks else set()
+        rows = []
+        for c in self.choices:
+            own = [f"{b}: {why}" for b, why in c.passed_over.items() if (b, why) not in common]
+            rows.append((c.op, c.backend, c.summary, "; ".join(own)))
+        text = render(("op", "runs on", "does", "passed over"), rows, title=f"{self.dtype} on {self.device}")
+        for backend in ops.AUTO_ORDER:
+            text += "".join(f"passed over everywhere: {b}, it {why}\n" for b, why in common if b == backend)
+        return text
 
 
 def explain(

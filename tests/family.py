@@ -6,10 +6,12 @@ Imported by several tests. Shapes are small, but head dims, patterns and special
 from __future__ import annotations
 
 import functools
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import AutoModelForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
 from gemma4_fast import Gemma4
 from gemma4_fast.config import Gemma4Config
@@ -70,6 +72,19 @@ def transformers_model(member: str) -> Gemma4ForCausalLM:
             else:
                 tensor.copy_(noise * tensor.shape[-1] ** -0.5)
     return model
+
+
+@functools.cache
+def transformers_in(member: str, dtype: torch.dtype) -> Gemma4ForCausalLM:
+    """The same weights loaded by transformers in `dtype`. (Casting a loaded model would round its RoPE frequencies too.)"""
+    with tempfile.TemporaryDirectory() as folder:
+        transformers_model(member).save_pretrained(folder)
+        return load_with_transformers(Path(folder), dtype)
+
+
+def load_with_transformers(folder: Path, dtype: torch.dtype) -> Gemma4ForCausalLM:
+    plain: dict[str, Any] = dict(attn_implementation="eager", experts_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **plain).eval()
 
 
 def fast_model(member: str, dtype: torch.dtype = torch.float32, backend: str | None = None) -> Gemma4:

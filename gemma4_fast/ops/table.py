@@ -117,11 +117,11 @@ class Op:
         """None if `backend` serves this device and dtype (and these arguments, if given), else the reason."""
         if self.compose is not None or backend == "reference":
             return None
+        if (reason := backend_missing(backend, device.type)) is not None:
+            return reason
         impl = self.impls.get(backend)
         if impl is None:
             return "has no kernel for this op"
-        if (reason := backend_missing(backend, device.type)) is not None:
-            return reason
         if dtype.is_floating_point and dtype not in impl.dtypes:
             return f"does not take {str(dtype).removeprefix('torch.')}"
         return impl.accepts(*args) if args is not None and impl.accepts is not None else None
@@ -152,7 +152,7 @@ def backend_missing(backend: str, device_type: str) -> str | None:
     if backend == "cpu":
         return None if device_type == "cpu" else "runs on CPU tensors only"
     if device_type != "cuda":
-        return f"needs a GPU, the tensors are on {device_type}"
+        return f"needs a GPU, and the tensors are on {device_type}"
     if backend == "cuda" and torch.version.hip is not None:
         return "needs an NVIDIA GPU"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
@@ -216,13 +216,14 @@ def use_backend(backend: str | Iterable[str] | None, *, ops: Iterable[str] | Non
 
 def require(device: torch.device, dtype: torch.dtype, ops: Iterable[str]) -> None:
     """Raise UnsupportedError, naming every op at fault, if the selection in force cannot serve these ops here."""
-    faults = []
+    faults: dict[str, list[str]] = {}
     for name in ops:
         backend, reasons = decide(name, device, dtype)
         if backend == "none":
-            faults.append(f"{name} ({'; '.join(f'{b} {r}' for b, r in reasons.items())})")
+            faults.setdefault("; ".join(f"{b}: {why}" for b, why in reasons.items()), []).append(name)
     if faults:
-        raise UnsupportedError(f"cannot run on {device} in {str(dtype).removeprefix('torch.')}: {', '.join(faults)}")
+        lines = "; ".join(f"{why} ({', '.join(names)})" for why, names in faults.items())
+        raise UnsupportedError(f"cannot run on {device} in {str(dtype).removeprefix('torch.')}: {lines}")
 
 
 def decide(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:

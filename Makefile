@@ -1,0 +1,89 @@
+# `make demo` and `make test` do all the set-up they need. `make` alone prints the list of targets.
+#
+#   make test PYTHON=python3.12        choose the interpreter that the .venv is made from
+#   make test VENV=/tmp/venv           put the environment elsewhere
+#   make test PYTEST_ARGS="-k moe -x"  pass arguments to pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CSRC := $(shell find csrc -type f)
+
+# Empty files that say "this step is done". Make repeats a step when one of the files it depends on is newer.
+VENV_DONE := $(VENV)/.venv-done
+RUN_DONE := $(VENV)/.run-done
+DEV_DONE := $(VENV)/.dev-done
+PACKAGE_DONE := $(VENV)/.package-done
+NATIVE_DONE := $(VENV)/.native-done
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+.NOTPARALLEL: # two steps of the set-up must not run pip in one environment at the same time
+
+help:
+	@echo "make demo    generate text with the tiny model, timed and checked (sets up $(VENV) first)"
+	@echo "make test    ruff, mypy and pytest (sets up $(VENV) first)"
+	@echo "make lint    ruff and mypy only"
+	@echo "make format  let ruff fix and format the code"
+	@echo "make clean   remove what was built and cached; for a fresh start remove $(VENV) too"
+	@echo
+	@echo "PYTHON=... chooses the interpreter, VENV=... the environment, PYTEST_ARGS=... goes to pytest"
+
+demo: $(RUN_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
+	$(BIN)/gemma4-fast demo
+
+test: lint $(PACKAGE_DONE) $(NATIVE_DONE)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(DEV_DONE)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DEV_DONE)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
+	rm -f gemma4_fast/_native*.so $(NATIVE_DONE)
+	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- set-up ----------------------------------------------------------------------------------------------------------
+
+$(VENV_DONE):
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "error: '$(PYTHON)' not found. Install Python 3.10 or newer, or name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.10 or newer is needed." \
+		       "Name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: $(PYTHON) lacks the modules venv and ensurepip." \
+		       "On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(RUN_DONE): tests/requirements/run.txt | $(VENV_DONE)
+	@echo "Installing run-time dependencies into $(VENV); PyTorch is large, so this can take minutes."
+	$(PIP) install -r tests/requirements/run.txt
+	@touch $@
+
+$(DEV_DONE): tests/requirements/dev.txt $(RUN_DONE)
+	$(PIP) install -r tests/requirements/dev.txt
+	@touch $@
+
+# Dependencies are there already, pinned: --no-deps keeps pip from touching them, --no-build-isolation from fetching build
+# tools a second time. The native extension is left to the next step. (gemma4_fast/__init__.py holds the version.)
+$(PACKAGE_DONE): pyproject.toml setup.py gemma4_fast/__init__.py $(RUN_DONE)
+	GEMMA4_FAST_NATIVE=0 $(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Only the extension, when its sources change. It is optional, so a failed build is no error; but then the step is not
+# marked as done, so that it is tried again once there is a compiler.
+$(NATIVE_DONE): $(CSRC) $(PACKAGE_DONE)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@if ls gemma4_fast/_native*.so >/dev/null 2>&1; then touch $@; \
+	 else echo "warning: no native extension (no C++17 compiler, or the error above); the package runs without it."; fi

@@ -1,0 +1,156 @@
+"""The model against transformers, and against itself: cached, chunked, ragged, saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family import MEMBERS, fast_model, load_with_transformers, prompt, transformers_in, transformers_model
+
+from gemma4_fast import Gemma4
+from gemma4_fast.generate import Session
+from gemma4_fast.reference import model as reference
+
+each_member = pytest.mark.parametrize("member", MEMBERS)
+WINDOW = 8  # family.py's; prompts below are longer
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item()
+
+
+@torch.no_grad()
+def their_logits(member: str, ids: torch.Tensor, model: Any = None) -> torch.Tensor:
+    return (model or transformers_model(member))(ids).logits
+
+
+@each_member
+def test_fp32_logits_are_transformers(member: str) -> None:
+    ids = prompt(2, 60)
+    assert difference(fast_model(member)(ids), their_logits(member, ids)) < 1e-4
+
+
+@each_member
+def test_reference_agrees_with_transformers(member: str) -> None:
+    model, ids = fast_model(member), prompt(1, 60)
+    theirs = their_logits(member, ids)[0]
+    assert difference(reference.forward(model.state_dict(), model.config, ids[0]), theirs) < 1e-4
+    wide = reference.forward(model.state_dict(), model.config, ids[0], dtype=torch.float64)
+    assert wide.dtype == torch.float64
+    assert difference(wide, theirs) < 1e-4
+
+
+@each_member
+def test_bf16_error_is_at_most_half_more_than_transformers(member: str) -> None:
+    ids = prompt(8, 60)
+    exact = their_logits(member, ids)
+    theirs = their_logits(member, ids, transformers_in(member, torch.bfloat16))
+    ours = fast_model(member, torch.bfloat16)(ids)
+
+    def rms(x: torch.Tensor) -> float:
+        return (x.double() - exact).square().mean().sqrt().item()
+
+    assert ours.dtype == torch.bfloat16
+    print(f"{member}: ours {rms(ours):.4f}, transformers {rms(theirs):.4f}")
+    assert rms(ours) <= 1.5 * rms(theirs)
+
+
+@each_member
+def test_greedy_tokens_are_transformers_past_the_window_and_round_the_ring(member: str) -> None:
+    theirs, ids = transformers_model(member), prompt(1, 20)  # 84 tokens in all; the ring has 64 slots
+    theirs.generation_config.eos_token_id = None
+    want = theirs.generate(ids, max_new_tokens=64, do_sample=False, pad_token_id=0)[0, 20:].tolist()
+    model = fast_model(member)
+    got = model.generate(ids[0], max_new_tokens=64, temperature=0, stop_token_ids=())
+    assert not isinstance(got, list)
+    assert got.token_ids == want
+    assert len(set(want)) > 8  # a model that repeats one token would prove little
+
+
+@each_member
+def test_cached_decoding_is_the_full_forward(member: str) -> None:
+    model, ids = fast_model(member), prompt(2, 90)
+    cache = model.new_cache(2, 90)
+    cuts = [1, 1, 15, 40, 9, *[1] * 24]  # one-token pieces first, last, and past the ring's 64 slots
+    pieces = [model(piece, cache) for piece in ids.split(cuts, dim=1)]
+    assert difference(torch.cat(pieces, 1), model(ids)) < 1e-4
+    assert cache.host_lens == cache.lens.tolist() == [90, 90]
+
+
+@each_member
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_chunked_prefill_is_one_shot(member: str, chunk: int) -> None:
+    model = fast_model(member)
+    prompts = [prompt(1, n, seed=n)[0].tolist() for n in (70, 3, 101)]
+
+    def last_logits(size: int) -> torch.Tensor:
+        session = Session(model, prompts, max_new_tokens=1, prefill_chunk=size)
+        with torch.inference_mode():
+            return model.logits(session._prefill(None)[1])
+
+    assert difference(last_logits(chunk), last_logits(10_000)) < 1e-4
+    alone = torch.stack([model(torch.tensor([p]))[0, -1] for p in prompts])
+    assert difference(last_logits(chunk), alone) < 1e-4
+
+
+@each_member
+def test_a_ragged_batch_is_each_alone(member: str) -> None:
+    model = fast_model(member)
+    prompts = [prompt(1, n, seed=n)[0].tolist() for n in (5, 66, 1, 30)]
+    options: dict[str, Any] = dict(max_new_tokens=20, stop_token_ids=(), logprobs=2)
+    for sampling in (dict(temperature=0.0), dict(temperature=0.9, top_k=30, top_p=0.9)):
+        together = model.generate(prompts, seed=7, **sampling, **options)
+        assert isinstance(together, list)
+        for b, p in enumerate(prompts):
+            alone = model.generate(p, seed=7 + b, **sampling, **options)
+            assert not isinstance(alone, list)
+            assert alone.token_ids == together[b].token_ids
+            assert alone.logprobs == pytest.approx(together[b].logprobs, abs=1e-4)
+
+
+@each_member
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_model_loads_in_transformers_with_the_same_logits(
+    member: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model, ids = fast_model(member, dtype), prompt(1, 30)
+    model.save_pretrained(tmp_path / "saved")
+    theirs = load_with_transformers(tmp_path / "saved", dtype)
+    again = Gemma4.from_pretrained(tmp_path / "saved", check=False)
+    assert again.dtype == dtype and again.config == model.config
+    assert torch.equal(again(ids), model(ids))
+    assert torch.equal(their_logits(member, ids, theirs), their_logits(member, ids, transformers_in(member, dtype)))
+
+
+@each_member
+def test_fp64_and_fp16_run(member: str) -> None:
+    ids = prompt(1, 20)
+    exact = their_logits(member, ids)
+    assert difference(fast_model(member, torch.float64)(ids), exact) < 1e-4
+    half = fast_model(member, torch.float16)(ids)
+    assert half.dtype == torch.float16 and half.isfinite().all()
+
+
+def test_state_dict_views_share_the_parameters() -> None:
+    model = fast_model("e2b")
+    before = model(prompt(1, 5))
+    model.state_dict()["model.layers.0.self_attn.v_proj.weight"].mul_(2.0)
+    assert not torch.equal(model(prompt(1, 5)), before) or model.config.rms_norm_eps == 0
+    packed = model.model.layer(0).self_attn.qkv_proj.weight
+    view = model.state_dict()["model.layers.0.self_attn.v_proj.weight"]
+    assert view.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr()
+
+
+def test_v_only_cache_is_half_of_k_and_v() -> None:
+    model = fast_model("31b")
+    cache = model.new_cache(1, 512)
+    full = [cache.layer(c.index) for c in model.config.layers() if not c.is_sliding]
+    sliding = [cache.layer(c.index) for c in model.config.layers() if c.is_sliding]
+    assert full and all(kv.k is None and kv.slots == 512 for kv in full)
+    assert sliding and all(kv.k is not None and kv.slots == 64 for kv in sliding)
+    shared = fast_model("e2b")
+    assert shared.new_cache(1, 64).layer(9) is not None
+    cache = shared.new_cache(1, 64)
+    assert cache.layer(9) is cache.layer(4) and cache.layer(8) is cache.layer(5)

@@ -1,0 +1,230 @@
+"""The package as others get it: sdist and wheel, with and without a compiler, and what importing it pulls in."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import gemma4_fast
+from gemma4_fast import native
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = (
+    *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "README.md", "LICENSE"),
+    *(".ci", "csrc", "gemma4_fast", "kernels", "tests"),
+)
+TINY = (
+    *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("chat_template.jinja", "heldout.txt", "README.md", "train.py"),
+)
+# Slow to import, or not installed everywhere. Each is imported by the function that needs it.
+HEAVY = ("transformers", "tokenizers", "jinja2", "rich", "triton", "huggingface_hub", "safetensors")
+
+
+def run(*command: str | Path, cwd: Path, **env: str) -> str:
+    """Runs a command and returns what it printed; the test fails with the whole output if the command does."""
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def build_wheel(source: Path, folder: Path, **env: str) -> Path:
+    # The build tools are those of this environment; nothing is fetched.
+    flags = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet")
+    run(sys.executable, "-m", "pip", "wheel", *flags, "--wheel-dir", folder, source, cwd=folder, **env)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+# The start of a program that shall see the package unpacked in sys.argv[1], not the editable install of this checkout,
+# which would fill in whatever the wheel lacks.
+ONLY_UNPACKED = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
+sys.path.insert(0, sys.argv[1])
+"""
+
+
+def members(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def native_members(wheel: Path) -> list[str]:
+    return [name for name in members(wheel) if name.startswith("gemma4_fast/_native")]
+
+
+def python_files() -> set[str]:
+    """Every module of the package, by its path in a wheel."""
+    ours = {f"gemma4_fast/{path.relative_to(ROOT / 'gemma4_fast')}" for path in (ROOT / "gemma4_fast").rglob("*.py")}
+    triton = {f"gemma4_fast/triton/{path.name}" for path in (ROOT / "kernels" / "triton").glob("*.py")}
+    return ours | triton
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources without anything built: a build in the repository itself could pick up its leftovers."""
+    folder = tmp_path_factory.mktemp("tree")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "*.egg-info")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-c", f"from setuptools import build_meta as b; b.build_sdist({str(folder)!r})", cwd=tree)
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the sdist, so that whatever the sdist lacks shows here."""
+    return build_wheel(sdist, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel unpacked: what pip would put into site-packages."""
+    folder = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def test_transformers_imports_from_the_repository_root() -> None:
+    # `python -c` puts the current folder first on sys.path. With a kernels/__init__.py this import breaks.
+    code = "import transformers; from transformers import Gemma4ForCausalLM as G; print(G.__module__)"
+    assert "transformers.models.gemma4" in run(sys.executable, "-c", code, cwd=ROOT)
+
+
+def test_kernels_is_no_package(wheel: Path, tmp_path: Path) -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not any(name.startswith("kernels") for name in members(wheel))
+    # Nor does an editable install make it one (a `kernels` from elsewhere may be installed).
+    code = "import importlib.util as u; s = u.find_spec('kernels'); print(s and s.submodule_search_locations)"
+    assert str(ROOT) not in run(sys.executable, "-I", "-c", code, cwd=tmp_path)
+
+
+def test_triton_kernels_are_a_subpackage(tmp_path: Path) -> None:
+    assert gemma4_fast.__file__ is not None
+    if Path(gemma4_fast.__file__).resolve().parent != ROOT / "gemma4_fast":
+        pytest.skip("not an editable install")
+    code = "import gemma4_fast.triton as t; print(t.__file__)"
+    for folder in (tmp_path, ROOT):
+        path = Path(run(sys.executable, "-c", code, cwd=folder).strip())
+        assert path.resolve() == ROOT / "kernels" / "triton" / "__init__.py"
+
+
+def test_sdist_can_be_built_and_read(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    csrc = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")}
+    assert csrc | kernels <= names
+    assert {"Makefile", "README.md", "LICENSE", "setup.py", "tests/requirements/run.txt"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_wheel_holds_everything(wheel: Path) -> None:
+    names = members(wheel)
+    assert python_files() <= names
+    assert {f"gemma4_fast/tiny/{name}" for name in TINY} <= names
+    assert "gemma4_fast/py.typed" in names
+    assert bool(native_members(wheel)) == native.available()
+    # Nothing else: no tests, sources or leftovers. The licence lies in the dist-info folder.
+    info = f"gemma4_fast-{version('gemma4-fast')}.dist-info/"
+    assert not [name for name in names if not name.startswith(("gemma4_fast/", info))]
+    assert not [name for name in names if name.endswith((".pyc", ".cpp", ".h"))]
+    assert f"{info}licenses/LICENSE" in names
+    assert (ROOT / "gemma4_fast/tiny/model.safetensors").stat().st_size < 12e6
+
+
+def test_wheel_metadata(wheel: Path) -> None:
+    info = f"gemma4_fast-{version('gemma4-fast')}.dist-info/"
+    with zipfile.ZipFile(wheel) as archive:
+        scripts = archive.read(f"{info}entry_points.txt").decode()
+        metadata = archive.read(f"{info}METADATA").decode()
+    assert "gemma4-fast = gemma4_fast.cli:main" in scripts
+    assert f"\nVersion: {gemma4_fast.__version__}\n" in metadata
+    assert "Requires-Python: >=3.10" in metadata
+    assert "License-Expression: Apache-2.0" in metadata
+    always = set(re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", metadata, re.MULTILINE))
+    # transformers is optional, and PyTorch brings the triton that fits it.
+    assert always == {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "rich", "huggingface_hub"}
+
+
+def test_wheel_without_a_compiler(sdist: Path, wheel: Path, tmp_path: Path) -> None:
+    without = build_wheel(sdist, tmp_path, CC="/bin/false", CXX="/bin/false")
+    assert not native_members(without)
+    assert members(wheel) - members(without) == set(native_members(wheel))
+    with zipfile.ZipFile(without) as archive:
+        archive.extractall(tmp_path / "installed")
+    code = ONLY_UNPACKED + "from gemma4_fast import native; print(native.available(), native.missing_reason())"
+    said = run(sys.executable, "-I", "-c", code, tmp_path / "installed", cwd=tmp_path)
+    assert said.startswith("False") and "compiler" in said
+
+
+# Imports torch first, then takes away the network and other programs, then imports the package.
+IMPORT_PROBE = """
+import json
+import torch
+
+def refuse(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+        raise RuntimeError(f"import gemma4_fast did {event} {args}")
+
+sys.addaudithook(refuse)
+before = set(sys.modules)
+import gemma4_fast
+print(json.dumps([gemma4_fast.__file__, sorted(set(sys.modules) - before)]))
+"""
+
+
+def test_import_is_light_and_needs_nothing_from_outside(installed: Path, tmp_path: Path) -> None:
+    # No compiler either: nothing can be found on an empty PATH.
+    said = run(sys.executable, "-I", "-c", ONLY_UNPACKED + IMPORT_PROBE, installed, cwd=tmp_path, PATH="")
+    file, imported = json.loads(said)
+    assert Path(file) == installed / "gemma4_fast" / "__init__.py"
+    assert not {name.partition(".")[0] for name in imported} & set(HEAVY)
+    assert "gemma4_fast.cli" not in imported
+
+
+def test_wheel_works_where_it_is_unpacked(installed: Path, tmp_path: Path) -> None:
+    code = ONLY_UNPACKED + (
+        "import gemma4_fast.triton, gemma4_fast.native as native; from gemma4_fast.cli import main; "
+        "print(gemma4_fast.triton.__file__, native.available(), callable(main))"
+    )
+    said = run(sys.executable, "-I", "-c", code, installed, cwd=tmp_path).split()
+    assert said == [str(installed / "gemma4_fast/triton/__init__.py"), str(native.available()), "True"]
+
+
+def test_set_up_installs_exact_versions() -> None:
+    lines = []
+    for name in ("run.txt", "dev.txt"):
+        lines += (ROOT / "tests" / "requirements" / name).read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith(("#", "-r"))]
+    assert not [line for line in pins if not re.fullmatch(r'[\w.-]+==[\w.]+(; python_version (<|>=) "3\.\d+")?', line)]
+    assert "torch==2.13.0" in pins
