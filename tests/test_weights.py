@@ -529,6 +529,7 @@ def test_dummy_models_behave(name: str, layers: int) -> None:
         layer_types=types[-layers:],
         num_kv_shared_layers=shared,
         vocab_size=512,
+        vocab_size_per_layer_input=512,
     )
     theirs = in_transformers(config, dtype="bfloat16").bfloat16()
     theirs.load_state_dict(made_up(config, torch.bfloat16).state_dict(), strict=False)
@@ -574,7 +575,10 @@ def test_saving_over_a_checkpoint_leaves_no_old_part(tmp_path: Path) -> None:
     assert (tmp_path / "tokenizer.json").read_text() == "new"
 
 
-def test_an_interrupted_save_leaves_the_old_checkpoint_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shard_bytes", [5e9, 100_000], ids=["single", "sharded"])
+def test_an_interrupted_save_leaves_the_old_checkpoint_or_none(
+    shard_bytes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C at every file that is written and every file that is moved into place."""
     old, new = made_up(MEMBERS["12b"]), made_up(MEMBERS["12b"], seed=1)
     outcomes = []
@@ -595,7 +599,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint_or_none(tmp_path: Path, m
 
             monkeypatch.setattr(module, attribute, interrupted)
             try:
-                weights.save_pretrained(new, path, max_shard_bytes=100_000)
+                weights.save_pretrained(new, path, max_shard_bytes=shard_bytes)
                 outcomes.append("saved")
             except KeyboardInterrupt:
                 outcomes.append("interrupted")
@@ -609,7 +613,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint_or_none(tmp_path: Path, m
             else:
                 with pytest.raises(CheckpointError):
                     loaded(path)
-    assert outcomes.count("saved") == 2 and outcomes.count("interrupted") > 6
+    assert outcomes.count("saved") == 2 and outcomes.count("interrupted") >= 3
 
 
 def test_save_refuses(tmp_path: Path) -> None:

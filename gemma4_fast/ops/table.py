@@ -65,12 +65,12 @@ class Maker:
         self.generator = torch.Generator().manual_seed(seed)
 
     def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        x = torch.randn(*shape, generator=self.generator, dtype=torch.float64) * scale
+        x = torch.randn(*shape, generator=self.generator) * scale
         return x.to(self.device, dtype or self.dtype)
 
     def gain(self, *shape: int) -> Tensor:
         """A norm weight: around 1, never all the same, so that a forgotten one shows."""
-        return (1 + 0.3 * self.randn(*shape, dtype=torch.float64)).to(self.dtype)
+        return (1 + 0.3 * self.randn(*shape, dtype=torch.float32)).to(self.dtype)
 
     def ints(self, values: Iterable[Any], dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(list(values), dtype=dtype, device=self.device)

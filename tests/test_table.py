@@ -1,0 +1,215 @@
+"""The op table and its dispatcher: choice, refusal, errors before work."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gemma4_fast
+from gemma4_fast import UnsupportedError, explain, ops, use_backend
+from gemma4_fast.explain import support_table
+from gemma4_fast.ops import table
+from gemma4_fast.reference import ops as reference
+
+DESIGN = (
+    "rms_norm norm_add_norm qkv_norm_rope gqa_decode gqa_prefill route_topk expert_dispatch grouped_gemm moe_decode moe "
+    "linear geglu_mlp ple_gate logits"
+).split()
+X = torch.randn(3, 8)
+
+
+def triton_rms_norm(x: torch.Tensor, weight: Any = None, eps: float = 1e-6) -> torch.Tensor:
+    return torch.full_like(x, 7.0)
+
+
+@pytest.fixture
+def fake_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A `cpu` backend for rms_norm that takes fp32 with an even last axis."""
+
+    def accepts(x: torch.Tensor, *_: Any) -> str | None:
+        return None if x.shape[-1] % 2 == 0 else "takes even sizes only"
+
+    impl = ops.Impl("test_table:triton_rms_norm", (torch.float32,), accepts)
+    monkeypatch.setitem(ops.TABLE["rms_norm"].impls, "cpu", impl)
+    table._say_once.cache_clear()
+    yield
+
+
+def test_the_table_is_the_design() -> None:
+    assert sorted(ops.TABLE) == sorted(DESIGN)
+    for op in ops.TABLE.values():
+        assert op.compose is not None or "torch" in op.impls
+
+
+@pytest.mark.parametrize("name", DESIGN)
+def test_public_function_reference_and_check_agree_on_arguments(name: str) -> None:
+    op = ops.TABLE[name]
+    want = list(inspect.signature(op.reference).parameters)
+    for fn in (getattr(ops, name), op.check, *(impl.function for impl in op.impls.values())):
+        assert list(inspect.signature(fn).parameters) == want
+    for fn in (getattr(ops, name), op.check):  # the defaults too
+        defaults = [p.default for p in inspect.signature(fn).parameters.values()]
+        assert defaults == [p.default for p in inspect.signature(op.reference).parameters.values()]
+    for case in op.cases:
+        assert list(op.inputs(case, torch.float32)) == want
+
+
+@pytest.mark.parametrize("name", DESIGN)
+def test_cost_is_positive_and_cases_are_reproducible(name: str) -> None:
+    op = ops.TABLE[name]
+    for case in op.cases:
+        a, b = op.inputs(case, torch.bfloat16), op.inputs(case, torch.bfloat16)
+        for x, y in zip(a.values(), b.values(), strict=True):
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        cost = op.cost(*a.values())
+        empty = next(iter(a.values())).numel() == 0
+        assert cost.flops >= 0 and (cost.bytes > 0 or empty)
+
+
+def test_automatic_choice_takes_the_first_that_serves(fake_cpu: None, caplog: pytest.LogCaptureFixture) -> None:
+    assert ops.rms_norm(X)[0, 0] == 7.0
+    with caplog.at_level(logging.WARNING, "gemma4_fast"):
+        for _ in range(3):
+            odd = ops.rms_norm(X[:, :5])
+    assert torch.allclose(odd, reference.rms_norm(X[:, :5]))
+    assert [r.message.count("even sizes only") for r in caplog.records] == [1]  # said once
+    assert torch.allclose(ops.rms_norm(X.double()), reference.rms_norm(X.double()))
+
+
+def test_a_named_backend_never_falls_back(fake_cpu: None) -> None:
+    with use_backend("cpu"):
+        assert ops.rms_norm(X)[0, 0] == 7.0
+        with pytest.raises(UnsupportedError, match="rms_norm.*cpu: takes even sizes only"):
+            ops.rms_norm(X[:, :5])
+        with pytest.raises(UnsupportedError, match="does not take bfloat16"):
+            ops.rms_norm(X.bfloat16())
+        with pytest.raises(UnsupportedError, match="linear.*has no kernel"):
+            ops.linear(X, X)
+    with use_backend("cpu,torch"):
+        assert torch.allclose(ops.rms_norm(X[:, :5]), reference.rms_norm(X[:, :5]))
+        ops.linear(X, X)
+    with use_backend("torch"):
+        assert ops.rms_norm(X)[0, 0] != 7.0
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_backend_that_cannot_run_here_says_so(backend: str) -> None:
+    with use_backend(backend), pytest.raises(UnsupportedError, match=f"{backend}: needs a GPU"):
+        ops.rms_norm(X)
+    with pytest.raises(UnsupportedError, match="needs a GPU.*rms_norm.*grouped_gemm"):
+        gemma4_fast.Gemma4.from_pretrained("tiny", backend=backend)
+
+
+def test_selection_is_scoped_and_nests(fake_cpu: None) -> None:
+    with use_backend("torch"):
+        with use_backend("cpu", ops=["rms_norm"]):
+            assert ops.rms_norm(X)[0, 0] == 7.0
+            ops.linear(X, X)  # still torch
+            with use_backend("reference"):
+                assert ops.rms_norm(X)[0, 0] != 7.0
+            assert ops.rms_norm(X)[0, 0] == 7.0
+        assert ops.rms_norm(X)[0, 0] != 7.0
+    with pytest.raises(ZeroDivisionError), use_backend("torch"):
+        raise ZeroDivisionError
+    assert ops.rms_norm(X)[0, 0] == 7.0
+
+
+def test_unknown_names_are_refused() -> None:
+    for bad in ("fast", "", "cpu,", "CUDA"):
+        with pytest.raises(ValueError, match="unknown backend"), use_backend(bad):
+            pass
+    with pytest.raises(ValueError, match="unknown ops"), use_backend("torch", ops=["softmax"]):
+        pass
+    with pytest.raises(ValueError, match="already in the table"):
+        ops.register(dataclasses.replace(ops.TABLE["linear"]))
+    with pytest.raises(ValueError, match="unknown backend"):
+        gemma4_fast.Gemma4.from_pretrained("tiny", backend="fast")
+
+
+def test_explain_shows_the_decision(fake_cpu: None) -> None:
+    shown = explain(device="cpu", dtype="float32")
+    by_op = {c.op: c for c in shown.choices}
+    assert by_op["rms_norm"].backend == "cpu" and by_op["linear"].backend == "torch"
+    assert set(by_op["rms_norm"].passed_over) == {"cuda", "triton"}
+    assert by_op["linear"].passed_over["cpu"] == "has no kernel for this op"
+    assert by_op["moe"].backend == "composed"
+    text = str(shown)
+    assert "needs a GPU" in text and "rms_norm" in text
+    assert shown.to_dict()["ops"]["linear"]["backend"] == "torch"
+    assert explain(device="cpu").choices[0].backend == "torch"  # bf16: the fake takes fp32 only
+    with use_backend("reference"):
+        assert {c.backend for c in explain(device="cpu").choices} == {"reference", "composed"}
+    model = gemma4_fast.Gemma4.from_pretrained("tiny", check=False, backend="reference")
+    assert {c.backend for c in explain(model).choices} == {"reference"}
+
+
+def test_readme_has_the_support_table() -> None:
+    readme = (Path(gemma4_fast.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert support_table() in readme
+
+
+# One call per op that must be refused before any backend runs: what to change in a good case, and a word of the message.
+BAD_CALLS: list[tuple[str, dict[str, Any], str]] = [
+    ("rms_norm", dict(x=torch.ones(2, 3, dtype=torch.long)), "floating"),
+    ("rms_norm", dict(weight=torch.ones(5)), "weight has shape"),
+    ("rms_norm", dict(weight=torch.ones(2816, dtype=torch.float64)), "dtype"),
+    ("norm_add_norm", dict(residual=torch.ones(1, 2816)), "residual"),
+    ("norm_add_norm", dict(scale=torch.ones(2)), "scale"),
+    ("norm_add_norm", dict(next_weight=torch.ones(3)), "next_weight"),
+    ("qkv_norm_rope", dict(num_q_heads=15), "columns"),
+    ("qkv_norm_rope", dict(k_weight=None), "k_weight"),
+    ("qkv_norm_rope", dict(cos=torch.ones(5, 128)), "cos"),
+    ("qkv_norm_rope", dict(slots=torch.zeros(6, dtype=torch.long)), "go together"),
+    ("qkv_norm_rope", dict(k_cache=torch.zeros(1, 8, 8, 256)), "without v_cache"),
+    ("gqa_decode", dict(window=0), "window"),
+    ("gqa_decode", dict(kv_lens=torch.ones(5)), "dtype"),
+    ("gqa_decode", dict(kv_lens=torch.ones(4, dtype=torch.int32)), "lengths"),
+    ("gqa_decode", dict(k_cache=None), "inv_freq"),
+    ("gqa_decode", dict(v_cache=torch.zeros(5, 128, 3, 256)), "k_cache has shape|do not divide"),
+    ("gqa_prefill", dict(k=torch.zeros(3, 8, 256)), "k has shape"),
+    ("gqa_prefill", dict(cu_seqlens=torch.zeros(0, dtype=torch.int32)), "empty"),
+    ("gqa_prefill", dict(prefix_lens=torch.zeros(2, dtype=torch.int32)), "go together"),
+    ("gqa_prefill", dict(image_ids=torch.zeros(2, dtype=torch.int32)), "image_ids"),
+    ("route_topk", dict(top_k=0), "top_k"),
+    ("route_topk", dict(top_k=129), "top_k"),
+    ("route_topk", dict(scale=torch.ones(3)), "scale"),
+    ("expert_dispatch", dict(ids=torch.zeros(3, 2, dtype=torch.long)), "int32"),
+    ("expert_dispatch", dict(block_m=0), "block_m"),
+    ("grouped_gemm", dict(epilogue="relu"), "epilogue"),
+    ("grouped_gemm", dict(epilogue="combine"), "rows|topk_weights"),
+    ("grouped_gemm", dict(offsets=torch.zeros(3, dtype=torch.int32)), "offsets"),
+    ("moe", dict(ids=torch.zeros(1, 8)), "ids"),
+    ("moe", dict(topk_weights=torch.zeros(1, 7)), "topk_weights"),
+    ("moe", dict(down=torch.zeros(8, 2816, 703)), "down"),
+    ("moe_decode", dict(gate_up=torch.zeros(8, 1407, 2816)), "even"),
+    ("linear", dict(weight=torch.ones(4, 5)), "weight"),
+    ("geglu_mlp", dict(gate_up=torch.ones(3, 2816)), "even"),
+    ("geglu_mlp", dict(down=torch.ones(2816, 3)), "down"),
+    ("ple_gate", dict(ple=torch.ones(2, 256)), "ple"),
+    ("ple_gate", dict(gate=torch.ones(255, 1536)), "gate"),
+    ("logits", dict(softcap=-1.0), "softcap"),
+    ("logits", dict(x=torch.ones(2816)), "axes"),
+    ("logits", dict(weight=torch.ones(0, 2816)), "rows"),
+]
+
+
+@pytest.mark.parametrize("name, change, word", BAD_CALLS, ids=lambda v: v if isinstance(v, str) else "")
+def test_bad_arguments_are_a_clear_value_error(name: str, change: dict[str, Any], word: str) -> None:
+    op = ops.TABLE[name]
+    args = op.inputs(next(iter(op.cases)), torch.float32)
+    assert set(change) <= set(args)
+    with pytest.raises(ValueError, match=word) as caught:
+        getattr(ops, name)(**{**args, **change})
+    assert name.split("_")[0] in str(caught.value)
+
+
+def test_arguments_on_another_device_are_refused() -> None:
+    with pytest.raises(ValueError, match="on meta, expected cpu"):
+        ops.linear(X, X.to("meta"))

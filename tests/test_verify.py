@@ -1,0 +1,259 @@
+"""The self-check: right models pass, and every way we know to get Gemma 4 wrong is caught and named."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from family import MEMBERS, fast_model
+
+from gemma4_fast import Gemma4, SelfCheckError, ops, verify
+from gemma4_fast.ops import torch_backend
+from gemma4_fast.reference import ops as reference
+from gemma4_fast.verify import Comparison, Report
+
+
+@contextmanager
+def broken(op: str, wrong: Callable[..., Any]) -> Iterator[None]:
+    """Inside: the torch backend of `op` is `wrong`."""
+    impl = ops.TABLE[op].impls["torch"]
+    right = impl.function
+    impl.__dict__["function"] = wrong  # the cached import
+    try:
+        yield
+    finally:
+        impl.__dict__["function"] = right
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Gemma4:
+    return Gemma4.from_pretrained("tiny", check=False)
+
+
+@pytest.fixture(scope="module")
+def tiny_fp32() -> Gemma4:
+    return Gemma4.from_pretrained("tiny", check=False, dtype="float32")
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_every_member_passes(member: str, dtype: torch.dtype) -> None:
+    report = verify(fast_model(member, dtype), level="full")
+    assert report.ok, report.verdict()
+    layers = {c.layer for c in report.comparisons if c.layer is not None}
+    assert layers == set(range(fast_model(member).config.num_hidden_layers))
+    assert {c.phase for c in report.comparisons if c.what == "attention"} == {"prefill", "chunk", "decode"}
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_quick_covers_each_kind_of_layer(member: str) -> None:
+    model = fast_model(member)
+    report = verify(model)
+    assert report.ok, report.verdict()
+    seen = {model.config.layer(c.layer).kind for c in report.comparisons if c.layer is not None}
+    assert seen == {c.kind for c in model.config.layers()}
+
+
+def test_tiny_passes_in_all_dtypes(tiny: Gemma4, tiny_fp32: Gemma4) -> None:
+    for model in (tiny, tiny_fp32):
+        report = verify(model, level="full")
+        assert report.ok, report.verdict()
+        assert report.end_to_end is not None and report.end_to_end.kl < 0.1
+
+
+# How to get it wrong: op -> a function that takes the right implementation's place.
+
+
+def _swapped_gate_and_up(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    return torch_backend.geglu_mlp(x, gate_up.roll(gate_up.shape[0] // 2, 0), down)
+
+
+def _silu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    gate, up = torch.nn.functional.linear(x, gate_up).chunk(2, -1)
+    return torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, down)
+
+
+def _window_plus(n: int, op: str) -> Callable[..., torch.Tensor]:
+    right = getattr(torch_backend, op)
+    place = 4  # window's place in both signatures
+
+    def wrong(*args: Any) -> torch.Tensor:
+        window = args[place]
+        return right(*args[:place], None if window is None else window + n, *args[place + 1 :])
+
+    return wrong
+
+
+def _decode_window_plus(n: int) -> Callable[..., torch.Tensor]:
+    def wrong(q: Any, k: Any, v: Any, lens: Any, window: int | None = None, *rest: Any) -> torch.Tensor:
+        return torch_backend.gqa_decode(q, k, v, lens, None if window is None else window + n, *rest)
+
+    return wrong
+
+
+def _unfolded_decode(*args: Any) -> torch.Tensor:
+    """The V-only cache's K without k_norm's weight."""
+    *head, k_weight, scale = args
+    return torch_backend.gqa_decode(*head, None if k_weight is None else torch.ones_like(k_weight), scale)
+
+
+def _unrotated_decode(*args: Any) -> torch.Tensor:
+    *head, inv_freq, k_weight, scale = args
+    return torch_backend.gqa_decode(*head, None if inv_freq is None else inv_freq * 0, k_weight, scale)
+
+
+def _stale_slot(q: Any, k: Any, v: Any, lens: Any, *rest: Any) -> torch.Tensor:
+    return torch_backend.gqa_decode(q, k, v, lens + 1, *rest)
+
+
+def _wrong_expert(x: Any, scale: Any, proj: Any, per_expert: Any, top_k: int, eps: float) -> Any:
+    weights, ids = torch_backend.route_topk(x, scale, proj, per_expert, top_k, eps)
+    return weights, (ids + 1) % proj.shape[0]
+
+
+def _normed_router(x: Any, scale: Any, proj: Any, per_expert: Any, top_k: int, eps: float) -> Any:
+    """No per-expert scale."""
+    return torch_backend.route_topk(x, scale, proj, torch.ones_like(per_expert), top_k, eps)
+
+
+def _unweighted(x: Any, weights: Any, *rest: Any) -> Any:
+    return torch_backend.moe_decode(x, torch.full_like(weights, weights.mean().item()), *rest)
+
+
+def _no_softcap(x: Any, weight: Any, softcap: Any, argmax: bool) -> Any:
+    return torch_backend.logits(x, weight, None, argmax)
+
+
+def _plus_one_norm(x: Any, weight: Any, eps: float) -> Any:
+    """Gemma 3's 1 + w."""
+    return torch_backend.rms_norm(x, None if weight is None else 1 + weight, eps)
+
+
+def _no_layer_scalar(x: Any, residual: Any, weight: Any, scale: Any, next_weight: Any, eps: float) -> Any:
+    return torch_backend.norm_add_norm(x, residual, weight, None, next_weight, eps)
+
+
+def _interleaved_rope(qkv: Any, q_w: Any, k_w: Any, cos: Any, sin: Any, *rest: Any) -> Any:
+    return torch_backend.qkv_norm_rope(qkv, q_w, k_w, cos, -sin, *rest)
+
+
+def _acausal(q: Any, k: Any, v: Any, cu: Any, *rest: Any) -> Any:
+    out = torch_backend.gqa_prefill(q, k, v, cu, *rest)
+    out[0] = out[min(1, out.shape[0] - 1)]  # the first token sees the second
+    return out
+
+
+def _last_expert_dropped(x: Any, weight: Any, order: Any, offsets: Any, *rest: Any) -> Any:
+    offsets = offsets.clone()
+    offsets[-2] = offsets[-1]
+    return torch_backend.grouped_gemm(x, weight, order, offsets, *rest)
+
+
+MUTANTS: dict[str, tuple[str, Callable[..., Any], str]] = {
+    "swapped gate and up": ("geglu_mlp", _swapped_gate_and_up, "feed-forward"),
+    "SiLU for GELU": ("geglu_mlp", _silu, "feed-forward"),
+    "window one too long, prefill": ("gqa_prefill", _window_plus(1, "gqa_prefill"), "window edge"),
+    "window one too short, prefill": ("gqa_prefill", _window_plus(-1, "gqa_prefill"), "window edge"),
+    "window one too short, decode": ("gqa_decode", _decode_window_plus(-1), "window edge"),
+    "missing weight fold": ("gqa_decode", _unfolded_decode, "window edge"),
+    "V-only keys without RoPE": ("gqa_decode", _unrotated_decode, "window edge"),
+    "reads a slot nobody wrote": ("gqa_decode", _stale_slot, "window edge"),
+    "wrong expert": ("route_topk", _wrong_expert, "feed-forward"),
+    "per-expert scale left out": ("route_topk", _normed_router, "feed-forward"),
+    "routing weights ignored in decode": ("moe_decode", _unweighted, "feed-forward"),
+    "an expert left out of the grouped product": ("grouped_gemm", _last_expert_dropped, "feed-forward"),
+    "skipped softcap": ("logits", _no_softcap, "logits"),
+    "1 + w in the norm": ("rms_norm", _plus_one_norm, "attention"),
+    "layer scalar left out": ("norm_add_norm", _no_layer_scalar, "feed-forward"),
+    "RoPE turned the wrong way": ("qkv_norm_rope", _interleaved_rope, "attention"),
+    "first token sees the second": ("gqa_prefill", _acausal, "window edge"),
+}
+
+
+@pytest.mark.parametrize("level", ["quick", "full"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_op_is_caught_and_named(name: str, dtype: str, level: str, tiny: Gemma4, tiny_fp32: Gemma4) -> None:
+    op, wrong, where = MUTANTS[name]
+    with broken(op, wrong):
+        report = verify(tiny if dtype == "bfloat16" else tiny_fp32, level=level)
+    assert not report.ok
+    first = report.first_wrong
+    assert first is not None and first.what == where, report.verdict()
+    assert first.op == f"{op} [torch]", report.verdict()
+    with pytest.raises(SelfCheckError, match=op) as caught:
+        report.raise_if_wrong()
+    assert caught.value.report is report
+
+
+def test_the_wrong_layer_is_named() -> None:
+    model = fast_model("12b")
+    fourth = model.model.layer(4).mlp.down_proj.weight
+
+    def wrong(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        out = torch_backend.geglu_mlp(x, gate_up, down)
+        return out + 0.05 * out.roll(1, -1) if down.data_ptr() == fourth.data_ptr() else out
+
+    with broken("geglu_mlp", wrong):
+        report = verify(model, level="full")
+    wrongs = [c for c in report.comparisons if not c.ok]
+    assert {(c.layer, c.what) for c in wrongs} == {(4, "feed-forward")}  # and no later layer inherits it
+    assert all(c.op == "geglu_mlp [torch]" for c in wrongs)
+
+
+def test_nan_weights_are_found_and_all_named(tiny_fp32: Gemma4) -> None:
+    state = tiny_fp32.state_dict()
+    names = ["model.layers.3.mlp.up_proj.weight", "model.layers.5.experts.down_proj"]
+    saved = [state[n].flatten()[7].clone() for n in names]
+    try:
+        for n, bad in zip(names, (float("nan"), float("inf")), strict=True):
+            state[n].view(-1)[7] = bad
+        report = verify(tiny_fp32)
+        assert sorted(report.not_finite) == names
+        with pytest.raises(SelfCheckError, match="not finite.*up_proj"):
+            report.raise_if_wrong()
+    finally:
+        for n, value in zip(names, saved, strict=True):
+            state[n].view(-1)[7] = value
+    assert verify(tiny_fp32).ok
+
+
+def test_report_prints_and_is_json(tiny: Gemma4) -> None:
+    report = verify(tiny, level="full")
+    text = str(report)
+    for word in ("full, K=V, MoE", "window edge", "greedy choice", "top-1 agreement", "KL", "passed:"):
+        assert word in text
+    data = json.loads(report.to_json())
+    assert data["ok"] is True and data["end_to_end"]["tokens"] == 64 and len(data["comparisons"]) == 45
+    assert data["backends"]["gqa_decode"] == "torch"
+    nan = Report("quick", "cpu", "float32", {}, [Comparison("attention", "prefill", float("nan"), 0.0, 3, "full")])
+    assert not nan.ok and json.loads(nan.to_json())["comparisons"][0]["error"] is None
+
+
+def test_input_ids_may_be_given(tiny: Gemma4) -> None:
+    assert verify(tiny, input_ids=list(range(40))).ok
+    for bad in ([1, 2], [[1] * 20], [5000] * 20, [-1] * 20, [0] * 2000):
+        with pytest.raises(ValueError):
+            verify(tiny, input_ids=bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="level"):
+        verify(tiny, level="thorough")
+
+
+def test_equal_experts_do_not_blind_the_check(tiny_fp32: Gemma4) -> None:
+    """Where all experts are equally likely the lower ids win: a rule, so a router that breaks it is wrong."""
+    model = copy.deepcopy(tiny_fp32)
+    for i in range(len(model.model.layers)):
+        model.model.layer(i).router.proj.weight.zero_()
+    assert verify(model).ok
+
+    def highest(x: Any, scale: Any, proj: Any, per_expert: Any, top_k: int, eps: float) -> Any:
+        weights, ids = reference.route_topk(x, scale, proj, per_expert, top_k, eps)
+        return weights, proj.shape[0] - 1 - ids
+
+    with broken("route_topk", highest):
+        assert not verify(model).ok
