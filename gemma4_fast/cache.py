@@ -42,9 +42,7 @@ class LayerCache:
             self.k.view(-1, *self.k.shape[2:]).index_copy_(0, rows, k)
 
 
-def allocate(
-    layer: LayerConfig, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device | str
-) -> LayerCache:
+def allocate(layer: LayerConfig, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device | str) -> LayerCache:
     """An empty cache for one layer that has keys and values of its own."""
     slots = min(max_len, layer.window or max_len)
     slots = -(-slots // TILE) * TILE

@@ -228,7 +228,7 @@ class Interrupt:
             signal.signal(signal.SIGINT, self._before)
 
 
-class Stopped(Exception):  # noqa: N818 - no error: how a long prefill is left
+class Stopped(Exception):
     """Ctrl-C came while the prompt was still being read."""
 
 
@@ -264,9 +264,7 @@ class Chat:
             )
         if dropped:
             what = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
-            terminal.note(
-                f"gemma4-fast: the context of {limit} tokens is full: {what} forgotten (/reset starts afresh)"
-            )
+            terminal.note(f"gemma4-fast: the context of {limit} tokens is full: {what} forgotten (/reset starts afresh)")
         return ids, min(DEFAULT_NEW_TOKENS, limit - len(ids)) if wanted is None else wanted
 
     def answer(self, text: str) -> None:

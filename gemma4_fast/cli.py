@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def told(message: str, debug: bool, code: int = 2) -> int:
     """One line on stderr, whatever the message is made of."""
     if debug:
-        raise  # noqa: PLE0704 - in the handler of the error that is told
+        raise
     terminal.note(f"{PROGRAM}: {' '.join(message.split())}")
     return code
 
@@ -144,9 +144,7 @@ def parser() -> Parser:
     )  # fmt: skip
     source = p.add_mutually_exclusive_group()
     source.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text; without it, standard input is read")
-    source.add_argument(
-        "--prompt-file", metavar="FILE", help="read the prompt from a file (a last line break is cut off)"
-    )
+    source.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file (a last line break is cut off)")
     p = command(
         "chat", chat, "talk with the model", _model, _load, _sample,
         description="Talk with the model, by the checkpoint's chat template. Standard input that is no terminal is taken "
@@ -168,9 +166,7 @@ def parser() -> Parser:
 def _model(p: Parser) -> None:
     g = p.add_argument_group("model")
     g.add_argument("--model", default="tiny", metavar="M", help="checkpoint folder, hub id, or tiny (the default)")
-    g.add_argument(
-        "--backend", metavar="B", help="auto (default), cuda, triton, cpu, torch, reference; or several: cpu,torch"
-    )
+    g.add_argument("--backend", metavar="B", help="auto (default), cuda, triton, cpu, torch, reference; or several: cpu,torch")
     g.add_argument("--dtype", metavar="T", help="bfloat16, float16, float32, float64 (default: the checkpoint's)")
     g.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     g.add_argument("--threads", metavar="N", type=count, help="CPU threads (default: PyTorch's choice)")
@@ -190,9 +186,7 @@ def _sample(p: Parser) -> None:
     g.add_argument("--max-new-tokens", metavar="N", type=count, help="end after so many tokens")
     g.add_argument("--temperature", metavar="T", type=float, help="0: always the likeliest token")
     g.add_argument("--top-k", metavar="K", type=int, help="only the K likeliest tokens (0: all)")
-    g.add_argument(
-        "--top-p", metavar="P", type=float, help="only the likeliest tokens that make up P of the probability"
-    )
+    g.add_argument("--top-p", metavar="P", type=float, help="only the likeliest tokens that make up P of the probability")
     g.add_argument("--min-p", metavar="P", type=float, help="only tokens at least P times as likely as the likeliest")
     g.add_argument("--seed", metavar="S", type=seed, help="the same seed gives the same text (default: a new one)")
     g.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
@@ -319,9 +313,7 @@ def generate(args: Namespace) -> int:
     ids = model.tokenizer.encode(prompt)
     used = secrets.randbits(48) if args.seed is None else args.seed
     given = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p")}
-    session = Session(
-        model, [ids], max_new_tokens=args.max_new_tokens, sampling=default_sampling(model, **given), seed=used
-    )
+    session = Session(model, [ids], max_new_tokens=args.max_new_tokens, sampling=default_sampling(model, **given), seed=used)
     long = len(ids) > session.prefill_chunk  # a shorter prompt runs in one piece, and a bar would jump from 0 to 1
     with terminal.progress_bar("reading the prompt", shown=long) as bar:
 

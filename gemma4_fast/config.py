@@ -107,7 +107,7 @@ class Gemma4Config:
     towers: tuple[str, ...] = field(default=(), compare=False)  # towers that the checkpoint has and this package leaves
 
     def __post_init__(self) -> None:
-        positive = (
+        positive: tuple[str, ...] = (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "num_global_key_value_heads", "sliding_window", "head_dim", "global_head_dim",
             "max_position_embeddings",
@@ -134,9 +134,7 @@ class Gemma4Config:
         if self.enable_moe_block and self.top_k_experts > self.num_experts:
             raise ValueError(f"top_k_experts = {self.top_k_experts} exceeds num_experts = {self.num_experts}")
         if not 0 <= self.global_partial_rotary_factor <= 1:
-            raise ValueError(
-                f"global partial_rotary_factor must lie in [0, 1], got {self.global_partial_rotary_factor}"
-            )
+            raise ValueError(f"global partial_rotary_factor must lie in [0, 1], got {self.global_partial_rotary_factor}")
         if not 0 <= self.num_kv_shared_layers < n:
             raise ValueError(f"num_kv_shared_layers must lie in [0, {n}), got {self.num_kv_shared_layers}")
         if self.hidden_size_per_layer_input and self.vocab_size_per_layer_input < self.vocab_size:
@@ -320,9 +318,7 @@ def _text_fields(raw: dict[str, Any], outer: Mapping[str, Any]) -> dict[str, Any
         raise ValueError(f"num_hidden_layers must be a positive integer, got {n!r}")
 
     types = take("layer_types", None)
-    fields["layer_types"] = (
-        tuple(types) if types else tuple(FULL if i % 6 == 5 or i == n - 1 else SLIDING for i in range(n))
-    )
+    fields["layer_types"] = tuple(types) if types else tuple(FULL if i % 6 == 5 or i == n - 1 else SLIDING for i in range(n))
     # Absent keys take transformers' defaults, which is what made the file short in the first place.
     defaults: dict[str, Any] = {
         "head_dim": 256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "attention_k_eq_v": False,
@@ -365,9 +361,7 @@ def _global_heads(raw: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, i
         by_index = {int(k): v for k, v in per_layer.items()}  # some versions pad the keys: "04"
         want = [i for i, t in enumerate(fields["layer_types"]) if t == FULL]
         if sorted(by_index) != want:
-            raise ValueError(
-                f"per_layer_config names layers {sorted(by_index)}, expected the full-attention ones {want}"
-            )
+            raise ValueError(f"per_layer_config names layers {sorted(by_index)}, expected the full-attention ones {want}")
         first = by_index[want[0]]
         if any(over != first for over in by_index.values()):
             raise ValueError("per_layer_config differs between full-attention layers, which is not served")

@@ -179,11 +179,7 @@ def agreeing(a: Sequence[int], b: Sequence[int]) -> int:
 def agreement(rows: Sequence[Contender]) -> list[dict[str, Any]]:
     """How many of its greedy tokens each other contender shares with ours before they part."""
     first, *rest = rows
-    return [
-        {"with": c.name, "agree": agreeing(first.ids, c.ids), "of": min(len(first.ids), len(c.ids))}
-        for c in rest
-        if c.ids
-    ]
+    return [{"with": c.name, "agree": agreeing(first.ids, c.ids), "of": min(len(first.ids), len(c.ids))} for c in rest if c.ids]
 
 
 def speed_table(rows: Sequence[Contender], prompt_tokens: int, where: str) -> str:
@@ -236,9 +232,7 @@ class Demo:
 
         args, console = self.args, None if self.args.json else Console(highlight=False)
         options = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p", "stop")}
-        pieces = stream(
-            self.model, self.prompt, max_new_tokens=args.max_new_tokens or NEW_TOKENS, seed=self.seed, **options
-        )
+        pieces = stream(self.model, self.prompt, max_new_tokens=args.max_new_tokens or NEW_TOKENS, seed=self.seed, **options)
         if console is not None:
             console.print(Text(self.prompt, style="bold"), end="", soft_wrap=True)
         for piece in pieces:
@@ -266,9 +260,7 @@ class Demo:
             print(speed_table(rows, len(prompt), where).rstrip("\n"))
             for a in agree:
                 print(f"greedy tokens that agree with {a['with']}: the first {a['agree']} of {a['of']}", end="")
-                print(
-                    "" if a["agree"] == a["of"] else " (in half precision they part where two tokens are nearly even)"
-                )
+                print("" if a["agree"] == a["of"] else " (in half precision they part where two tokens are nearly even)")
         chosen = explain(model)
         if not as_json:
             print(f"\nkernels: {chosen.dtype} on {chosen.device}\n{kernels_line(chosen)}\n", flush=True)

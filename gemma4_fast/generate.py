@@ -254,9 +254,7 @@ def encode_prompts(model: Gemma4, prompt: Any) -> tuple[list[list[int]], bool]:
     if isinstance(prompt, str) or (isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], (int, dict))):
         return [_encode(model, prompt)], True
     if not isinstance(prompt, (list, tuple)):
-        raise ValueError(
-            f"a prompt is text, token ids or chat messages, or a list of these, got {type(prompt).__name__}"
-        )
+        raise ValueError(f"a prompt is text, token ids or chat messages, or a list of these, got {type(prompt).__name__}")
     return [_encode(model, p) for p in prompt], False
 
 

@@ -85,9 +85,7 @@ def memory(
                 uncapped = dataclasses.replace(layer, window=None, k_eq_v=False)
                 pair = allocate(uncapped, batch, context, dtype, "meta")
                 plain += pair.v.nbytes + (0 if pair.k is None else pair.k.nbytes)
-        rows.append(
-            dict(context=context, batch=batch, cache=cache, plain_cache=plain, weights_and_cache=weight_bytes + cache)
-        )
+        rows.append(dict(context=context, batch=batch, cache=cache, plain_cache=plain, weights_and_cache=weight_bytes + cache))
     return rows
 
 
@@ -225,10 +223,7 @@ def _page(facts: dict[str, Any], chosen: Explanation) -> str:
         render(("model", facts["model"]), _model_rows(facts)),
         render(
             ("context", "batch", "cache", "were K and V of every token kept", "weights + cache"),
-            [
-                (f"{r['context']:,}", f"{r['batch']}", *(terminal.size(r[k]) for k in _MEMORY_COLUMNS))
-                for r in facts["memory"]
-            ],
+            [(f"{r['context']:,}", f"{r['batch']}", *(terminal.size(r[k]) for k in _MEMORY_COLUMNS)) for r in facts["memory"]],
             title=f"memory in {facts['dtype']} (activations come on top)",
         ),
         "kernels, " + str(chosen),
@@ -252,15 +247,11 @@ def _model_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     for h in s["heads"]:
         equal = ", K=V" if h["k_eq_v"] else ""
-        rows.append(
-            (f"{h['kind']} heads", f"{h['query']} query, {h['key_value']} key-value, dim {h['head_dim']}{equal}")
-        )
+        rows.append((f"{h['kind']} heads", f"{h['query']} query, {h['key_value']} key-value, dim {h['head_dim']}{equal}"))
     double = f" (twice that in the last {layers['sharing_kv']} layers)" if s["double_wide_mlp"] else ""
     rows.append(("hidden, MLP", f"{s['hidden_size']}, {s['intermediate_size']}{double}"))
     if experts:
-        rows.append(
-            ("experts", f"{experts['num_experts']} of size {experts['intermediate_size']}, {experts['top_k']} a token")
-        )
+        rows.append(("experts", f"{experts['num_experts']} of size {experts['intermediate_size']}, {experts['top_k']} a token"))
     if s["per_layer_embedding_size"]:
         rows.append(("per-layer embedding", f"{s['per_layer_embedding_size']} a layer"))
     rows += [

@@ -22,7 +22,6 @@ from gemma4_fast.config import Gemma4Config, LayerConfig
 from gemma4_fast.reference.model import inv_freq
 from gemma4_fast.reference.ops import rope_angles
 
-
 # The ops a model calls; `moe` chooses among the last three.
 MODEL_OPS = ("rms_norm", "norm_add_norm", "linear", "qkv_norm_rope", "gqa_prefill", "gqa_decode", "geglu_mlp", "logits")
 PLE_OPS = ("ple_gate",)
@@ -127,8 +126,8 @@ class Attention(nn.Module):
             q, k, v = ops.qkv_norm_rope(*norm, eps=self.eps)
             if k is None or v is None:
                 k, v = step.shared[owner.layer.index]
-            old = (kv.k, kv.v, step.prefix_lens) if kv is not None else (None, None, None)
-            a = ops.gqa_prefill(q, k, v, step.cu_seqlens, layer.window, *old, None, *rebuild)
+            old = (None, None, None) if kv is None else (kv.k, kv.v, step.prefix_lens)
+            a = ops.gqa_prefill(q, k, v, step.cu_seqlens, layer.window, *old, None, *rebuild)  # type: ignore[call-arg]
             if self.is_donor:  # its cache is written once the layers that share it are through: see Text.forward
                 step.shared[layer.index] = k, v
             elif own and kv is not None:

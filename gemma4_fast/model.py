@@ -213,7 +213,7 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     if found not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise ValueError(f"dtype must be one of {names}, got {dtype!r}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def parse_device(device: torch.device | str | None) -> torch.device:

@@ -266,9 +266,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._context: list[
-            int
-        ] = []  # tokens already given out (but for an unfinished character), for what follows them
+        self._context: list[int] = []  # tokens already given out (but for an unfinished character), for what follows them
         self._given = 0  # characters of the context's own text that have been given out
         self._held: list[int] = []
 

@@ -211,9 +211,7 @@ def _tokens(model: Gemma4, given: Sequence[int] | Tensor | None, seed: int) -> T
         if picked.dim() != 1 or picked.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids must be one sequence of integers, got {list(picked.shape)} {picked.dtype}")
         if not DECODE + 2 <= picked.numel() <= c.max_position_embeddings:
-            raise ValueError(
-                f"input_ids must hold {DECODE + 2} to {c.max_position_embeddings} tokens, got {picked.numel()}"
-            )
+            raise ValueError(f"input_ids must hold {DECODE + 2} to {c.max_position_embeddings} tokens, got {picked.numel()}")
         if int(picked.min()) < 0 or int(picked.max()) >= c.vocab_size:
             raise ValueError(f"token ids must lie in [0, {c.vocab_size})")
     return picked.long().to(model.device)
@@ -333,9 +331,7 @@ class _Check:
             errors = relative_error(ple, t), relative_error(p, t)
             self.report.comparisons.append(Comparison("per-layer inputs", "", *errors))
 
-    def _layer(
-        self, layer: LayerConfig, run: _Run, ple: Tensor | None, kv: tuple[dict[int, Any], dict[int, Any]]
-    ) -> None:
+    def _layer(self, layer: LayerConfig, run: _Run, ple: Tensor | None, kv: tuple[dict[int, Any], dict[int, Any]]) -> None:
         i, config = layer.index, self.config
         x, between = run.whole(run.before, i), run.whole(run.between, i)
         place: dict[str, Any] = dict(layer=i, kind=layer.label)
@@ -344,9 +340,7 @@ class _Check:
             for w, store in zip((self._weights(True), self._weights(False)), kv, strict=True)
         )
         rows = self._compare("attention", between, truth, plain, **place)
-        self._add(
-            rows, layer, run, lambda again: self._compare("attention", again.whole(again.between, i), truth, plain)
-        )
+        self._add(rows, layer, run, lambda again: self._compare("attention", again.whole(again.between, i), truth, plain))
 
         tail = slice(-FEED_FORWARD_TOKENS, None)
         source = between[tail]
@@ -407,9 +401,7 @@ class _Check:
         self.report.close_calls += int((~clear).sum())
         return clear
 
-    def _add(
-        self, rows: list[Comparison], layer: LayerConfig, run: _Run, again: Callable[[_Run], list[Comparison]]
-    ) -> None:
+    def _add(self, rows: list[Comparison], layer: LayerConfig, run: _Run, again: Callable[[_Run], list[Comparison]]) -> None:
         """Record the rows; if one is wrong, find the op whose replacement by the reference mends them all."""
         if not all(r.ok for r in rows) and (op := self._culprit(layer, run, again)):
             rows = [r if r.ok else Comparison(**{**asdict(r), "op": op}) for r in rows]
@@ -435,9 +427,7 @@ class _Check:
             row = Comparison("logits", "", *errors, op=f"logits [{backend}]")
         self.report.comparisons.append(row)
         # A greedy choice is right if the truth's logit there is its maximum, within what plain PyTorch's choice misses.
-        uncapped = (
-            hidden.to(self.wide) @ self.model.head.to(self.wide).T if self.model.head.numel() < 1 << 24 else truth
-        )
+        uncapped = hidden.to(self.wide) @ self.model.head.to(self.wide).T if self.model.head.numel() < 1 << 24 else truth
         ids = self.model.logits(hidden, argmax=True)
         if int(ids.min()) < 0 or int(ids.max()) >= truth.shape[1]:
             missed, allowed = math.inf, 0.0

@@ -155,14 +155,10 @@ def _header(file: Path) -> dict[str, Stored]:
         with safe_open(file, framework="pt") as f:
             keys = f.keys()
             slices = [f.get_slice(key) for key in keys]
-            return {
-                k: Stored(file, k, tuple(s.get_shape()), str(s.get_dtype())) for k, s in zip(keys, slices, strict=True)
-            }
+            return {k: Stored(file, k, tuple(s.get_shape()), str(s.get_dtype())) for k, s in zip(keys, slices, strict=True)}
     except (SafetensorError, OSError) as e:
         size = f"{file.stat().st_size} bytes, " if file.is_file() else ""
-        raise CheckpointError(
-            f"{file}: not a readable safetensors file ({size}{one_line(e)}); it may be cut short"
-        ) from e
+        raise CheckpointError(f"{file}: not a readable safetensors file ({size}{one_line(e)}); it may be cut short") from e
 
 
 def canonical(name: str) -> str:
@@ -222,9 +218,7 @@ def _is_unused_kv(name: str, config: Gemma4Config) -> bool:
 
 
 # ---------------------------------------------------------------- loading
-def load(
-    model: nn.Module, path: Path, *, device: torch.device | str, dtype: torch.dtype, progress: bool = True
-) -> None:
+def load(model: nn.Module, path: Path, *, device: torch.device | str, dtype: torch.dtype, progress: bool = True) -> None:
     """Fills `model` from the checkpoint folder `path`; peak memory is the result plus one tensor.
 
     A model on the meta device is cast to `dtype` and allocated on `device` once the headers have been checked; one that

@@ -77,9 +77,7 @@ def test_stop_tokens(tiny: Gemma4) -> None:
     both = tiny.generate([PROMPT, "Mr. Darcy"], max_new_tokens=30, temperature=0, stop_token_ids=[stop])
     assert isinstance(both, list)
     assert both[0].token_ids == cut.token_ids  # a finished neighbour changes nothing
-    assert (
-        both[1].token_ids == one(tiny, "Mr. Darcy", max_new_tokens=30, temperature=0, stop_token_ids=[stop]).token_ids
-    )
+    assert both[1].token_ids == one(tiny, "Mr. Darcy", max_new_tokens=30, temperature=0, stop_token_ids=[stop]).token_ids
 
 
 def test_logprobs_are_the_models_own(tiny: Gemma4) -> None:
@@ -298,9 +296,7 @@ def test_filters_keep_what_they_should() -> None:
 
 
 def test_perplexity_counts_each_token_once(tiny: Gemma4) -> None:
-    ids = tiny.tokenizer.encode(
-        PROMPT + ", that a single man in possession of a good fortune must be in want of a wife."
-    )
+    ids = tiny.tokenizer.encode(PROMPT + ", that a single man in possession of a good fortune must be in want of a wife.")
     whole, counted = perplexity(tiny, ids, window=1000, stride=1000)
     assert counted == len(ids) - 1
     logp = tiny(torch.tensor([ids[:-1]])).log_softmax(-1)[0]

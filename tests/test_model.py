@@ -112,9 +112,7 @@ def test_a_ragged_batch_is_each_alone(member: str) -> None:
 
 @each_member
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_model_loads_in_transformers_with_the_same_logits(
-    member: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_saved_model_loads_in_transformers_with_the_same_logits(member: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, ids = fast_model(member, dtype), prompt(1, 30)
     model.save_pretrained(tmp_path / "saved")
     theirs = load_with_transformers(tmp_path / "saved", dtype)

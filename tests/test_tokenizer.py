@@ -36,9 +36,7 @@ def byte_level() -> tokenizers.Tokenizer:
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tok.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
     tok.train_from_iterator(TEXTS[:3] + ["😀😁😂日月火水木"] * 5, trainer)
     return tok
 
@@ -229,9 +227,7 @@ def hugging_face(folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    "messages", [CONVERSATION, CONVERSATION[1:], CONVERSATION[1:2]], ids=["system", "turns", "one"]
-)
+@pytest.mark.parametrize("messages", [CONVERSATION, CONVERSATION[1:], CONVERSATION[1:2]], ids=["system", "turns", "one"])
 @pytest.mark.parametrize("prompt", [True, False])
 @pytest.mark.parametrize("variables", [{}, {"tools": TOOLS}, {"enable_thinking": True}], ids=["", "tools", "thinking"])
 def test_template_renders_as_in_transformers(

@@ -215,7 +215,7 @@ def test_nan_weights_are_found_and_all_named(tiny_fp32: Gemma4) -> None:
             state[n].view(-1)[7] = bad
         report = verify(tiny_fp32)
         assert sorted(report.not_finite) == names
-        with pytest.raises(SelfCheckError, match="not finite.*up_proj"):
+        with pytest.raises(SelfCheckError, match=r"not finite.*up_proj"):
             report.raise_if_wrong()
     finally:
         for n, value in zip(names, saved, strict=True):

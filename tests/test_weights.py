@@ -229,9 +229,7 @@ def test_every_fault_is_named_at_once_and_nothing_is_allocated(tmp_path: Path) -
 def test_long_lists_are_cut(tmp_path: Path) -> None:
     write(tmp_path, {"x": torch.zeros(1)}, {})
     n = len(empty(MEMBERS["31b"]).state_dict())
-    with pytest.raises(
-        CheckpointError, match=rf"{n} missing tensors: .*, ... and {n - 20} more; 1 unexpected tensor: x"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{n} missing tensors: .*, ... and {n - 20} more; 1 unexpected tensor: x"):
         weights.load(empty(MEMBERS["31b"]), tmp_path, device="cpu", dtype=torch.float32)
 
 
@@ -368,9 +366,7 @@ def test_hub_errors_are_one_clear_line(kind: type[Exception], monkeypatch: pytes
 
 def test_hub_download_asks_for_safe_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda repo, **k: asked.update(k, repo=repo) or str(tmp_path)
-    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **k: asked.update(k, repo=repo) or str(tmp_path))
     assert weights.resolve("org/name", revision="main", local_files_only=True) == tmp_path
     assert (asked["repo"], asked["revision"], asked["local_files_only"]) == ("org/name", "main", True)
     only = {k: asked[k] for k in ("allow_patterns", "ignore_patterns")}

@@ -36,9 +36,7 @@ def _check_cache(
     checks.shaped(op, "lengths", lens, (sequences,), q, checks.INTS)
     checks.shaped(op, "block_table", block_table, (sequences, -1), q, (torch.int32,))
     if k_cache is None:
-        checks.require(
-            op, inv_freq is not None and k_weight is not None, "without k_cache, inv_freq and k_weight are needed"
-        )
+        checks.require(op, inv_freq is not None and k_weight is not None, "without k_cache, inv_freq and k_weight are needed")
         checks.shaped(op, "inv_freq", inv_freq, (-1,), q, (torch.float32, torch.float64))
         checks.shaped(op, "k_weight", k_weight, (dim,), q)
 
@@ -166,9 +164,7 @@ def _check_prefill(
     checks.floating(op, "q", q, 3)
     checks.shaped(op, "k", k, (q.shape[0], -1, q.shape[2]), q)
     checks.shaped(op, "v", v, k.shape, q)
-    checks.require(
-        op, q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads do not divide into {k.shape[1]} KV heads"
-    )
+    checks.require(op, q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads do not divide into {k.shape[1]} KV heads")
     checks.require(op, window is None or window > 0, f"window must be positive, got {window}")
     checks.shaped(op, "cu_seqlens", cu_seqlens, (-1,), q, (torch.int32,))
     checks.require(op, cu_seqlens.shape[0] >= 1, "cu_seqlens is empty, expected B + 1 entries")

@@ -15,9 +15,7 @@ from gemma4_fast.reference import ops as reference
 WEIGHTS = (torch.float32, torch.float64)  # routing weights stay wide whatever x is
 
 
-def _check_route(
-    x: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tensor, top_k: int, eps: float = 1e-6
-) -> None:
+def _check_route(x: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tensor, top_k: int, eps: float = 1e-6) -> None:
     op = "route_topk"
     checks.floating(op, "x", x, 2)
     checks.floating(op, "proj", proj, 2)
@@ -118,9 +116,7 @@ def _check_grouped(
 ) -> None:
     op = "grouped_gemm"
     checks.floating(op, "x", x, 2)
-    checks.require(
-        op, epilogue in ("none", "geglu", "combine"), f"epilogue must be none, geglu or combine, got {epilogue!r}"
-    )
+    checks.require(op, epilogue in ("none", "geglu", "combine"), f"epilogue must be none, geglu or combine, got {epilogue!r}")
     checks.floating(op, "weight", weight, 3)
     checks.shaped(op, "weight", weight, (-1, -1, x.shape[1]), x)
     checks.shaped(op, "order", order, (-1,), x, (torch.int32,))
@@ -196,15 +192,11 @@ def _check_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, do
     checks.shaped(op, "ids", ids, (tokens, -1), x, (torch.int32,))
     checks.shaped(op, "topk_weights", topk_weights, ids.shape, x, WEIGHTS)
     checks.shaped(op, "gate_up", gate_up, (experts, -1, hidden), x)
-    checks.require(
-        op, gate_up.shape[1] % 2 == 0, f"gate_up has {gate_up.shape[1]} rows per expert, expected an even number"
-    )
+    checks.require(op, gate_up.shape[1] % 2 == 0, f"gate_up has {gate_up.shape[1]} rows per expert, expected an even number")
     checks.shaped(op, "down", down, (experts, hidden, gate_up.shape[1] // 2), x)
 
 
-def _moe_case(
-    m: Maker, tokens: int, hidden: int, inter: int, experts: int, top_k: int, skew: str = ""
-) -> dict[str, Any]:
+def _moe_case(m: Maker, tokens: int, hidden: int, inter: int, experts: int, top_k: int, skew: str = "") -> dict[str, Any]:
     return dict(
         x=m.randn(tokens, hidden),
         topk_weights=m.randn(tokens, top_k, dtype=torch.float32).abs(),
@@ -249,11 +241,11 @@ def moe_crossover(device: torch.device) -> int:
 
 def _compose_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     if x.shape[0] <= moe_crossover(x.device):
-        return MOE_DECODE.select((x, topk_weights, ids, gate_up, down))(x, topk_weights, ids, gate_up, down)  # type: ignore[no-any-return]
+        return MOE_DECODE.select((x, topk_weights, ids, gate_up, down))(x, topk_weights, ids, gate_up, down)
     top_k = ids.shape[1]
     order, offsets, _ = EXPERT_DISPATCH(ids, gate_up.shape[0])
     h = GROUPED_GEMM(x, gate_up, order, offsets, top_k, "geglu", None)
-    return GROUPED_GEMM(h, down, order, offsets, top_k, "combine", topk_weights)  # type: ignore[no-any-return]
+    return GROUPED_GEMM(h, down, order, offsets, top_k, "combine", topk_weights)
 
 
 MOE = register(

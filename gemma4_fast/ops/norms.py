@@ -121,9 +121,7 @@ def _check_qkv_norm_rope(
     checks.shaped(op, "q_weight", q_weight, (dim,), qkv)
     parts = (1, 2) if num_kv_heads else (0,)
     widths = [(num_q_heads + n * num_kv_heads) * dim for n in parts]
-    checks.require(
-        op, qkv.shape[1] in widths, f"qkv has {qkv.shape[1]} columns, expected {' or '.join(map(str, widths))}"
-    )
+    checks.require(op, qkv.shape[1] in widths, f"qkv has {qkv.shape[1]} columns, expected {' or '.join(map(str, widths))}")
     checks.require(op, num_kv_heads == 0 or k_weight is not None, "k_weight is needed where there are KV heads")
     checks.shaped(op, "k_weight", k_weight, (dim,), qkv)
     checks.shaped(op, "cos", cos, (tokens, -1), qkv, (torch.float32, torch.float64))

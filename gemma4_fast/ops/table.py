@@ -54,7 +54,7 @@ class Impl:
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
         module, name = self.path.split(":")
-        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(module), name)
 
 
 class Maker:
@@ -126,9 +126,7 @@ class Op:
             return f"does not take {str(dtype).removeprefix('torch.')}"
         return impl.accepts(*args) if args is not None and impl.accepts is not None else None
 
-    def inputs(
-        self, case: str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
-    ) -> dict[str, Any]:
+    def inputs(self, case: str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
         """The arguments of a named case, by name, in the order of the signature."""
         return self.cases[case](Maker(dtype, device, seed))
 
@@ -176,7 +174,8 @@ class _Selection:
         return self.per_op.get(name, self.default)
 
 
-_SELECTION: ContextVar[_Selection] = ContextVar("gemma4_fast_backend", default=_Selection())
+_AUTOMATIC = _Selection()
+_SELECTION: ContextVar[_Selection] = ContextVar("gemma4_fast_backend", default=_AUTOMATIC)
 
 
 def parse_backend(backend: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -231,7 +230,8 @@ def decide(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, di
 
     The backend is "none" if nothing serves, and "composed" for an op that is made of others.
     """
-    op, reasons = TABLE[name], {}
+    op = TABLE[name]
+    reasons: dict[str, str] = {}
     if op.compose is not None:
         return "composed", {}
     for backend in _SELECTION.get().for_op(name) or AUTO_ORDER:

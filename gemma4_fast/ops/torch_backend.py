@@ -6,6 +6,7 @@ Signatures and meaning are those of gemma4_fast.reference.ops, which documents s
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import cast
 
 import torch
@@ -128,9 +129,7 @@ def gqa_decode(
     grouped = q.view(batch, kv_heads, q_heads // kv_heads, dim)  # a group's heads are the rows of one product
     v = v[:, :used].transpose(1, 2)  # [B, Hkv, used, D]
     if k is None:
-        out = _attend_v_only(
-            grouped, v, positions, mask[:, None, None], cast(Tensor, inv_freq), cast(Tensor, k_weight), scale
-        )
+        out = _attend_v_only(grouped, v, positions, mask[:, None, None], cast(Tensor, inv_freq), cast(Tensor, k_weight), scale)
     else:
         out = F.scaled_dot_product_attention(
             grouped, k[:, :used].transpose(1, 2), v, attn_mask=mask[:, None, None], scale=scale
@@ -260,7 +259,7 @@ def grouped_gemm(
     else:
         y = rows.new_empty(rows.shape[0], weight.shape[1])
         bounds = offsets.tolist()
-        for expert, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for expert, (lo, hi) in enumerate(itertools.pairwise(bounds)):
             if lo < hi:
                 torch.mm(rows[lo:hi], weight[expert].t(), out=y[lo:hi])
     if epilogue == "geglu":

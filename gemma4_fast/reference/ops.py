@@ -10,6 +10,8 @@ E num_experts, K top_k, I intermediate size, V vocab_size, P hidden_size_per_lay
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -203,7 +205,7 @@ def gqa_prefill(
     """
     out = torch.empty_like(q)
     bounds = cu_seqlens.tolist()
-    for b, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for b, (lo, hi) in enumerate(itertools.pairwise(bounds)):
         prefix = 0 if prefix_lens is None else int(prefix_lens[b])
         keys, values = k[lo:hi], v[lo:hi]
         key_pos = q_pos = torch.arange(prefix, prefix + hi - lo, device=q.device)
@@ -292,7 +294,7 @@ def grouped_gemm(
     rows = x[order.long() // top_k] if epilogue == "geglu" else x
     y = rows.new_empty(order.shape[0], weight.shape[1])
     bounds = offsets.tolist()
-    for expert, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (lo, hi) in enumerate(itertools.pairwise(bounds)):
         if lo < hi:
             y[lo:hi] = F.linear(rows[lo:hi], weight[expert])
     if epilogue == "geglu":
@@ -342,7 +344,7 @@ def ple_gate(
     next_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor | None]:
-    """Per-layer embedding: y = (x + rms_norm(proj @ (gelu_tanh(gate @ x) * ple), weight)) * scale, z = rms_norm(y, next_weight).
+    """PLE: y = (x + rms_norm(proj @ (gelu_tanh(gate @ x) * ple), weight)) * scale, z = rms_norm(y, next_weight).
 
     x [T, H]; ple [T, P], this layer's input; gate [P, H]; proj [H, P]; weight, next_weight [H]; scale [1].
     Returns (y, z), z None without next_weight. Source: Gemma 3n / Gemma 4 E-models.
