@@ -1,12 +1,13 @@
 """`gemma4-fast chat`: a conversation through the checkpoint's own template, with one cache for all of it.
 
-Two rules. What people type cannot become a special token: "<turn|>" in a message is seven characters and ends no turn. And
-a turn only prefills what is new: its prompt is the token ids of the conversation so far, exactly as they ran, and after them
-what the template adds.
+Two rules. What people type cannot become a special token: "<turn|>" in a message is seven characters and ends no turn.
+And a turn only prefills what is new: its prompt is the token ids of the conversation so far, exactly as they ran, and
+after them what the template adds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import secrets
@@ -41,16 +42,16 @@ class Specials:
         self.longest = max(map(len, spelled), default=0)
 
     def in_text(self, text: str) -> bool:
-        """Whether encoding gives a special token. A tokenizer may also normalise text into one that is not spelled in it."""
+        """Whether encoding gives a special token: a tokenizer may also normalise text into one that it does not spell."""
         return bool(text) and not self.ids.isdisjoint(self.tokenizer.encode(text, add_bos=False))
 
 
 class Literal:
     """Carries text through a template in such a way that it comes out as text.
 
-    Each spelling of a special token in a message is swapped for a random word before the template is rendered. Then what
-    was rendered is encoded piece by piece: the words' originals as plain characters, all the rest as usual. `borders`
-    swaps also what, at the ends of a message, begins or ends such a spelling: the template's characters might complete it.
+    Each spelling of a special token in a message is swapped for a random word before the template is rendered. Then
+    what was rendered is encoded piece by piece: the words' originals as plain characters, all the rest as usual.
+    `borders` swaps also what, at the ends of a message, begins or ends such a spelling: the template might complete it.
     """
 
     def __init__(self, specials: Specials, *, borders: bool) -> None:
@@ -206,11 +207,12 @@ class Conversation:
 class Interrupt:
     """Inside: the first Ctrl-C sets `hit`, for the answer to end between two tokens with its cache in order.
 
-    A second one raises KeyboardInterrupt wherever the program is.
+    A second one raises KeyboardInterrupt wherever the program is, and without `wanted` the first one does.
     """
 
-    def __init__(self) -> None:
-        self.hit = False
+    def __init__(self, *, wanted: bool) -> None:
+        # Elsewhere than in the main thread Python forbids handlers.
+        self._on, self.hit = wanted and threading.current_thread() is threading.main_thread(), False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.hit:
@@ -218,13 +220,12 @@ class Interrupt:
         self.hit = True
 
     def __enter__(self) -> Interrupt:
-        self._main = threading.current_thread() is threading.main_thread()  # elsewhere Python forbids handlers
-        if self._main:
+        if self._on:
             self._before = signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._main:
+        if self._on:
             signal.signal(signal.SIGINT, self._before)
 
 
@@ -242,7 +243,7 @@ class Chat:
         self.seed = secrets.randbits(48) if args.seed is None else args.seed
         given = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p")}
         self.sampling = default_sampling(model, **given)
-        self.answers = 0
+        self.answers, self.interactive = 0, sys.stdin.isatty()
 
     def reset(self) -> None:
         self.conversation.reset()
@@ -275,7 +276,7 @@ class Chat:
         seed = (self.seed + self.answers) % 2**63
         session = Session(self.model, [ids], max_new_tokens=room, sampling=self.sampling, seed=seed, prefix=self.prefix)
         long = len(ids) - held > session.prefill_chunk and not as_json
-        with Interrupt() as interrupt, terminal.progress_bar("reading", shown=long) as bar:
+        with Interrupt(wanted=self.interactive) as interrupt:
 
             def on_prefill(done: int, total: int) -> None:  # the cache and its record agree when this is called
                 if bar is not None:
@@ -286,15 +287,19 @@ class Chat:
             stream = Stream(session, args.stop, on_prefill)
             result = stream.result
             try:
-                for piece in stream:
+                with terminal.progress_bar("reading", shown=long) as bar:
+                    first = next(stream, "")
+                for piece in itertools.chain([first], stream):
                     if not as_json:
                         print(piece, end="", flush=True)
                     if interrupt.hit:
                         break
             except Stopped:
                 pass
-            except KeyboardInterrupt:  # the second one: the cache may be half-written
-                self.prefix = Prefix()
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                self.prefix = Prefix()  # the second one came in the midst of a step: the cache may be half-written
         reused = held if self.prefix.cache is cache and cache is not None else 0
         self._note(result, interrupt.hit and result.finish_reason is None, seed, len(ids) - reused, session.stop_ids)
 
@@ -321,14 +326,13 @@ class Chat:
             "sampling": terminal.sampling_dict(self.sampling),
             "timings": terminal.rates(result, prefilled),
         }
-        terminal.print_json(line, indent=None)
+        terminal.print_json(line)
 
     def run(self) -> int:
-        """Until /exit or the end of the input. A message that cannot be served ends a script, not a person's session."""
-        interactive = sys.stdin.isatty()
-        if interactive:
+        """Until /exit or the end of the input. What cannot be served ends a script, but not a person's session."""
+        if self.interactive:
             terminal.note(HELP)
-        for line in _lines(interactive):
+        for line in _lines(self.interactive):
             text = line.strip()
             if text == "/exit":
                 break
@@ -338,7 +342,7 @@ class Chat:
                 try:
                     self.answer(text)
                 except ValueError as e:
-                    if not interactive:
+                    if not self.interactive:
                         raise
                     terminal.note(f"gemma4-fast: error: {' '.join(str(e).split())}")
         return 0
@@ -346,12 +350,13 @@ class Chat:
 
 def _lines(interactive: bool) -> Iterator[str]:
     if not interactive:
-        yield from sys.stdin
+        try:
+            yield from sys.stdin
+        except UnicodeDecodeError as e:
+            raise ValueError(f"standard input is not UTF-8 text (byte {e.start})") from e
         return
-    try:
+    with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 - input() then has line editing and a history
-    except ImportError:  # Windows
-        pass
     prompt = "> "
     while True:
         try:

@@ -1,12 +1,11 @@
 """The command `gemma4-fast`: demo, generate, chat, check, info.
 
-The result goes to stdout, everything about it to stderr. Exit codes: 0 done, 1 the self-check failed, 2 an error, told in one
-line, 130 Ctrl-C. Only errors that a caller can cause are told so; any other is a bug here and keeps its traceback.
+The result goes to stdout, everything about it to stderr. Exit codes: 0 done, 1 the self-check failed, 2 an error, told in
+one line, 130 Ctrl-C. Only errors that a caller can cause are told so; any other is a bug here and keeps its traceback.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import logging
 import os
@@ -19,17 +18,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
-from gemma4_fast import __version__, terminal
+from gemma4_fast import terminal
+from gemma4_fast.arguments import PROGRAM, parser
 from gemma4_fast.errors import CheckpointError, SelfCheckError, UnsupportedError
 
 if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
+    from gemma4_fast.tokenizer import Tokenizer
     from gemma4_fast.verify import Report
-
-PROGRAM = "gemma4-fast"
-SEEDS = 2**63  # below this
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     try:
         with warnings_to_stderr():
-            args = parser().parse_args(argv)
+            args = parser(COMMANDS).parse_args(argv)
             code: int = args.run(args)
             sys.stdout.flush()
             return code
@@ -98,100 +96,6 @@ def warnings_to_stderr() -> Iterator[None]:
         log.removeHandler(handler)
 
 
-# ---------------------------------------------------------------- arguments
-class Parser(argparse.ArgumentParser):
-    """Errors in one line, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see {self.prog} --help)")
-
-
-def count(text: str) -> int:
-    """A whole number of at least 1, also as "32K"."""
-    match = re.fullmatch(r"(\d+)([kKmM]?)", text)
-    value = int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()] if match else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
-
-
-def seed(text: str) -> int:
-    if not re.fullmatch(r"\d+", text) or int(text) >= SEEDS:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text!r}")
-    return int(text)
-
-
-def parser() -> Parser:
-    top = Parser(
-        prog=PROGRAM,
-        description="Gemma 4 on the kernels that fit this machine, checked on this machine against plain PyTorch.",
-        epilog=f"`{PROGRAM} COMMAND --help` lists a command's options. Without --model a small trained one is used.",
-    )
-    top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def command(name: str, run: Any, help: str, *groups: Any, **texts: str) -> Parser:
-        added: Parser = commands.add_parser(name, help=help, description=texts.get("description", help))
-        added.set_defaults(run=run)
-        for group in groups:
-            group(added)
-        return added
-
-    command("demo", demo, "text, speed, kernels and the self-check in half a minute", _model, _load, _sample)
-    p = command(
-        "generate", generate, "continue a text", _model, _load, _sample,
-        description="Continue a text. The prompt is taken as it is; `chat` puts it into the model's chat template.",
-    )  # fmt: skip
-    source = p.add_mutually_exclusive_group()
-    source.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text; without it, standard input is read")
-    source.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file (a last line break is cut off)")
-    p = command(
-        "chat", chat, "talk with the model", _model, _load, _sample,
-        description="Talk with the model, by the checkpoint's chat template. Standard input that is no terminal is taken "
-        "a line a turn. /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer.",
-    )  # fmt: skip
-    p.add_argument("--system", metavar="TEXT", help="what the model is told about its part")
-    p = command("check", check, "compare the model with the reference, layer by layer (exit code 0 or 1)", _model)
-    p.add_argument("--level", choices=("full", "quick"), default="full", help="quick: one layer of each kind")
-    p = command(
-        "info", info, "a model's numbers, the memory it needs, the kernels that will run", _model,
-        description="A model's numbers, the memory it needs, and the kernels that will run here. Weights are not read. "
-        "--model may also be one of the published models, of which no checkpoint is needed: e2b, e4b, 12b, 26b-a4b, 31b.",
-    )  # fmt: skip
-    p.add_argument("--context", metavar="N", nargs="+", type=count, help='tokens of context, as in 8192 or "8K"')
-    p.add_argument("--batch", metavar="B", type=count, default=1, help="sequences at a time (default 1)")
-    return top
-
-
-def _model(p: Parser) -> None:
-    g = p.add_argument_group("model")
-    g.add_argument("--model", default="tiny", metavar="M", help="checkpoint folder, hub id, or tiny (the default)")
-    g.add_argument("--backend", metavar="B", help="auto (default), cuda, triton, cpu, torch, reference; or several: cpu,torch")
-    g.add_argument("--dtype", metavar="T", help="bfloat16, float16, float32, float64 (default: the checkpoint's)")
-    g.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    g.add_argument("--threads", metavar="N", type=count, help="CPU threads (default: PyTorch's choice)")
-    g.add_argument("--json", action="store_true", help="machine-readable output")
-    g.add_argument("--debug", action="store_true", help="show where an error comes from")
-
-
-def _load(p: Parser) -> None:
-    p.add_argument(
-        "--check", choices=("quick", "full", "off"), default="quick",
-        help="self-check before use: quick (default; one layer of each kind), full (all), off",
-    )  # fmt: skip
-
-
-def _sample(p: Parser) -> None:
-    g = p.add_argument_group("generation (defaults are the checkpoint's recommendations)")
-    g.add_argument("--max-new-tokens", metavar="N", type=count, help="end after so many tokens")
-    g.add_argument("--temperature", metavar="T", type=float, help="0: always the likeliest token")
-    g.add_argument("--top-k", metavar="K", type=int, help="only the K likeliest tokens (0: all)")
-    g.add_argument("--top-p", metavar="P", type=float, help="only the likeliest tokens that make up P of the probability")
-    g.add_argument("--min-p", metavar="P", type=float, help="only tokens at least P times as likely as the likeliest")
-    g.add_argument("--seed", metavar="S", type=seed, help="the same seed gives the same text (default: a new one)")
-    g.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
-
-
 # ---------------------------------------------------------------- loading
 @dataclass
 class Loaded:
@@ -208,8 +112,8 @@ def locate(name: str) -> Path:
 
     if name.lower() in PRESETS and not Path(name).is_dir():
         raise ValueError(
-            f"{name!r} names a published model, whose weights are not part of this package: give --model its folder, its "
-            f"hub id, or leave it out for the packaged model (`{PROGRAM} info --model {name.lower()}` shows its numbers)"
+            f"{name!r} names a published model, whose weights are not part of this package: give --model its folder or "
+            f"its hub id, or leave it out for the packaged one (`{PROGRAM} info --model {name.lower()}` has its numbers)"
         )
     try:
         return resolve(name)
@@ -236,12 +140,13 @@ def prepare(args: Namespace) -> None:
         raise ValueError("--stop needs some text")
 
 
-def load(args: Namespace, path: Path, level: str) -> Loaded:
+def load(args: Namespace, path: Path, level: str, tokenizer: Tokenizer | None = None) -> Loaded:
     """The model, checked at `level` ("off" for not at all). SelfCheckError if it is wrong."""
     from gemma4_fast.model import Gemma4
 
     start = time.perf_counter()
     model = Gemma4.from_pretrained(path, dtype=args.dtype, device=args.device, backend=args.backend, check=False)
+    model._tokenizer = tokenizer  # large ones take a second to read
     loaded = Loaded(model, None, time.perf_counter() - start, 0.0)
     if level != "off":
         loaded.report, loaded.check_s = checked(model, level)
@@ -288,17 +193,18 @@ def read_prompt(args: Namespace) -> str:
     return text
 
 
-def fits(path: Path, prompt: str, wanted: int | None) -> None:
-    """ValueError if the context cannot hold prompt and output: found out before a large model is loaded."""
+def encode(path: Path, prompt: str, wanted: int | None) -> tuple[Tokenizer, list[int]]:
+    """The prompt's token ids. ValueError if prompt and output exceed the context: found out before a model is loaded."""
     from gemma4_fast.config import Gemma4Config
     from gemma4_fast.tokenizer import Tokenizer
 
-    tokens = len(Tokenizer.from_pretrained(path).encode(prompt))
-    limit = Gemma4Config.from_pretrained(path).max_position_embeddings
-    if tokens + (wanted or 1) > limit:
+    tokenizer = Tokenizer.from_pretrained(path)
+    ids, limit = tokenizer.encode(prompt), Gemma4Config.from_pretrained(path).max_position_embeddings
+    if len(ids) + (wanted or 1) > limit:
         raise ValueError(
-            f"a prompt of {tokens} tokens and {wanted or 1} to generate exceed the model's context of {limit} tokens"
+            f"a prompt of {len(ids)} tokens and {wanted or 1} to generate exceed the model's context of {limit} tokens"
         )
+    return tokenizer, ids
 
 
 def generate(args: Namespace) -> int:
@@ -307,10 +213,9 @@ def generate(args: Namespace) -> int:
     prepare(args)
     prompt = read_prompt(args)
     path = locate(args.model)
-    fits(path, prompt, args.max_new_tokens)
-    loaded = load(args, path, args.check)
+    tokenizer, ids = encode(path, prompt, args.max_new_tokens)
+    loaded = load(args, path, args.check, tokenizer)
     model = loaded.model
-    ids = model.tokenizer.encode(prompt)
     used = secrets.randbits(48) if args.seed is None else args.seed
     given = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p")}
     session = Session(model, [ids], max_new_tokens=args.max_new_tokens, sampling=default_sampling(model, **given), seed=used)
@@ -330,7 +235,7 @@ def generate(args: Namespace) -> int:
             print(piece, end="", flush=True)
     result = stream.result
     if not args.json:
-        print(flush=True)
+        print("" if (result.text or "").endswith("\n") else "\n", end="", flush=True)
         terminal.note(f"[{terminal.timing_line(result, len(ids))}; seed {used}]")
         return 0
     from gemma4_fast.explain import explain
@@ -365,9 +270,10 @@ def chat(args: Namespace) -> int:
 
     prepare(args)
     path = locate(args.model)
-    if Tokenizer.from_pretrained(path).chat_template is None:
+    tokenizer = Tokenizer.from_pretrained(path)
+    if tokenizer.chat_template is None:
         raise CheckpointError(f"{path}: has no chat template, so it is a base model: use `{PROGRAM} generate`")
-    return Chat(load(args, path, args.check).model, args).run()
+    return Chat(load(args, path, args.check, tokenizer).model, args).run()
 
 
 def check(args: Namespace) -> int:
@@ -390,6 +296,8 @@ def info(args: Namespace) -> int:
         close = hint(args.model, ["tiny", *PRESETS])
         raise CheckpointError(f"{e}; the published models are {', '.join(PRESETS)}{close}") from e
 
+
+COMMANDS = {"demo": demo, "generate": generate, "chat": chat, "check": check, "info": info}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""`gemma4-fast demo`: text from a model, how fast it came beside two others, which kernels ran, and whether they are right."""
+"""`gemma4-fast demo`: text from a model, its speed beside two others, the kernels that ran, and whether they are right."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_fast import ops, reference, terminal
+from gemma4_fast import ops, terminal
 from gemma4_fast.explain import explain
 from gemma4_fast.generate import Generation, generate, stream
+from gemma4_fast.reference import model as reference
 from gemma4_fast.tables import render
 from gemma4_fast.verify import verify
 
@@ -232,7 +233,10 @@ class Demo:
 
         args, console = self.args, None if self.args.json else Console(highlight=False)
         options = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p", "stop")}
-        pieces = stream(self.model, self.prompt, max_new_tokens=args.max_new_tokens or NEW_TOKENS, seed=self.seed, **options)
+        if args.model == "tiny":  # made from whole books, it may end one after a sentence; then it just goes on
+            options["stop_token_ids"] = ()
+        count = args.max_new_tokens or NEW_TOKENS
+        pieces = stream(self.model, self.prompt, max_new_tokens=count, seed=self.seed, **options)
         if console is not None:
             console.print(Text(self.prompt, style="bold"), end="", soft_wrap=True)
         for piece in pieces:

@@ -1,4 +1,4 @@
-"""`gemma4-fast info`: a model's numbers, what it needs in memory, and what will run. Reads config and headers, no weights."""
+"""`gemma4-fast info`: a model's numbers, the memory it needs, what will run. Reads config and headers, no weights."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def parameters(model: Gemma4) -> dict[str, int]:
 def memory(
     config: Gemma4Config, contexts: list[int], batch: int, dtype: torch.dtype, weight_bytes: int
 ) -> list[dict[str, int]]:
-    """One row for each context: bytes of the cache this package allocates, and of one that keeps K and V of every token.
+    """For each context: bytes of the cache that this package allocates, and of one that keeps K and V of every token.
 
     The figures are those of real allocations, made on the meta device. The plain cache serves shared layers once too.
     """
@@ -212,7 +212,7 @@ def run(args: Namespace) -> int:
         "machine": machine(),
     }
     if args.json:
-        terminal.print_json(facts)
+        terminal.print_json(facts, indent=2)
     else:
         print(_page(facts, chosen))
     return 0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar(label: str, *, shown: bool = True) -> Iterator[Callable[[int, int], None] | None]:
-    """A function (done, total) that moves a bar on stderr, or None where stderr is no terminal. The bar is gone at the end."""
+    """A function (done, total) that moves a bar on stderr, which goes away at the end. None if stderr is no terminal."""
     if not (shown and sys.stderr.isatty()):
         yield None
         return
@@ -35,19 +35,16 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def print_json(value: Mapping[str, Any], *, indent: int | None = 2) -> None:
+def print_json(value: Mapping[str, Any], *, indent: int | None = None) -> None:
     print(json.dumps(value, indent=indent), flush=True)
 
 
 def size(count: float) -> str:
     """Bytes in binary units: "51.2 GiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            break
-        count /= 1024
-    else:
-        unit = "TiB"
-    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1000 and len(units) > 1:
+        count, units = count / 1024, units[1:]
+    return f"{count:.3g} {units[0]}"
 
 
 def rate(count: int, seconds: float) -> float | None:
@@ -56,7 +53,7 @@ def rate(count: int, seconds: float) -> float | None:
 
 
 def rates(result: Generation, prefilled: int) -> dict[str, float | None]:
-    """Seconds and tokens/s of one generation. Prefill gives the first new token, so decoding made one less than there are."""
+    """Seconds and tokens/s of one generation. The first new token comes from prefill, so decoding made one less."""
     return {
         "prefill_s": result.prefill_seconds,
         "decode_s": result.decode_seconds,
