@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from gemma4_fast import ops
 from gemma4_fast.cache import KVCache
 from gemma4_fast.config import Gemma4Config
 from gemma4_fast.layers import Text, Weight, model_ops
+
+log = logging.getLogger("gemma4_fast")
 
 if TYPE_CHECKING:
     from gemma4_fast.generate import Generation, Stream
@@ -72,6 +75,8 @@ class Gemma4(nn.Module):
         target = parse_device(device)
         path = weights.resolve(path_or_hub_id)
         config = Gemma4Config.from_pretrained(path)
+        if config.towers:
+            log.warning("%s has %s towers; only its text model is loaded", path, " and ".join(config.towers))
         chosen = parse_dtype(dtype if dtype is not None else config.dtype)
         with ops.use_backend(backends or None):
             ops.require(target, chosen, model_ops(config))
