@@ -16,12 +16,11 @@ from gemma4_fast.cache import KVCache
 from gemma4_fast.config import Gemma4Config
 from gemma4_fast.layers import Text, Weight, model_ops
 
-log = logging.getLogger("gemma4_fast")
-
 if TYPE_CHECKING:
     from gemma4_fast.generate import Generation, Stream
     from gemma4_fast.tokenizer import Tokenizer
 
+log = logging.getLogger("gemma4_fast")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 

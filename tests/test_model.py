@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from family import MEMBERS, fast_model, load_with_transformers, prompt, transformers_in, transformers_model
+from safetensors.torch import load_file, save_file
 
 from gemma4_fast import Gemma4
 from gemma4_fast.generate import Session
@@ -152,3 +155,20 @@ def test_v_only_cache_is_half_of_k_and_v() -> None:
     assert shared.new_cache(1, 64).layer(9) is not None
     cache = shared.new_cache(1, 64)
     assert cache.layer(9) is cache.layer(4) and cache.layer(8) is cache.layer(5)
+
+
+def test_a_checkpoint_with_towers_loads_its_text_part_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = fast_model("e2b"), prompt(1, 12)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {n.replace("model.", "model.language_model.", 1): t for n, t in load_file(file).items()}
+    tensors["model.vision_tower.patch_embedder.input_proj.weight"] = torch.zeros(4, 4)
+    tensors["model.layers.9.self_attn.k_proj.weight".replace("model.", "model.language_model.", 1)] = torch.zeros(3, 3)
+    save_file(tensors, file, metadata={"format": "pt"})
+    text = json.loads((tmp_path / "config.json").read_text())
+    nested = {"model_type": "gemma4", "text_config": text, "vision_config": {"hidden_size": 4}, "audio_config": None}
+    (tmp_path / "config.json").write_text(json.dumps(nested))
+    with caplog.at_level(logging.WARNING, "gemma4_fast"):
+        again = Gemma4.from_pretrained(tmp_path)
+    assert ["vision towers; only its text model" in r.message for r in caplog.records] == [True]
+    assert torch.equal(again(ids), model(ids))
