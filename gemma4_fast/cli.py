@@ -115,6 +115,8 @@ def locate(name: str) -> Path:
             f"{name!r} names a published model, whose weights are not part of this package: give --model its folder or "
             f"its hub id, or leave it out for the packaged one (`{PROGRAM} info --model {name.lower()}` has its numbers)"
         )
+    if terminal.is_hub_id(name):
+        terminal.fetching(name)
     try:
         return resolve(name)
     except CheckpointError as e:

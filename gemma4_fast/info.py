@@ -30,20 +30,25 @@ def find(name: str) -> tuple[Gemma4Config, Path | None]:
     """The config of a preset (no folder then), or of a checkpoint; of one on the hub only config.json is fetched."""
     if name in PRESETS and not Path(name).is_dir():
         return PRESETS[name], None
-    looks_like_hub = name.count("/") == 1 and name[0].isalnum() and not Path(name).exists()
-    path = _hub_config(name) if looks_like_hub else resolve(name)
+    path = _hub_config(name) if terminal.is_hub_id(name) else resolve(name)
     return Gemma4Config.from_pretrained(path), path
 
 
 def _hub_config(repo: str) -> Path:
     from huggingface_hub import errors, hf_hub_download
 
+    terminal.fetching(repo)
     try:
         return Path(hf_hub_download(repo, "config.json")).parent
-    except (errors.HFValidationError, errors.HTTPError, ConnectionError, OSError) as e:  # HTTPError: the hub's client
-        raise CheckpointError(
-            f"{repo!r} is no folder here, and its config.json cannot be had from the hub: {one_line(e)[:200]}"
-        ) from e
+    except errors.GatedRepoError as e:
+        hint = f"accept its licence at https://huggingface.co/{repo} and run `hf auth login`"
+        raise CheckpointError(f"{repo} is gated on the hub: {hint}") from e
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as e:
+        raise CheckpointError(f"{repo!r} is neither a folder here nor a model on the hub") from e
+    except (errors.LocalEntryNotFoundError, ConnectionError) as e:
+        raise CheckpointError(f"{repo!r} is no folder here, and the hub cannot be reached") from e
+    except (errors.HTTPError, OSError) as e:  # HTTPError: the base of the hub's client
+        raise CheckpointError(f"{repo}: config.json could not be fetched from the hub: {one_line(e)}") from e
 
 
 def meta_model(config: Gemma4Config) -> Gemma4:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,6 +34,19 @@ def progress_bar(label: str, *, shown: bool = True) -> Iterator[Callable[[int, i
 def note(text: str) -> None:
     """One line for people, on stderr: stdout is for the result."""
     print(text, file=sys.stderr, flush=True)
+
+
+def is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and name[0].isalnum() and not Path(name).exists()
+
+
+def fetching(repo: str) -> None:
+    """Before a download: says so to a person, and keeps the hub's client from reporting each retry as a line of its own."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+    if sys.stderr.isatty():
+        note(f"gemma4-fast: looking for {repo} on the hub")
 
 
 def print_json(value: Mapping[str, Any], *, indent: int | None = None) -> None:

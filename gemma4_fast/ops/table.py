@@ -90,6 +90,7 @@ class Op:
     compose: Callable[..., Any] | None = None  # an op made of other ops: it has no backend of its own
     mutates: tuple[str, ...] = ()  # arguments that are written in place; outputs, for a test
     slack: float = 2.0
+    _kept: dict[Any, tuple[list[str], dict[str, str]]] = field(default_factory=dict, repr=False)
 
     def __call__(self, *args: Any) -> Any:
         self.check(*args)
@@ -101,20 +102,36 @@ class Op:
         """The implementation that serves these arguments under the selection in force."""
         x: Tensor = args[0]
         wanted = _SELECTION.get().for_op(self.name)
-        reasons = []
-        for backend in wanted or AUTO_ORDER:
-            reason = self.why_not(backend, x.device, x.dtype, args)
-            if reason is None:
-                return self.reference if backend == "reference" else self.impls[backend].function
-            reasons.append(f"{backend}: {reason}")
-            if not wanted and backend in self.impls:
+        serving, reasons = self._candidates(wanted, x.device, x.dtype)
+        for backend in serving:
+            if backend == "reference":
+                return self.reference
+            impl = self.impls[backend]
+            if impl.accepts is None or (reason := impl.accepts(*args)) is None:
+                return impl.function
+            reasons = {**reasons, backend: reason}
+            if not wanted:
                 _say_once(f"{self.name} passes over {backend}: {reason}")
-        raise UnsupportedError(f"op {self.name} on {x.device}, {x.dtype}: {'; '.join(reasons)}")
+        why = "; ".join(f"{b}: {r}" for b, r in reasons.items())
+        raise UnsupportedError(f"op {self.name} on {x.device}, {x.dtype}: {why}")
 
-    def why_not(
-        self, backend: str, device: torch.device, dtype: torch.dtype, args: tuple[Any, ...] | None = None
-    ) -> str | None:
-        """None if `backend` serves this device and dtype (and these arguments, if given), else the reason."""
+    def _candidates(
+        self, wanted: tuple[str, ...], device: torch.device, dtype: torch.dtype
+    ) -> tuple[list[str], dict[str, str]]:
+        """Backends that serve this device and dtype, in order, and why the others do not. Kept: it is asked at every call."""
+        key = wanted, device, dtype, *self.impls
+        if key not in self._kept:
+            asked = {b: self.why_not(b, device, dtype) for b in wanted or AUTO_ORDER}
+            serving = [b for b, reason in asked.items() if reason is None]
+            self._kept[key] = serving, {b: reason for b, reason in asked.items() if reason is not None}
+            if not wanted:
+                for backend, reason in self._kept[key][1].items():
+                    if backend in self.impls and backend_missing(backend, device.type) is None:
+                        _say_once(f"{self.name} passes over {backend}: {reason}")
+        return self._kept[key]
+
+    def why_not(self, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None if `backend` serves this device and dtype (shapes aside), else the reason."""
         if self.compose is not None or backend == "reference":
             return None
         if (reason := backend_missing(backend, device.type)) is not None:
@@ -124,7 +141,7 @@ class Op:
             return "has no kernel for this op"
         if dtype.is_floating_point and dtype not in impl.dtypes:
             return f"does not take {str(dtype).removeprefix('torch.')}"
-        return impl.accepts(*args) if args is not None and impl.accepts is not None else None
+        return None
 
     def inputs(self, case: str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
         """The arguments of a named case, by name, in the order of the signature."""
@@ -230,10 +247,9 @@ def decide(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, di
 
     The backend is "none" if nothing serves, and "composed" for an op that is made of others.
     """
-    op = TABLE[name]
-    reasons: dict[str, str] = {}
+    op, reasons = TABLE[name], dict[str, str]()
     if op.compose is not None:
-        return "composed", {}
+        return "composed", reasons
     for backend in _SELECTION.get().for_op(name) or AUTO_ORDER:
         reason = op.why_not(backend, device, dtype)
         if reason is None:

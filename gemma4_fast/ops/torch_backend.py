@@ -144,19 +144,18 @@ def _attend_v_only(
 
     On the columns that RoPE leaves alone q . (w V) = (q w) . V, so w moves into q; only the 2 R rotated columns are built.
     """
-    pairs, half = inv_freq.shape[0], q.shape[-1] // 2
+    dtype, pairs, half = q.dtype, inv_freq.shape[0], q.shape[-1] // 2
     cos, sin = _angle_table(inv_freq, int(v.shape[2]))  # a V-only cache is no ring: positions stay below its size
     index = positions.clamp(min=0)
     cos, sin = cos[index].unsqueeze(1), sin[index].unsqueeze(1)  # [B, 1, S, R]
-    w = _wide(k_weight)
+    q, v, w = _wide(q) * scale, _wide(v), _wide(k_weight)  # few rows: on a CPU fp32 products are the fast ones
     a, b = v[..., :pairs] * w[:pairs], v[..., half : half + pairs] * w[half : half + pairs]
-    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(v.dtype)  # [B, Hkv, S, 2R]
+    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)  # [B, Hkv, S, 2R]
     q_rotated = torch.cat((q[..., :pairs], q[..., half : half + pairs]), -1)
     w = w.clone()
     w[:pairs] = w[half : half + pairs] = 0
-    scores = (q * w).to(q.dtype) @ v.transpose(-1, -2) + q_rotated @ rotated.transpose(-1, -2)
-    scores = (_wide(scores) * scale).masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1).to(v.dtype) @ v
+    scores = (q * w) @ v.transpose(-1, -2) + q_rotated @ rotated.transpose(-1, -2)
+    return (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v).to(dtype)
 
 
 def gqa_prefill(
@@ -277,15 +276,17 @@ def _combine(y: Tensor, topk_weights: Tensor) -> Tensor:
 
 def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     tokens, top_k = ids.shape
-    if x.device.type == "cpu":  # no weight is copied: one pair of products per (token, expert)
-        y = x.new_empty(tokens * top_k, down.shape[1])
-        for row, expert in enumerate(ids.flatten().tolist()):
-            h = geglu(torch.mv(gate_up[expert], x[row // top_k]))
-            torch.mv(down[expert], h, out=y[row])
-    else:  # no host sync: gathered copies of the weights of few experts
-        flat = ids.flatten().long()
+    flat = ids.flatten().long()
+    if x.device.type != "cpu":  # no host sync: copies of the weights of few experts
         h = geglu(torch.bmm(gate_up[flat], x.repeat_interleave(top_k, 0)[..., None]).squeeze(-1))
         y = torch.bmm(down[flat], h[..., None]).squeeze(-1)
+    elif tokens == 1:  # no weight is copied, nothing is sorted
+        experts = flat.tolist()
+        y = torch.cat([F.linear(geglu(F.linear(x, gate_up[e])), down[e]) for e in experts])
+    else:  # each expert's weights are read once for all of its tokens
+        order, offsets, _ = expert_dispatch(ids, gate_up.shape[0])
+        h = grouped_gemm(x, gate_up, order, offsets, top_k, "geglu")
+        return grouped_gemm(h, down, order, offsets, top_k, "combine", topk_weights)
     return _combine(y, topk_weights).to(x.dtype)
 
 
