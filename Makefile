@@ -19,6 +19,9 @@ DEV_DONE := $(VENV)/.dev-done
 PACKAGE_DONE := $(VENV)/.package-done
 NATIVE_DONE := $(VENV)/.native-done
 
+# OpenMP's threads spin while they wait, which on a machine that is busy with other work makes small tensors 10x slower.
+export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format clean
 .NOTPARALLEL: # two steps of the set-up must not run pip in one environment at the same time

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except SelfCheckError as e:
         return told(f"{e}", debug, code=1)
-    except (ValueError, UnsupportedError) as e:  # CheckpointError is a ValueError
+    except (ValueError, UnsupportedError, FloatingPointError) as e:  # CheckpointError is a ValueError
         return told(f"error: {e}", debug)
     except OSError as e:
         if e.filename is None:
@@ -78,7 +78,7 @@ def machine_fault(e: BaseException) -> str | None:
             number, unit = asked[1].rstrip("."), asked[2]
             amount = f": {terminal.size(int(number)) if unit == 'bytes' else f'{number} {unit}'} could not be had"
         return f"not enough memory{amount}. `{PROGRAM} info` tells what a model needs; a shorter context needs less"
-    return text if "activations are not finite" in text else None
+    return None
 
 
 @contextmanager

@@ -249,7 +249,7 @@ class Demo:
 
     def run(self) -> int:
         model, as_json, start = self.model, self.args.json, time.perf_counter()
-        where = f"{str(model.dtype).removeprefix('torch.')} on {model.device}, {torch.get_num_threads()} CPU threads"
+        where = f"{str(model.dtype).removeprefix('torch.')} on {model.device}, CPU threads: {torch.get_num_threads()}"
         if not as_json:
             print(ABOUT)
             quick = "skipped" if self.quick is None else self.quick.verdict()

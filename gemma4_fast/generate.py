@@ -185,6 +185,8 @@ class Session:
         kept, prompt = self.prefix, self.prompts[0]
         # The last prompt token always runs again, for its hidden state; so the kept tokens must be a proper prefix.
         usable = kept.cache is not None and kept.cache.max_len >= room and kept.ids == prompt[: len(kept.ids)]
+        # An interrupt may have fallen between the cache's count and ours.
+        usable = usable and kept.cache is not None and kept.cache.host_lens == kept.cache.lens.tolist() == [len(kept.ids)]
         if not usable or len(kept.ids) >= len(prompt):
             limit = self.model.config.max_position_embeddings
             kept.cache, kept.ids = self.model.new_cache(1, min(limit, 1 << max(10, (room - 1).bit_length()))), []
@@ -208,7 +210,7 @@ class Session:
             *chosen, fine = torch.stack((ids, finite.long())).tolist()
         for b, ok in enumerate(fine):
             if self.going[b] and not ok:
-                raise RuntimeError(
+                raise FloatingPointError(
                     f"sequence {b}: the model's activations are not finite at new token {step}; "
                     "the self-check tells whether weights or kernels are at fault (fp16 can overflow: use bfloat16)"
                 )

@@ -35,11 +35,11 @@ def find(name: str) -> tuple[Gemma4Config, Path | None]:
 
 
 def _hub_config(repo: str) -> Path:
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import errors, snapshot_download
 
     terminal.fetching(repo)
     try:
-        return Path(hf_hub_download(repo, "config.json")).parent
+        return Path(snapshot_download(repo, allow_patterns=["config.json"]))  # gives up sooner than hf_hub_download
     except errors.GatedRepoError as e:
         hint = f"accept its licence at https://huggingface.co/{repo} and run `hf auth login`"
         raise CheckpointError(f"{repo} is gated on the hub: {hint}") from e
