@@ -70,6 +70,7 @@ def parser(commands: Mapping[str, Command]) -> Parser:
     p.add_argument("--system", metavar="TEXT", help="what the model is told about its part")
     p = command("check", "compare the model with the reference, layer by layer (exit code 0 or 1)", _model)
     p.add_argument("--level", choices=("full", "quick"), default="full", help="quick: one layer of each kind")
+    p.add_argument("--seed", metavar="S", type=seed, default=0, help="of the random tokens it is compared on (default 0)")
     p = command(
         "info", "a model's numbers, the memory it needs, the kernels that will run", _model,
         description="A model's numbers, the memory it needs, and the kernels that will run here. Weights are not read. "
@@ -77,6 +78,7 @@ def parser(commands: Mapping[str, Command]) -> Parser:
     )  # fmt: skip
     p.add_argument("--context", metavar="N", nargs="+", type=count, help='tokens of context, as in 8192 or "8K"')
     p.add_argument("--batch", metavar="B", type=count, default=1, help="sequences at a time (default 1)")
+    p.add_argument("--seed", metavar="S", type=seed, help="taken as by every command, and of no use here: nothing is random")
     return top
 
 

@@ -74,9 +74,10 @@ class KVCache:
             raise ValueError(f"max_len must lie in [1, max_position_embeddings = {limit}], got {max_len}")
         self.config, self.max_len, self.batch_size = config, max_len, batch_size
         self.host_lens = [0] * batch_size
-        self.lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
         layers = config.layers()
-        own = {c.index: allocate(c, batch_size, max_len, dtype, device) for c in layers if c.kv_donor is None}
+        with torch.inference_mode(False):  # made inside inference mode they could not be written outside
+            self.lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+            own = {c.index: allocate(c, batch_size, max_len, dtype, device) for c in layers if c.kv_donor is None}
         self._layers = [own[c.index if c.kv_donor is None else c.kv_donor] for c in layers]
 
     def layer(self, index: int) -> LayerCache:

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from gemma4_fast import terminal
+from gemma4_fast.explain import explain
 from gemma4_fast.generate import DEFAULT_NEW_TOKENS, Generation, Prefix, Session, Stream, default_sampling
 from gemma4_fast.tokenizer import Tokenizer
 
@@ -243,6 +244,7 @@ class Chat:
         self.seed = secrets.randbits(48) if args.seed is None else args.seed
         given = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p")}
         self.sampling = default_sampling(model, **given)
+        self.chosen = explain(model)
         self.answers, self.interactive = 0, sys.stdin.isatty()
 
     def reset(self) -> None:
@@ -325,6 +327,9 @@ class Chat:
             "seed": seed,
             "sampling": terminal.sampling_dict(self.sampling),
             "timings": terminal.rates(result, prefilled),
+            "backends": {c.op: c.backend for c in self.chosen.choices},
+            "device": self.chosen.device,
+            "dtype": self.chosen.dtype,
         }
         terminal.print_json(line)
 

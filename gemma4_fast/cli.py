@@ -115,10 +115,8 @@ def locate(name: str) -> Path:
             f"{name!r} names a published model, whose weights are not part of this package: give --model its folder or "
             f"its hub id, or leave it out for the packaged one (`{PROGRAM} info --model {name.lower()}` has its numbers)"
         )
-    if terminal.is_hub_id(name):
-        terminal.fetching(name)
     try:
-        return resolve(name)
+        return resolve(name, on_download=terminal.fetching)
     except CheckpointError as e:
         raise CheckpointError(f"{e}{hint(name, ['tiny'])}") from e
 
@@ -156,12 +154,12 @@ def load(args: Namespace, path: Path, level: str, tokenizer: Tokenizer | None = 
     return loaded
 
 
-def checked(model: Gemma4, level: str) -> tuple[Report, float]:
+def checked(model: Gemma4, level: str, seed: int = 0) -> tuple[Report, float]:
     from gemma4_fast.verify import verify
 
     start = time.perf_counter()
     with terminal.progress_bar("checking") as bar:
-        report = verify(model, level=level, progress=bar)
+        report = verify(model, level=level, seed=seed, progress=bar)
     return report, time.perf_counter() - start
 
 
@@ -280,7 +278,7 @@ def chat(args: Namespace) -> int:
 
 def check(args: Namespace) -> int:
     prepare(args)
-    report, _ = checked(load(args, locate(args.model), "off").model, args.level)
+    report, _ = checked(load(args, locate(args.model), "off").model, args.level, args.seed)
     print(report.to_json() if args.json else report)
     return 0 if report.ok else 1
 

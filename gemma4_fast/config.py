@@ -8,15 +8,18 @@ package does not know and that could change the result is refused by name; it is
 from __future__ import annotations
 
 import dataclasses
-import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from gemma4_fast.errors import CheckpointError
+from gemma4_fast.files import path_text, read_json
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+_MAX_SIZE = 2**31 - 1  # positions and lengths are int32 on the device; a larger size is a mistake in the file
 
 # Keys that say nothing about the function the text model computes.
 _HARMLESS = {
@@ -115,9 +118,25 @@ class Gemma4Config:
         if self.enable_moe_block:
             positive += ("num_experts", "top_k_experts", "moe_intermediate_size")
         for name in positive:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            _expect_int(getattr(self, name), name, 1)
+        for name in ("hidden_size_per_layer_input", "vocab_size_per_layer_input", "num_kv_shared_layers", "pad_token_id",
+                     "bos_token_id"):  # fmt: skip
+            _expect_int(getattr(self, name), name, 0)
+        for name in ("rms_norm_eps", "sliding_rope_theta", "global_rope_theta"):
+            _expect_positive(getattr(self, name), name)
+        if self.final_logit_softcapping is not None:
+            _expect_positive(self.final_logit_softcapping, "final_logit_softcapping")
+        for name in ("attention_k_eq_v", "use_double_wide_mlp", "enable_moe_block", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if not isinstance(self.dtype, str):
+            raise ValueError(f"dtype must be text, got {self.dtype!r}")
+        if not isinstance(self.eos_token_id, tuple):
+            raise ValueError(f"eos_token_id must be a tuple of integers, got {self.eos_token_id!r}")
+        for token in self.eos_token_id:
+            _expect_int(token, "eos_token_id", 0, self.vocab_size - 1)
+        if not isinstance(self.layer_types, tuple) or not all(isinstance(t, str) for t in self.layer_types):
+            raise ValueError(f"layer_types must be a tuple of strings, got {self.layer_types!r}")
         n = self.num_hidden_layers
         if len(self.layer_types) != n:
             raise ValueError(f"layer_types has {len(self.layer_types)} entries, expected num_hidden_layers = {n}")
@@ -133,8 +152,7 @@ class Gemma4Config:
                 raise ValueError(f"head dims must be multiples of 32, got {dim}")
         if self.enable_moe_block and self.top_k_experts > self.num_experts:
             raise ValueError(f"top_k_experts = {self.top_k_experts} exceeds num_experts = {self.num_experts}")
-        if not 0 <= self.global_partial_rotary_factor <= 1:
-            raise ValueError(f"global partial_rotary_factor must lie in [0, 1], got {self.global_partial_rotary_factor}")
+        _expect_share(self.global_partial_rotary_factor, "global partial_rotary_factor")
         if not 0 <= self.num_kv_shared_layers < n:
             raise ValueError(f"num_kv_shared_layers must lie in [0, {n}), got {self.num_kv_shared_layers}")
         if self.hidden_size_per_layer_input and self.vocab_size_per_layer_input < self.vocab_size:
@@ -174,9 +192,13 @@ class Gemma4Config:
             num_rotary_pairs=int(rotary * head_dim // 2),
         )
 
-    def layers(self) -> list[LayerConfig]:
+    def layers(self) -> tuple[LayerConfig, ...]:
         """All decoder layers in order."""
-        return [self.layer(i) for i in range(self.num_hidden_layers)]
+        return self._layers
+
+    @cached_property  # every step asks for them, and nothing here can change
+    def _layers(self) -> tuple[LayerConfig, ...]:
+        return tuple(self.layer(i) for i in range(self.num_hidden_layers))
 
     def slice(self, *, num_layers: int | None = None, vocab_size: int | None = None) -> Gemma4Config:
         """A smaller model at true shapes: the last `num_layers` entries of the layer pattern and the first `vocab_size` tokens.
@@ -184,11 +206,9 @@ class Gemma4Config:
         The share of layers that share KV is kept as far as each such layer still has a donor.
         """
         n = self.num_hidden_layers if num_layers is None else num_layers
-        if not 1 <= n <= self.num_hidden_layers:
-            raise ValueError(f"num_layers must lie in [1, {self.num_hidden_layers}], got {n}")
+        _expect_int(n, "num_layers", 1, self.num_hidden_layers)
         vocab = self.vocab_size if vocab_size is None else vocab_size
-        if not 1 <= vocab <= self.vocab_size:
-            raise ValueError(f"vocab_size must lie in [1, {self.vocab_size}], got {vocab}")
+        _expect_int(vocab, "vocab_size", 1, self.vocab_size)
         types = self.layer_types[-n:]
         shared = round(n * self.num_kv_shared_layers / self.num_hidden_layers)
         while shared and not set(types[n - shared :]) <= set(types[: n - shared]):
@@ -211,19 +231,14 @@ class Gemma4Config:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Gemma4Config:
         """Read `config.json` in the folder `path` (or that file itself). CheckpointError names what cannot be served."""
-        file = Path(path)
+        file = Path(path_text(path))
         file = file / "config.json" if file.is_dir() else file
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError as e:
-            raise CheckpointError(f"{file}: no such file; a checkpoint folder holds config.json") from e
-        except (OSError, UnicodeDecodeError) as e:
-            raise CheckpointError(f"{file}: cannot be read: {e}") from e
-        except json.JSONDecodeError as e:
-            raise CheckpointError(f"{file}: not valid JSON: {e}") from e
+        if not file.exists():
+            raise CheckpointError(f"{file}: no such file; a checkpoint folder holds config.json")
+        data = read_json(file)
         try:
             return cls.from_dict(data)
-        except (TypeError, ValueError) as e:
+        except ValueError as e:
             raise CheckpointError(f"{file}: {e}") from e
 
     @classmethod
@@ -240,14 +255,14 @@ class Gemma4Config:
             quantized = outer.pop("quantization_config", None)
             tied = outer.pop("tie_word_embeddings", None)
             _refuse_unknown(outer, _HARMLESS | _HARMLESS_OUTER, "config.json")
-            text = data["text_config"]
-            if not isinstance(text, Mapping):
-                raise ValueError(f"text_config must be a JSON object, got {type(text).__name__}")
-            raw = dict(text)
+            raw = _mapping(data["text_config"], "text_config")
             if quantized is not None:
-                raw.setdefault("quantization_config", quantized)
+                raw["quantization_config"] = quantized
             if tied is not None:
-                raw.setdefault("tie_word_embeddings", tied)
+                inner = raw.get("tie_word_embeddings")
+                if inner not in (None, tied):
+                    raise ValueError(f"tie_word_embeddings is {tied!r}, but {inner!r} in text_config")
+                raw["tie_word_embeddings"] = tied
         else:
             raw = dict(data)
         return cls(towers=towers, **_text_fields(raw, outer))
@@ -282,8 +297,37 @@ class Gemma4Config:
 
 
 def _expect(value: object, allowed: set[str], name: str) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} is {value!r}; this package serves {sorted(allowed)}")
+
+
+def _expect_int(value: object, name: str, low: int, high: int = _MAX_SIZE) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} must be an integer and must lie in [{low}, {high}], got {value!r}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """A finite number. The comparison, unlike math.isfinite, also takes integers that no float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _expect_positive(value: object, name: str) -> float:
+    if not _is_number(value) or value <= 0:
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+    return float(value)
+
+
+def _expect_share(value: object, name: str) -> float:
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+    return float(value)
+
+
+def _mapping(value: object, name: str) -> dict[str, Any]:
+    """A copy of a JSON object."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a JSON object, got {value!r}")
+    return dict(value)
 
 
 def _refuse_unknown(keys: Mapping[str, Any], known: set[str], where: str) -> None:
@@ -314,11 +358,14 @@ def _text_fields(raw: dict[str, Any], outer: Mapping[str, Any]) -> dict[str, Any
         raise ValueError(f"missing keys: {', '.join(missing)}")
     fields: dict[str, Any] = {k: take(k) for k in required}
     n = fields["num_hidden_layers"]
-    if not isinstance(n, int) or n <= 0:
-        raise ValueError(f"num_hidden_layers must be a positive integer, got {n!r}")
+    _expect_int(n, "num_hidden_layers", 1)
 
     types = take("layer_types", None)
-    fields["layer_types"] = tuple(types) if types else tuple(FULL if i % 6 == 5 or i == n - 1 else SLIDING for i in range(n))
+    if types is None:
+        types = [FULL if i % 6 == 5 or i == n - 1 else SLIDING for i in range(n)]
+    if not isinstance(types, (list, tuple)) or not all(isinstance(t, str) for t in types):
+        raise ValueError(f"layer_types must be a list of strings, got {types!r}")
+    fields["layer_types"] = tuple(types)
     # Absent keys take transformers' defaults, which is what made the file short in the first place.
     defaults: dict[str, Any] = {
         "head_dim": 256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "attention_k_eq_v": False,
@@ -357,8 +404,11 @@ def _global_heads(raw: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, i
     kv_heads = raw.pop("num_global_key_value_heads", None)
     kv_heads = kv_heads if fields["attention_k_eq_v"] else None  # transformers gates it the same way
     per_layer = raw.pop("per_layer_config", None)
-    if per_layer:
-        by_index = {int(k): v for k, v in per_layer.items()}  # some versions pad the keys: "04"
+    if per_layer is not None and (layers := _mapping(per_layer, "per_layer_config")):
+        if bad := [k for k in layers if not str(k).isdecimal()]:
+            raise ValueError(f"per_layer_config must have layer numbers as keys, got {bad[0]!r}")
+        # Some versions pad the keys: "04".
+        by_index = {int(k): _mapping(v, f"per_layer_config[{k}]") for k, v in layers.items()}
         want = [i for i, t in enumerate(fields["layer_types"]) if t == FULL]
         if sorted(by_index) != want:
             raise ValueError(f"per_layer_config names layers {sorted(by_index)}, expected the full-attention ones {want}")
@@ -366,18 +416,22 @@ def _global_heads(raw: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, i
         if any(over != first for over in by_index.values()):
             raise ValueError("per_layer_config differs between full-attention layers, which is not served")
         _refuse_unknown(first, {"head_dim", "num_key_value_heads"}, "per_layer_config")
-        head_dim = first.get("head_dim", head_dim or fields["head_dim"])
+        head_dim = first.get("head_dim", fields["head_dim"] if head_dim is None else head_dim)
         kv_heads = first.get("num_key_value_heads", kv_heads)
-    return {"global_head_dim": head_dim or 512, "num_global_key_value_heads": kv_heads or fields["num_key_value_heads"]}
+    return {
+        "global_head_dim": 512 if head_dim is None else head_dim,
+        "num_global_key_value_heads": fields["num_key_value_heads"] if kv_heads is None else kv_heads,
+    }
 
 
-def _rope(rope: Mapping[str, Any] | None) -> dict[str, float]:
+def _rope(given: object) -> dict[str, float]:
     """Both RoPE kinds. Any parameter beyond theta and the rotated share would change the angles, so it is refused."""
-    if rope is None:
+    if given is None:
         return {}
+    rope = _mapping(given, "rope_parameters")
     if set(rope) != {SLIDING, FULL}:
         raise ValueError(f"rope_parameters must have {SLIDING!r} and {FULL!r}, got {sorted(rope)}")
-    sliding, full = dict(rope[SLIDING]), dict(rope[FULL])
+    sliding, full = (_mapping(rope[kind], f"rope_parameters[{kind}]") for kind in (SLIDING, FULL))
     _expect(sliding.pop("rope_type", "default"), {"default"}, f"rope_parameters[{SLIDING}].rope_type")
     _expect(full.pop("rope_type", None), {"proportional"}, f"rope_parameters[{FULL}].rope_type")
     for params, kind in ((sliding, SLIDING), (full, FULL)):
@@ -388,9 +442,11 @@ def _rope(rope: Mapping[str, Any] | None) -> dict[str, float]:
     _refuse_unknown(sliding, {"rope_theta"}, f"rope_parameters[{SLIDING}]")
     _refuse_unknown(full, {"rope_theta", "partial_rotary_factor"}, f"rope_parameters[{FULL}]")
     return {
-        "sliding_rope_theta": float(sliding.get("rope_theta", 1e4)),
-        "global_rope_theta": float(full.get("rope_theta", 1e6)),
-        "global_partial_rotary_factor": float(full.get("partial_rotary_factor", 1.0)),
+        "sliding_rope_theta": _expect_positive(sliding.get("rope_theta", 1e4), f"rope_parameters[{SLIDING}].rope_theta"),
+        "global_rope_theta": _expect_positive(full.get("rope_theta", 1e6), f"rope_parameters[{FULL}].rope_theta"),
+        "global_partial_rotary_factor": _expect_share(
+            full.get("partial_rotary_factor", 1.0), f"rope_parameters[{FULL}].partial_rotary_factor"
+        ),
     }
 
 

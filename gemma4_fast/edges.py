@@ -37,6 +37,7 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
     """Yields (op, phase, relative error, what plain PyTorch loses) for this kind of layer at its true shapes."""
     dtype, device, window = model.dtype, model.device, layer.window
     total = min((window or 2 * NEW) + 2 * NEW, model.config.max_position_embeddings)
+    new, short = min(NEW, total // 2), min(SHORT, total - 1)
     owner = model.model.owner(layer.index)
     freq = model.model.inv_freq(layer.is_sliding, device)
     k_weight = owner.k_norm.weight
@@ -75,28 +76,34 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
     bounds = torch.tensor([0, total], dtype=torch.int32, device=device)
     yield judge("gqa_prefill", "prefill", q, k, v, bounds, window)
 
-    prefix = total - NEW
-    kv = allocate(layer, 1, total, dtype, device)
-    at = torch.arange(max(0, prefix - kv.slots), prefix, device=device)
-    kv.write(k[at], v[at], kv.rows(torch.zeros_like(at), at))
-    bounds = torch.tensor([0, NEW], dtype=torch.int32, device=device)
-    lens = torch.tensor([prefix], dtype=torch.int32, device=device)
+    # A further chunk of two sequences with different prefixes: the second has the first's tokens, but stops earlier.
+    kv = allocate(layer, 2, total, dtype, device)
+    prefixes = [total - new, max(1, total - new - new // 2)]
+    for b, prefix in enumerate(prefixes):
+        at = torch.arange(max(0, prefix - kv.slots), prefix, device=device)
+        kv.write(k[at], v[at], kv.rows(torch.full_like(at, b), at))
+    rows = torch.cat([torch.arange(prefix, prefix + new, device=device) for prefix in prefixes])
+    bounds = torch.tensor([0, new, 2 * new], dtype=torch.int32, device=device)
+    lens = torch.tensor(prefixes, dtype=torch.int32, device=device)
     old = kv.k, kv.v, lens, None, *rebuild
-    yield judge("gqa_prefill", "chunk", q[prefix:], k[prefix:], v[prefix:], bounds, window, *old)
+    yield judge("gqa_prefill", "chunk", q[rows], k[rows], v[rows], bounds, window, *old)
 
-    # Decode: the newest key, the oldest in the window, the one before it if the ring still has it, and an empty slot.
-    kv = allocate(layer, 4, total, dtype, device)
+    # Decode: the newest key, the oldest in the window, the one before it if the ring still has it, an empty slot, an idle row.
+    kv = allocate(layer, 5, total, dtype, device)
     garbage_v = randn(kv.slots, layer.num_kv_heads, layer.head_dim)
     garbage_k = keys(garbage_v)
     last = total - 1
-    oldest = last - window + 1 if window is not None else 0
+    oldest = max(0, last - window + 1) if window is not None else 0
     before = oldest - 1 if oldest - 1 > last - kv.slots and oldest > 0 else last
-    lens_host = [total, total, total, SHORT]
+    lens_host = [total, total, total, short, 0]
     for b, length in enumerate(lens_host):
         everywhere = torch.arange(kv.slots, device=device)
         kv.write(garbage_k, garbage_v, kv.rows(torch.full_like(everywhere, b), everywhere))
         at = torch.arange(max(0, length - kv.slots), length, device=device)
         kv.write(k[at], v[at], kv.rows(torch.full_like(at, b), at))
-    pointed = torch.stack((k[last], k[oldest], k[before], garbage_k[SHORT]))
+    pointed = point(torch.stack((k[last], k[oldest], k[before], garbage_k[short], k[last])))
     lens = torch.tensor(lens_host, dtype=torch.int32, device=device)
-    yield judge("gqa_decode", "decode", point(pointed), kv.k, kv.v, lens, window, None, *rebuild)
+    yield judge("gqa_decode", "decode", pointed, kv.k, kv.v, lens, window, None, *rebuild)
+    for b in (1, 3):  # alone: kernels split the work by the size of the batch
+        alone = pointed[b : b + 1], None if kv.k is None else kv.k[b : b + 1], kv.v[b : b + 1], lens[b : b + 1]
+        yield judge("gqa_decode", "decode, batch 1", *alone, window, None, *rebuild)

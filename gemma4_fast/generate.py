@@ -21,6 +21,7 @@ from gemma4_fast.errors import CheckpointError
 from gemma4_fast.sampling import Sampling, sample
 
 if TYPE_CHECKING:
+    from gemma4_fast.layers import Step
     from gemma4_fast.model import Gemma4
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]] | Tensor
@@ -60,6 +61,7 @@ class Prefix:
 
     cache: KVCache | None = None
     ids: list[int] = field(default_factory=list)
+    model: Gemma4 | None = None  # whose keys and values they are
 
 
 class Session:
@@ -73,7 +75,7 @@ class Session:
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
         seed: int | None = None,
-        stop_token_ids: Sequence[int] | None = None,
+        stop_token_ids: int | Sequence[int] | None = None,
         logprobs: int | None = None,
         prefill_chunk: int = 2048,
         prefix: Prefix | None = None,
@@ -89,8 +91,12 @@ class Session:
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
         if logprobs is not None and logprobs > config.vocab_size:
             raise ValueError(f"logprobs must be at most vocab_size = {config.vocab_size}, got {logprobs}")
-        stops = stop_ids(model) if stop_token_ids is None else stop_token_ids
-        if bad := [t for t in stops if not isinstance(t, int) or not 0 <= t < config.vocab_size]:
+        stops: Any = stop_ids(model) if stop_token_ids is None else stop_token_ids
+        if isinstance(stops, int):  # True too, which is refused below
+            stops = (stops,)
+        if not isinstance(stops, (list, tuple, set, frozenset)):
+            raise ValueError(f"stop_token_ids must be a token id or a list of them, got {type(stops).__name__}")
+        if bad := [t for t in stops if not isinstance(t, int) or isinstance(t, bool) or not 0 <= t < config.vocab_size]:
             raise ValueError(f"stop token ids must lie in [0, {config.vocab_size}), got {bad[0]!r}")
         self.stop_ids = frozenset(stops)
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
@@ -140,9 +146,7 @@ class Session:
             start = time.perf_counter()
             with self.model.running():
                 plan = self.model.model.step([int(g) for g in self.going], cache, decode=True)
-                hidden = self.model.model(ids, plan, cache)
-            if self.prefix is not None:
-                self.prefix.ids.append(tokens[0].id)
+                hidden = self._pass(ids, [tokens[0].id], plan, cache)
             tokens, ids = self._choose(hidden, step)
             self.decode_seconds += time.perf_counter() - start
             yield tokens
@@ -166,14 +170,22 @@ class Session:
                 ids = torch.tensor(flat, device=self.model.device)
                 done = [d + n for d, n in zip(done, new, strict=True)]
                 ends = [n > 0 and d == len(p) for d, n, p in zip(done, new, self.prompts, strict=True)]
-                h = self.model.model(ids, self.model.model.step(new, cache), cache, last=ends)
+                h = self._pass(ids, flat, self.model.model.step(new, cache), cache, ends)
                 hidden = h if hidden is None else torch.where(torch.tensor(ends, device=h.device)[:, None], h, hidden)
-                if self.prefix is not None:
-                    self.prefix.ids.extend(flat)
                 if on_prefill is not None:
                     on_prefill(sum(done), total)
         assert hidden is not None  # every prompt has at least one token to run
         return cache, hidden
+
+    def _pass(self, ids: Tensor, flat: list[int], step: Step, cache: KVCache, last: list[bool] | None = None) -> Tensor:
+        """One pass of the model. Until it ends a kept prefix has no cache: an interrupt would leave it half-written."""
+        if self.prefix is None:
+            return self.model.model(ids, step, cache, last=last)
+        self.prefix.cache = None
+        hidden = self.model.model(ids, step, cache, last=last)
+        self.prefix.ids.extend(flat)
+        self.prefix.cache = cache
+        return hidden
 
     def _cache(self) -> tuple[KVCache, list[int]]:
         """A cache with room for everything, and how many tokens of each prompt it already holds."""
@@ -184,14 +196,20 @@ class Session:
             raise ValueError(f"a kept prefix serves one prompt, got {len(self.prompts)}")
         kept, prompt = self.prefix, self.prompts[0]
         # The last prompt token always runs again, for its hidden state; so the kept tokens must be a proper prefix.
-        usable = kept.cache is not None and kept.cache.max_len >= room and kept.ids == prompt[: len(kept.ids)]
-        # An interrupt may have fallen between the cache's count and ours.
-        usable = usable and kept.cache is not None and kept.cache.host_lens == kept.cache.lens.tolist() == [len(kept.ids)]
-        if not usable or len(kept.ids) >= len(prompt):
+        cache = kept.cache if kept.model is self.model else None
+        if (
+            cache is None
+            or cache.max_len < room
+            or cache.host_lens != [len(kept.ids)]
+            or len(kept.ids) >= len(prompt)
+            or kept.ids != prompt[: len(kept.ids)]
+        ):
+            cache = None
+        if cache is None:
             limit = self.model.config.max_position_embeddings
-            kept.cache, kept.ids = self.model.new_cache(1, min(limit, 1 << max(10, (room - 1).bit_length()))), []
-        assert kept.cache is not None
-        return kept.cache, [len(kept.ids)]
+            cache = self.model.new_cache(1, min(limit, 1 << max(10, (room - 1).bit_length())))
+            kept.cache, kept.ids, kept.model = cache, [], self.model
+        return cache, [len(kept.ids)]
 
     def _choose(self, hidden: Tensor, step: int) -> tuple[list[Token], Tensor]:
         """hidden [B, H] -> the tokens of the sequences still going, and all ids [B] on the device."""
@@ -310,9 +328,13 @@ def record(result: Generation, token: Token, session: Session, text: Any, stop: 
     """Note one token in `result`, and end it if a stop condition is met. Returns the new text ("" without a tokenizer)."""
     result.token_ids.append(token.id)
     if token.logprob is not None:
-        result.logprobs = [*(result.logprobs or []), token.logprob]
+        if result.logprobs is None:
+            result.logprobs = []
+        result.logprobs.append(token.logprob)
     if token.top is not None:
-        result.top_logprobs = [*(result.top_logprobs or []), token.top]
+        if result.top_logprobs is None:
+            result.top_logprobs = []
+        result.top_logprobs.append(token.top)
     piece = "" if text is None else stop.put(text.put(token.id))
     if token.id in session.stop_ids:
         result.finish_reason, result.stopped_by = "stop", token.id
@@ -339,8 +361,8 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     seed: int | None = None,
-    stop: str | Sequence[str] = (),
-    stop_token_ids: Sequence[int] | None = None,
+    stop: str | Sequence[str] | None = None,
+    stop_token_ids: int | Sequence[int] | None = None,
     logprobs: int | None = None,
     prefill_chunk: int = 2048,
     on_prefill: Callable[[int, int], None] | None = None,
@@ -355,6 +377,7 @@ def generate(
     """
     from gemma4_fast.tokenizer import StopStrings, TextStream
 
+    words = _stop_strings(stop)
     prompts, single = encode_prompts(model, prompt)
     session = Session(
         model,
@@ -367,9 +390,9 @@ def generate(
         prefill_chunk=prefill_chunk,
     )
     tokenizer = _tokenizer_or_none(model)
-    if tokenizer is None and stop:
+    if tokenizer is None and words:
         raise ValueError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
-    stops = [StopStrings([stop] if isinstance(stop, str) else stop) for _ in prompts]
+    stops = [StopStrings(words) for _ in prompts]
     texts = [None if tokenizer is None else TextStream(tokenizer) for _ in prompts]
     results = [Generation(p) for p in prompts]
     for tokens in session.run(on_prefill):
@@ -378,6 +401,13 @@ def generate(
     for r in results:
         r.prefill_seconds, r.decode_seconds = session.prefill_seconds, session.decode_seconds
     return results[0] if single else results
+
+
+def _stop_strings(stop: str | Sequence[str] | None) -> list[str]:
+    words = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(words, (list, tuple)) or not all(isinstance(w, str) for w in words):
+        raise ValueError(f"stop must be a text or a list of texts, the stop strings, got {stop!r}")
+    return list(words)
 
 
 def _tokenizer_or_none(model: Gemma4) -> Any:
@@ -393,7 +423,7 @@ def stream(
     model: Gemma4,
     prompt: Any,
     *,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -402,12 +432,13 @@ def stream(
     **options: Any,
 ) -> Stream:
     """Like `generate` for one prompt, as an iterator of text pieces; its `result` is the Generation so far."""
+    words = _stop_strings(stop)
     prompts, single = encode_prompts(model, prompt)
     if not single:
         raise ValueError("stream takes one prompt; use generate for several")
     sampling = default_sampling(model, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     session = Session(model, prompts, sampling=sampling, **options)
-    return Stream(session, [stop] if isinstance(stop, str) else stop, on_prefill)
+    return Stream(session, words, on_prefill)
 
 
 def perplexity(model: Gemma4, ids: Sequence[int], *, window: int, stride: int) -> tuple[float, int]:

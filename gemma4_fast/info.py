@@ -16,12 +16,11 @@ import torch
 from gemma4_fast import native, ops, terminal
 from gemma4_fast.cache import KVCache, allocate
 from gemma4_fast.config import PRESETS, Gemma4Config
-from gemma4_fast.errors import CheckpointError
 from gemma4_fast.explain import Explanation, explain
 from gemma4_fast.layers import model_ops
 from gemma4_fast.model import Gemma4, parse_device, parse_dtype
 from gemma4_fast.tables import render
-from gemma4_fast.weights import INDEX, SINGLE, one_line, resolve, validate
+from gemma4_fast.weights import INDEX, SINGLE, resolve, validate
 
 CONTEXTS = (1 << 10, 1 << 13, 1 << 15, 1 << 17, 1 << 18)
 
@@ -30,25 +29,8 @@ def find(name: str) -> tuple[Gemma4Config, Path | None]:
     """The config of a preset (no folder then), or of a checkpoint; of one on the hub only config.json is fetched."""
     if name in PRESETS and not Path(name).is_dir():
         return PRESETS[name], None
-    path = _hub_config(name) if terminal.is_hub_id(name) else resolve(name)
+    path = resolve(name, patterns=("config.json",), on_download=terminal.fetching)
     return Gemma4Config.from_pretrained(path), path
-
-
-def _hub_config(repo: str) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    terminal.fetching(repo)
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["config.json"]))  # gives up sooner than hf_hub_download
-    except errors.GatedRepoError as e:
-        hint = f"accept its licence at https://huggingface.co/{repo} and run `hf auth login`"
-        raise CheckpointError(f"{repo} is gated on the hub: {hint}") from e
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as e:
-        raise CheckpointError(f"{repo!r} is neither a folder here nor a model on the hub") from e
-    except (errors.LocalEntryNotFoundError, ConnectionError) as e:
-        raise CheckpointError(f"{repo!r} is no folder here, and the hub cannot be reached") from e
-    except (errors.HTTPError, OSError) as e:  # HTTPError: the base of the hub's client
-        raise CheckpointError(f"{repo}: config.json could not be fetched from the hub: {one_line(e)}") from e
 
 
 def meta_model(config: Gemma4Config) -> Gemma4:

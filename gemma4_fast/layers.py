@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from gemma4_fast import ops
 from gemma4_fast.cache import KVCache, LayerCache
 from gemma4_fast.config import Gemma4Config, LayerConfig
-from gemma4_fast.reference.model import inv_freq
-from gemma4_fast.reference.ops import rope_angles
 
 # The ops a model calls; `moe` chooses among the last three.
 MODEL_OPS = ("rms_norm", "norm_add_norm", "linear", "qkv_norm_rope", "gqa_prefill", "gqa_decode", "geglu_mlp", "logits")
@@ -240,14 +238,20 @@ class Text(nn.Module):
             self.embed_tokens_per_layer = Weight(config.vocab_size_per_layer_input, width)
             self.per_layer_model_projection = Weight(width, config.hidden_size)
             self.per_layer_projection_norm = Weight(size)
-        self._inv_freq: dict[tuple[bool, torch.device], Tensor] = {}
+        self._inv_freq: dict[tuple[bool, torch.device, torch.dtype], Tensor] = {}
 
     def inv_freq(self, is_sliding: bool, device: torch.device) -> Tensor:
         """[R] radians per token of one kind of layer. Not a buffer: it must survive `to_empty` and casts to bf16."""
-        key = is_sliding, device
+        dtype = self.norm.weight.dtype
+        key = is_sliding, device, dtype  # a model may be cast after it has run
         if key not in self._inv_freq:
             layer = next(c for c in self.config.layers() if c.is_sliding == is_sliding)
-            self._inv_freq[key] = inv_freq(layer, self.norm.weight.dtype, device)
+            # theta^(-2 i / D) in fp32 at least, as positions go to 262144. Written here a second time, not taken from the
+            # reference, so that the self-check would see a mistake.
+            exponent = torch.arange(0, 2 * layer.num_rotary_pairs, 2, device=device).to(
+                torch.promote_types(dtype, torch.float32)
+            )
+            self._inv_freq[key] = layer.rope_theta ** -(exponent / layer.head_dim)
         return self._inv_freq[key]
 
     def step(self, new_lens: list[int], cache: KVCache | None, *, decode: bool = False) -> Step:
@@ -291,7 +295,8 @@ class Text(nn.Module):
 
     def _angles(self, positions: Tensor) -> dict[bool, tuple[Tensor, Tensor]]:
         kinds = {c.is_sliding for c in self.config.layers()}
-        return {s: rope_angles(positions, self.inv_freq(s, positions.device)) for s in kinds}
+        turns = {s: positions[:, None] * self.inv_freq(s, positions.device) for s in kinds}  # int64 * fp32: fp32
+        return {s: (a.cos(), a.sin()) for s, a in turns.items()}
 
     def embed(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """ids [T] int64 -> x [T, H], and the layers' PLE inputs [T, L, P] (None for models without)."""
@@ -326,16 +331,16 @@ class Text(nn.Module):
         for index in range(self.config.num_hidden_layers):
             if index == self.config.first_shared_layer and cache is not None and not picked and last is not None:
                 self.write_donors(step, cache)
-                cut = self._last_rows(step)
+                cut = self.last_rows(step)
                 x, h, ple = x[cut], None if h is None else h[cut], None if ple is None else ple[cut]
-                step = self._last_step(step, cache, last)
+                step = self.last_step(step, cache, last)
                 picked = True
             x, h = self.run_layer(index, x, h, step, cache, None if ple is None else ple[:, index])
         if cache is not None:
             self.write_donors(step, cache)
             cache.advance(step.new_lens)
         h = cast(Tensor, h)
-        return h if picked else h[self._last_rows(step)]
+        return h if picked else h[self.last_rows(step)]
 
     def run_layer(
         self,
@@ -368,12 +373,13 @@ class Text(nn.Module):
         step.shared.clear()
 
     @staticmethod
-    def _last_rows(step: Step) -> Tensor:
+    def last_rows(step: Step) -> Tensor:
+        """Row of each sequence's newest token [B] int64 (any row for a sequence without new tokens)."""
         return (step.cu_seqlens[1:].long() - 1).clamp(min=0)
 
-    def _last_step(self, step: Step, cache: KVCache, last: list[bool]) -> Step:
+    def last_step(self, step: Step, cache: KVCache, last: list[bool]) -> Step:
         """The Step that shows the rest of the layers only each sequence's newest token, as a decode step over the caches."""
-        rows = self._last_rows(step)
+        rows = self.last_rows(step)
         new = torch.tensor(step.new_lens, dtype=torch.int32, device=rows.device)
         wanted = torch.tensor(last, device=rows.device)
         positions = step.positions[rows]

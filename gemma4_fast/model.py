@@ -46,10 +46,10 @@ class Gemma4(nn.Module):
     def from_pretrained(
         cls,
         path_or_hub_id: str | Path,
-        *,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         backend: str | None = None,
+        *,
         check: bool | str = True,
         load_format: str = "auto",
         seed: int = 0,
@@ -77,8 +77,9 @@ class Gemma4(nn.Module):
         if config.towers:
             log.warning("%s has %s towers; only its text model is loaded", path, " and ".join(config.towers))
         chosen = parse_dtype(dtype if dtype is not None else config.dtype)
-        with ops.use_backend(backends or None):
+        with ops.default_backend(backends or None):
             ops.require(target, chosen, model_ops(config))
+        settings = weights.load_generation_config(path, vocab_size=config.vocab_size)
         with torch.device("meta"):
             model = cls(config, backend)
         model.to(chosen)
@@ -88,7 +89,7 @@ class Gemma4(nn.Module):
         else:
             weights.load(model, path, device=target, dtype=chosen, progress=progress)
         model.path = path
-        model.generation_config = weights.load_generation_config(path)
+        model.generation_config = settings
         if check:
             verify(model, level="full" if check == "full" else "quick").raise_if_wrong()
         return model
@@ -145,17 +146,19 @@ class Gemma4(nn.Module):
 
     def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> KVCache:
         """An empty cache for sequences of up to `max_len` tokens (default: the model's maximum)."""
-        return KVCache(self.config, batch_size, max_len or self.config.max_position_embeddings, self.dtype, self.device)
+        return KVCache(
+            self.config,
+            batch_size,
+            self.config.max_position_embeddings if max_len is None else max_len,
+            self.dtype,
+            self.device,
+        )
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Inside: no gradients, and this model's backends."""
-        with torch.inference_mode():
-            if self.backend is None:
-                yield
-                return
-            with ops.use_backend(self.backend):
-                yield
+        with torch.inference_mode(), ops.default_backend(self.backend):
+            yield
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """input_ids [B, T] int -> logits [B, T, V] in the model's dtype. With a cache the tokens follow those it holds.
@@ -224,6 +227,8 @@ def parse_device(device: torch.device | str | None) -> torch.device:
     """A usable torch device; None: the GPU if there is one. ValueError if it does not exist here."""
     if device is None:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if not isinstance(device, (str, torch.device)):
+        raise ValueError(f"device must be a name or a torch.device, got {device!r}")
     try:
         found = torch.device(device)
     except RuntimeError as e:

@@ -33,7 +33,8 @@ class Sampling:
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and value != math.inf
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    ok = ok and (value <= 1e30)  # type: ignore[operator]  # and so not infinite, nor an int beyond all floats
     if not ok:
         bounds = f"in [{low:g}, {high:g}]" if high != math.inf else f">= {low:g}"
         raise ValueError(f"{name} must be a number {bounds}, got {value!r}")
@@ -43,7 +44,9 @@ def sample(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
     """logits [B, V] -> ids [B] int64. generators[b], on the logits' device, alone decides for row b."""
     if sampling.greedy:
         return logits.argmax(-1)
-    kept, ids = restrict(logits.float() / sampling.temperature, sampling)
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # at most 0: a tiny temperature cannot overflow
+    kept, ids = restrict(logits, sampling)
     # argmax(p / e) with e ~ Exp(1) draws from p: one draw a row, and a row's neighbours do not matter.
     noise = torch.empty_like(kept)
     for row, generator in zip(noise, generators, strict=True):

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,10 +33,6 @@ def progress_bar(label: str, *, shown: bool = True) -> Iterator[Callable[[int, i
 def note(text: str) -> None:
     """One line for people, on stderr: stdout is for the result."""
     print(text, file=sys.stderr, flush=True)
-
-
-def is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and name[0].isalnum() and not Path(name).exists()
 
 
 def fetching(repo: str) -> None:

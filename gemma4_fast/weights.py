@@ -6,15 +6,17 @@ tensors that share storage with the parameters: loading copies into them, one at
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -26,13 +28,15 @@ from torch import nn
 
 from gemma4_fast.config import Gemma4Config
 from gemma4_fast.errors import CheckpointError
+from gemma4_fast.files import one_line, path_text, read_json
+from gemma4_fast.sampling import Sampling
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # First part of a tower tensor's name, after an optional "model.": transformers' gemma4 and gemma4_unified, and what
 # the published unified files call the latter's vision embedder.
@@ -50,13 +54,21 @@ def tiny_path() -> Path:
     return Path(__file__).parent / "tiny"
 
 
-def resolve(path_or_hub_id: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Path:
+def resolve(
+    path_or_hub_id: str | Path,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    patterns: Sequence[str] = _HUB_PATTERNS,
+    on_download: Callable[[str], None] | None = None,
+) -> Path:
     """A checkpoint folder on this disk: "tiny" is the packaged one, an existing folder is itself, "org/name" is fetched
-    from the Hugging Face hub (json, safetensors and jinja files only). "./tiny" means a folder of that name.
+    from the Hugging Face hub (json, safetensors and jinja files only, or those that fit `patterns`). "./tiny" means a folder
+    of that name.
 
-    CheckpointError says, in one line, why there is none and what to do.
+    on_download(id) is called before the hub is asked. CheckpointError says, in one line, why there is none and what to do.
     """
-    text = os.fspath(path_or_hub_id)
+    text = path_text(path_or_hub_id, "a path or hub id")
     if text == "tiny":
         return tiny_path()
     if not text:
@@ -68,13 +80,15 @@ def resolve(path_or_hub_id: str | Path, *, revision: str | None = None, local_fi
         raise CheckpointError(f"{path} is a file; a checkpoint is the folder that holds config.json")
     if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
         raise CheckpointError(f"{text!r}: no such folder (a hub id looks like org/name, the packaged model is 'tiny')")
-    return _download(text, revision, local_files_only)
+    if on_download is not None:
+        on_download(text)
+    return _download(text, revision, local_files_only, patterns)
 
 
-def _download(repo: str, revision: str | None, local_files_only: bool) -> Path:
+def _download(repo: str, revision: str | None, local_files_only: bool, patterns: Sequence[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    only: dict[str, Any] = {"allow_patterns": _HUB_PATTERNS, "ignore_patterns": ["*/*"]}
+    only: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}
     try:
         return Path(snapshot_download(repo, revision=revision, local_files_only=local_files_only, **only))
     except errors.GatedRepoError as e:
@@ -365,22 +379,24 @@ def _write_shards(tensors: Mapping[str, torch.Tensor], folder: Path, max_bytes: 
 
 
 # ---------------------------------------------------------------- JSON and words
-def load_generation_config(path: Path) -> dict[str, Any]:
-    """The folder's generation_config.json; {} if it has none. CheckpointError if it is not a JSON object."""
+def load_generation_config(path: Path, *, vocab_size: int | None = None) -> dict[str, Any]:
+    """The folder's generation_config.json; {} if it has none. CheckpointError names the file, and the key if a value that
+    generation uses is wrong. `vocab_size` bounds its stop tokens."""
     file = path / "generation_config.json"
-    return read_json(file) if file.exists() else {}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from `file`; CheckpointError names the file if it cannot be read or is something else."""
+    if not file.exists():
+        return {}
+    data = read_json(file)
+    eos = data.get("eos_token_id")
+    limit = math.inf if vocab_size is None else vocab_size
+    for token in eos if isinstance(eos, list) else [eos] if eos is not None else []:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < limit:
+            raise CheckpointError(f"{file}: eos_token_id must hold token ids in [0, {limit}), got {token!r}")
+    if data.get("do_sample") not in (None, True, False):
+        raise CheckpointError(f"{file}: do_sample must be true or false, got {data['do_sample']!r}")
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise CheckpointError(f"{file}: cannot be read: {one_line(e)}") from e
-    except (json.JSONDecodeError, RecursionError) as e:
-        raise CheckpointError(f"{file}: not valid JSON: {one_line(e)}") from e
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(data).__name__}")
+        Sampling(**{f.name: data[f.name] for f in dataclasses.fields(Sampling) if data.get(f.name) is not None})
+    except ValueError as e:
+        raise CheckpointError(f"{file}: {e}") from e
     return data
 
 
@@ -393,8 +409,3 @@ def _names(items: list[str], noun: str, rest: str = "") -> str:
     more = f", ... and {len(items) - _NAMES_SHOWN} more" if len(items) > _NAMES_SHOWN else ""
     plural = "s" if len(items) > 1 else ""
     return f"{len(items)} {noun}{plural}{rest}: {', '.join(items[:_NAMES_SHOWN])}{more}"
-
-
-def one_line(e: BaseException) -> str:
-    """An error's message without its line breaks; its type's name if it has none."""
-    return " ".join(str(e).split()) or type(e).__name__

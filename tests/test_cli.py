@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -112,6 +113,8 @@ def test_chat_prefills_only_what_is_new(run: Run) -> None:
     assert first["prefilled_tokens"] == first["prompt_tokens"]
     held = first["prompt_tokens"] + len(first["tokens"]) - 1  # the last token has not run
     assert second["prompt_tokens"] - second["prefilled_tokens"] == held > 0
+    for line in (first, second):
+        assert line["backends"]["gqa_decode"] and line["dtype"] == "bfloat16" and torch.device(line["device"])
 
 
 def test_chat_without_a_cache_would_answer_the_same(run: Run) -> None:
@@ -165,6 +168,43 @@ def test_check_passes_and_prints(run: Run) -> None:
     assert code == 0 and "passed:" in out and "top-1 agreement" in out
     code, out, _ = run("check", "--level", "quick", "--json")
     assert code == 0 and json.loads(out)["ok"] is True
+
+
+def test_check_takes_a_seed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def spy(model: Gemma4, **options: Any) -> Any:
+        seeds.append(options["seed"])
+        return real(model, **options)
+
+    module = sys.modules["gemma4_fast.verify"]  # the package exports the function under this name
+    real = module.verify
+    monkeypatch.setattr(module, "verify", spy)
+    assert run("check", "--level", "quick", "--seed", "7")[0] == run("check", "--level", "quick")[0] == 0
+    assert seeds == [7, 0]
+
+
+def test_every_command_takes_the_common_options() -> None:
+    for command in cli.COMMANDS:
+        argv = [command, "--backend", "torch", "--dtype", "float32", "--device", "cpu", "--seed", "3", "--json"]
+        assert cli.parser(cli.COMMANDS).parse_args(argv).seed == 3
+
+
+@pytest.mark.parametrize("name", ["models/", "no/such/folder", "./a/b", "-a/b"])
+@pytest.mark.parametrize("command", ["info", "check"])
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(
+    command: str, name: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    code, _, err = run(command, f"--model={name}")
+    assert code == 2 and "no such folder" in err and err.count("\n") == 1
+
+
+def test_info_fetches_config_json_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **k: asked.update(k, repo=repo) or str(tiny_path()))
+    assert run("info", "--model", "org/name", "--device", "cpu")[0] == 0
+    assert asked["repo"] == "org/name" and asked["allow_patterns"] == ["config.json"]
 
 
 def test_check_finds_a_nan_weight(run: Run, copied: Path) -> None:

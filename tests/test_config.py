@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,10 @@ def test_a_slice_runs() -> None:
 
 def test_slice_and_preset_refuse_nonsense() -> None:
     config = Gemma4Config.preset("12b")
-    for bad in (dict(num_layers=0), dict(num_layers=49), dict(vocab_size=0), dict(vocab_size=262145)):
+    counts = (dict(num_layers=0), dict(num_layers=49), dict(vocab_size=0), dict(vocab_size=262145))
+    for bad in (*counts, dict(num_layers=2.5), dict(num_layers=True), dict(vocab_size="9")):
         with pytest.raises(ValueError, match="must lie in"):
-            config.slice(**bad)
+            config.slice(**bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="26b-a4b"):
         Gemma4Config.preset("27b")
 
@@ -151,6 +153,52 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "factor",
     ),
     "rope of one kind only": ({"rope_parameters": {FULL: {"rope_type": "proportional"}}}, "rope_parameters"),
+    "eps as text": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+    "negative eps": ({"rms_norm_eps": -1}, "rms_norm_eps"),
+    "no eps": ({"rms_norm_eps": 0}, "rms_norm_eps"),
+    "endless eps": ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+    "eps that no float holds": ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+    "softcap as text": ({"final_logit_softcapping": "30"}, "final_logit_softcapping"),
+    "softcap of zero": ({"final_logit_softcapping": 0}, "final_logit_softcapping"),
+    "negative softcap": ({"final_logit_softcapping": -3}, "final_logit_softcapping"),
+    "PLE size as text": ({"hidden_size_per_layer_input": "256"}, "hidden_size_per_layer_input"),
+    "PLE size with a fraction": ({"hidden_size_per_layer_input": 1.5}, "hidden_size_per_layer_input"),
+    "negative PLE size": ({"hidden_size_per_layer_input": -5}, "hidden_size_per_layer_input"),
+    "PLE vocabulary as text": ({"vocab_size_per_layer_input": "x"}, "vocab_size_per_layer_input"),
+    "shared layers as text": ({"num_kv_shared_layers": "1"}, "num_kv_shared_layers"),
+    "layers in a list": ({"per_layer_config": [1]}, "per_layer_config"),
+    "an empty list of layers": ({"per_layer_config": []}, "per_layer_config"),
+    "layers that are numbers": ({"per_layer_config": {str(i): 1 for i in range(5, 48, 6)}}, "per_layer_config"),
+    "layers by name": ({"per_layer_config": {"last": {}}}, "per_layer_config"),
+    "rope as text": ({"rope_parameters": "x"}, "rope_parameters"),
+    "rope as number": ({"rope_parameters": 3}, "rope_parameters"),
+    "rope of a kind as text": ({"rope_parameters": {SLIDING: "x", FULL: {}}}, "rope_parameters"),
+    "rope type in a list": ({"rope_parameters": {SLIDING: {"rope_type": ["default"]}, FULL: {}}}, "rope_type"),
+    **{
+        f"theta {theta!r} of {kind}": (
+            {"rope_parameters": {SLIDING: {}, FULL: {"rope_type": "proportional"}, kind: {**extra, "rope_theta": theta}}},
+            "rope_theta",
+        )
+        for theta in (0, -1e4, "1e4", None)
+        for kind, extra in ((SLIDING, {}), (FULL, {"rope_type": "proportional"}))
+    },
+    "rotated share as text": (
+        {"rope_parameters": {SLIDING: {}, FULL: {"rope_type": "proportional", "partial_rotary_factor": "0.25"}}},
+        "partial_rotary_factor",
+    ),
+    "eos as text": ({"eos_token_id": "x"}, "eos_token_id"),
+    "eos as object": ({"eos_token_id": {"a": 1}}, "eos_token_id"),
+    "eos beyond the vocabulary": ({"eos_token_id": [1, 262144]}, "eos_token_id"),
+    "negative eos": ({"eos_token_id": -1}, "eos_token_id"),
+    "bos as list": ({"bos_token_id": [2]}, "bos_token_id"),
+    "negative pad": ({"pad_token_id": -1}, "pad_token_id"),
+    "dtype as number": ({"dtype": 16}, "dtype"),
+    "model type in a list": ({"model_type": ["gemma4_text"]}, "model_type"),
+    "layer types that are no text": ({"layer_types": [{}] * 48}, "layer_types"),
+    "layer types as text": ({"layer_types": "full"}, "layer_types"),
+    "no layer types": ({"layer_types": []}, "layer_types"),
+    "no global head dim": ({"global_head_dim": 0}, "global_head_dim"),
+    "a size beyond all bounds": ({"hidden_size": 10**30}, "hidden_size"),
     "layers that differ": ({"per_layer_config": {"5": {"head_dim": 128}}}, "per_layer_config"),
 }
 
@@ -173,7 +221,33 @@ def test_unknown_key_beside_the_text_part_is_refused() -> None:
         Gemma4Config.from_dict({"model_type": "gemma4", "text_config": published("12b"), "mystery": 1})
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"text"', b"\xff\xfe\x00"])
+@pytest.mark.parametrize("outer, inner", [(True, False), (False, True), (True, "yes")])
+def test_two_opinions_on_tied_embeddings_are_refused(outer: Any, inner: Any) -> None:
+    data = {"model_type": "gemma4", "tie_word_embeddings": outer}
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        Gemma4Config.from_dict({**data, "text_config": published("12b", tie_word_embeddings=inner)})
+    for same in (outer, None):
+        text = published("12b", tie_word_embeddings=same)
+        assert Gemma4Config.from_dict({**data, "text_config": text}).tie_word_embeddings is outer
+
+
+def test_an_outer_model_type_that_is_no_text() -> None:
+    with pytest.raises(ValueError, match="model_type"):
+        Gemma4Config.from_dict({"model_type": ["gemma4"], "text_config": published("12b")})
+
+
+def test_layers_are_made_once() -> None:
+    config = Gemma4Config.preset("31b").slice(num_layers=12)
+    assert config.layers() is config.layers() and config.layers() == tuple(config.layer(i) for i in range(12))
+    other = dataclasses.replace(config, sliding_window=7)
+    assert other.layers()[0].window == 7 and other != config
+    assert config == Gemma4Config.preset("31b").slice(num_layers=12)
+
+
+HUGE = '{"vocab_size": ' + "9" * 5000 + "}"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"text"', b"\xff\xfe\x00", "[" * 100_000, HUGE], ids=range(8))
 def test_broken_json_is_one_clear_error(content: str | bytes, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -184,3 +258,5 @@ def test_broken_json_is_one_clear_error(content: str | bytes, tmp_path: Path) ->
 def test_missing_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         Gemma4Config.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a path, got int"):
+        Gemma4Config.from_pretrained(3)  # type: ignore[arg-type]

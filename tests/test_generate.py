@@ -66,6 +66,28 @@ def test_stop_string_ends_the_text_before_it(tiny: Gemma4) -> None:
     assert "".join(streamed) == cut.text
 
 
+def test_no_stop_strings(tiny: Gemma4) -> None:
+    options: dict[str, Any] = dict(max_new_tokens=8, seed=1)
+    want = one(tiny, **options).token_ids
+    for none in (None, (), []):
+        assert one(tiny, stop=none, **options).token_ids == want
+        stream = tiny.stream(PROMPT, stop=none, **options)
+        assert list(stream) and stream.result.token_ids == want
+    for bad in (5, [5], {"a": 1}, b"a"):
+        for call in (tiny.generate, tiny.stream):
+            with pytest.raises(ValueError, match="stop strings"):
+                call(PROMPT, stop=bad)
+
+
+def test_logprobs_are_appended(tiny: Gemma4) -> None:
+    """A new list for each token would make long texts take quadratic time."""
+    stream = tiny.stream(PROMPT, max_new_tokens=12, temperature=0, stop_token_ids=(), logprobs=2)
+    lists = {(id(stream.result.logprobs), id(stream.result.top_logprobs)) for _ in stream}
+    assert len(lists) == 1
+    assert stream.result.logprobs is not None and len(stream.result.logprobs) == 12
+    assert stream.result.top_logprobs is not None and len(stream.result.top_logprobs) == 12
+
+
 def test_stop_tokens(tiny: Gemma4) -> None:
     free = one(tiny, max_new_tokens=30, temperature=0, stop_token_ids=())
     assert free.finish_reason == "length" and len(free.token_ids) == 30
@@ -74,6 +96,7 @@ def test_stop_tokens(tiny: Gemma4) -> None:
     cut = one(tiny, max_new_tokens=30, temperature=0, stop_token_ids=[4095, stop])
     assert cut.token_ids == free.token_ids[: at + 1]
     assert (cut.finish_reason, cut.stopped_by) == ("stop", stop)
+    assert one(tiny, max_new_tokens=30, temperature=0, stop_token_ids=stop).token_ids == cut.token_ids
     both = tiny.generate([PROMPT, "Mr. Darcy"], max_new_tokens=30, temperature=0, stop_token_ids=[stop])
     assert isinstance(both, list)
     assert both[0].token_ids == cut.token_ids  # a finished neighbour changes nothing
@@ -178,7 +201,14 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ([1], dict(logprobs=5000), "logprobs"),
     ([1], dict(prefill_chunk=0), "prefill_chunk"),
     ([1], dict(stop_token_ids=[4096]), "stop token"),
+    ([1], dict(stop_token_ids=-1), "stop token"),
+    ([1], dict(stop_token_ids=[True]), "stop token"),
+    ([1], dict(stop_token_ids="5"), "stop_token_ids"),
+    ([1], dict(stop_token_ids=1.5), "stop_token_ids"),
+    ([1], dict(stop_token_ids={5: 1}), "stop_token_ids"),
+    ([1], dict(stop_token_ids=True), "stop token"),
     ([1], dict(stop=[""]), "stop strings"),
+    ([1], dict(stop=5), "stop strings"),
     ([{"role": "user"}], {}, "content"),
 ]
 
@@ -318,3 +348,44 @@ def test_stream_is_an_iterator(tiny: Gemma4) -> None:
     assert isinstance(first, str)
     with pytest.raises(ValueError, match="one prompt"):
         tiny.stream(["a", "b"])
+
+
+def test_an_aborted_prefill_spoils_no_kept_prefix(tiny: Gemma4, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ring is overwritten layer by layer: a prefix whose pass was cut short must not be continued."""
+    ids = [3 + (7 * i * i) % 4000 for i in range(300)]
+    prefix, right = Prefix(), tiny.model.run_layer
+
+    def first_logprobs(prompt: list[int], kept: Prefix | None) -> list[float]:
+        session = Session(tiny, [prompt], max_new_tokens=1, stop_token_ids=(), logprobs=5, prefill_chunk=50, prefix=kept)
+        return [value for tokens in session.run() for _, value in tokens[0].top or []]
+
+    def interrupted(index: int, *args: Any) -> Any:
+        if index == 2:
+            raise KeyboardInterrupt
+        return right(index, *args)
+
+    first_logprobs(ids[:200], prefix)
+    monkeypatch.setattr(tiny.model, "run_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        first_logprobs(ids[:200] + [9] * 60, prefix)
+    monkeypatch.setattr(tiny.model, "run_layer", right)
+    assert first_logprobs(ids, prefix) == pytest.approx(first_logprobs(ids, None), abs=1e-4)
+
+
+def test_a_kept_prefix_belongs_to_its_model(tiny: Gemma4) -> None:
+    other = Gemma4.dummy(tiny.config, dtype="float32", device="cpu")
+    prefix, ids = Prefix(), list(range(3, 60))
+
+    def token(model: Gemma4, kept: Prefix | None, prompt: list[int]) -> int:
+        return next(iter(Session(model, [prompt], max_new_tokens=1, prefix=kept).run()))[0].id
+
+    token(tiny, prefix, ids[:40])
+    assert token(other, prefix, ids) == token(other, None, ids)
+
+
+def test_a_tiny_temperature_is_greedy_and_a_huge_one_refused() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.5]])
+    for t in (1e-40, 1e-39, 1e-10):
+        assert sample(logits, Sampling(temperature=t), [torch.Generator().manual_seed(0)]).tolist() == [1]
+    with pytest.raises(ValueError, match="temperature"):
+        Sampling(temperature=10**400)

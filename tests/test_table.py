@@ -121,7 +121,32 @@ def test_selection_is_scoped_and_nests(fake_cpu: None) -> None:
     assert ops.rms_norm(X)[0, 0] == 7.0
 
 
+def test_a_composed_op_hands_the_choice_to_its_parts() -> None:
+    args = ops.TABLE["moe"].inputs("odd", torch.float32)
+    with use_backend("cuda", ops=["moe"]), pytest.raises(UnsupportedError, match="needs a GPU"):
+        ops.moe(**args)
+
+
+def test_a_choice_for_one_op_holds_inside_a_model_with_a_backend(fake_cpu: None) -> None:
+    model = gemma4_fast.Gemma4.from_pretrained("tiny", "float32", None, "torch", check=False)
+    with use_backend("triton", ops=["logits"]), pytest.raises(UnsupportedError, match=r"logits.*needs a GPU"):
+        model(torch.tensor([[1, 2]]))
+    with use_backend("reference", ops=["logits"]):
+        chosen = {c.op: c.backend for c in explain(model).choices}
+    assert chosen["logits"] == "reference" and chosen["rms_norm"] == "torch"
+
+
+def test_a_replaced_kernel_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops.linear(X, X)
+    impl = ops.Impl("gemma4_fast.ops.torch_backend:linear", (torch.float64,))
+    monkeypatch.setitem(ops.TABLE["linear"].impls, "torch", impl)
+    with pytest.raises(UnsupportedError, match="does not take float32"):
+        ops.linear(X, X)
+
+
 def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="named by text"), use_backend(3):  # type: ignore[arg-type]
+        pass
     for bad in ("fast", "", "cpu,", "CUDA"):
         with pytest.raises(ValueError, match="unknown backend"), use_backend(bad):
             pass
@@ -197,6 +222,21 @@ BAD_CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("logits", dict(softcap=-1.0), "softcap"),
     ("logits", dict(x=torch.ones(2816)), "axes"),
     ("logits", dict(weight=torch.ones(0, 2816)), "rows"),
+    ("rms_norm", dict(x=torch.tensor(1.0)), "axes"),
+    ("rms_norm", dict(eps="small"), "eps"),
+    ("norm_add_norm", dict(residual=None), "residual"),
+    ("norm_add_norm", dict(weight=None), "weight"),
+    ("qkv_norm_rope", dict(q_weight=None), "q_weight"),
+    ("qkv_norm_rope", dict(sin=None), "sin"),
+    ("gqa_decode", dict(v_cache=None), "v_cache"),
+    ("gqa_decode", dict(kv_lens=None), "lengths"),
+    ("gqa_prefill", dict(k=None, v=None), "k must be"),
+    ("gqa_prefill", dict(cu_seqlens=None), "cu_seqlens"),
+    ("route_topk", dict(scale=None), "scale"),
+    ("route_topk", dict(top_k=2.0), "top_k"),
+    ("moe", dict(topk_weights=None), "topk_weights"),
+    ("linear", dict(weight=None), "weight"),
+    ("ple_gate", dict(weight=None), "weight"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 from family import MEMBERS, fast_model
 
 from gemma4_fast import Gemma4, SelfCheckError, ops, verify
+from gemma4_fast.layers import Text
 from gemma4_fast.ops import torch_backend
 from gemma4_fast.reference import ops as reference
 from gemma4_fast.verify import Comparison, Report
@@ -47,7 +49,9 @@ def test_every_member_passes(member: str, dtype: torch.dtype) -> None:
     assert report.ok, report.verdict()
     layers = {c.layer for c in report.comparisons if c.layer is not None}
     assert layers == set(range(fast_model(member).config.num_hidden_layers))
-    assert {c.phase for c in report.comparisons if c.what == "attention"} == {"prefill", "chunk", "decode"}
+    phases = {c.phase for c in report.comparisons if c.what == "attention"}
+    assert phases >= {"prefill", "chunk", "decode", "batch prefill", "batch chunk", "batch decode"}
+    assert ("newest token alone" in phases) == (fast_model(member).config.num_kv_shared_layers > 0)
 
 
 @pytest.mark.parametrize("member", MEMBERS)
@@ -64,6 +68,7 @@ def test_tiny_passes_in_all_dtypes(tiny: Gemma4, tiny_fp32: Gemma4) -> None:
         report = verify(model, level="full")
         assert report.ok, report.verdict()
         assert report.end_to_end is not None and report.end_to_end.kl < 0.1
+        assert report.end_to_end.decides == (model.dtype == torch.float32)
 
 
 # How to get it wrong: op -> a function that takes the right implementation's place.
@@ -154,6 +159,68 @@ def _last_expert_dropped(x: Any, weight: Any, order: Any, offsets: Any, *rest: A
     return torch_backend.grouped_gemm(x, weight, order, offsets, *rest)
 
 
+def _only_the_first_sequence(q: Any, k: Any, v: Any, cu: torch.Tensor, *rest: Any) -> torch.Tensor:
+    out = torch_backend.gqa_prefill(q, k, v, cu, *rest)
+    out[int(cu[1]) :] = 0
+    return out
+
+
+def _sequences_leak(q: Any, k: Any, v: Any, cu: torch.Tensor, window: Any, *rest: Any) -> torch.Tensor:
+    """One long sequence, where there is no prefix."""
+    if cu.shape[0] > 2 and int(rest[2].max()) == 0:
+        return torch_backend.gqa_prefill(q, k, v, cu[[0, -1]], window)
+    return torch_backend.gqa_prefill(q, k, v, cu, window, *rest)
+
+
+def _first_prefix_for_all(q: Any, k: Any, v: Any, cu: Any, window: Any, kc: Any, vc: Any, lens: Any, *rest: Any) -> Any:
+    lens = None if lens is None else torch.where(lens > 0, lens[0], lens)
+    return torch_backend.gqa_prefill(q, k, v, cu, window, kc, vc, lens, *rest)
+
+
+def _all_into_the_first_cache(qkv: Any, *args: Any) -> Any:
+    *head, k_cache, v_cache, slots, eps = args
+    slots = None if slots is None else slots % v_cache.shape[1] + torch.arange(slots.shape[0]) * 0
+    if slots is not None and slots.unique().numel() < slots.numel():
+        slots = torch.arange(slots.shape[0])
+    return torch_backend.qkv_norm_rope(qkv, *head, k_cache, v_cache, slots, eps)
+
+
+def _rows_swapped(q: Any, *rest: Any) -> torch.Tensor:
+    out = torch_backend.gqa_decode(q, *rest)
+    return out.flip(0) if out.shape[0] == 3 else out
+
+
+def _idle_rows_nan(q: Any, k: Any, v: Any, lens: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return torch_backend.gqa_decode(q, k, v, lens, *rest).masked_fill((lens == 0)[:, None, None], float("nan"))
+
+
+def _few_rows_zero(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    out = torch_backend.geglu_mlp(x, *rest)
+    return out * 0 if 2 <= x.shape[0] <= 12 else out
+
+
+def _few_tokens_zero(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    out = torch_backend.moe_decode(x, *rest)
+    return out * 0 if x.shape[0] > 1 else out
+
+
+def _first_rows_zero(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    out = torch_backend.geglu_mlp(x, *rest)
+    if x.shape[0] >= 60:
+        out[:8] = 0
+    return out
+
+
+def _argmax_off_by_one(x: torch.Tensor, weight: Any, softcap: Any, argmax: bool) -> torch.Tensor:
+    out = torch_backend.logits(x, weight, softcap, argmax)
+    return (out + 1) % weight.shape[0] if argmax and x.shape[0] == 1 else out
+
+
+def _logits_rolled(x: torch.Tensor, weight: Any, softcap: Any, argmax: bool) -> torch.Tensor:
+    out = torch_backend.logits(x, weight, softcap, argmax)
+    return out.roll(1, -1) if not argmax and x.shape[0] == 1 else out
+
+
 MUTANTS: dict[str, tuple[str, Callable[..., Any], str]] = {
     "swapped gate and up": ("geglu_mlp", _swapped_gate_and_up, "feed-forward"),
     "SiLU for GELU": ("geglu_mlp", _silu, "feed-forward"),
@@ -172,6 +239,17 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any], str]] = {
     "layer scalar left out": ("norm_add_norm", _no_layer_scalar, "feed-forward"),
     "RoPE turned the wrong way": ("qkv_norm_rope", _interleaved_rope, "attention"),
     "first token sees the second": ("gqa_prefill", _acausal, "window edge"),
+    "only the first sequence of a batch": ("gqa_prefill", _only_the_first_sequence, "window edge"),
+    "sequences see each other": ("gqa_prefill", _sequences_leak, "attention"),
+    "the first sequence's prefix for all": ("gqa_prefill", _first_prefix_for_all, "window edge"),
+    "all sequences written into the first's cache": ("qkv_norm_rope", _all_into_the_first_cache, "attention"),
+    "rows of a decode batch swapped": ("gqa_decode", _rows_swapped, "attention"),
+    "idle rows not a number": ("gqa_decode", _idle_rows_nan, "window edge"),
+    "MLP wrong for a few rows": ("geglu_mlp", _few_rows_zero, "feed-forward"),
+    "experts wrong for a few tokens": ("moe_decode", _few_tokens_zero, "feed-forward"),
+    "MLP's first rows wrong": ("geglu_mlp", _first_rows_zero, "feed-forward"),
+    "greedy choice wrong for one row": ("logits", _argmax_off_by_one, "greedy choice"),
+    "logits wrong for one row": ("logits", _logits_rolled, "logits"),
 }
 
 
@@ -189,6 +267,97 @@ def test_a_wrong_op_is_caught_and_named(name: str, dtype: str, level: str, tiny:
     with pytest.raises(SelfCheckError, match=op) as caught:
         report.raise_if_wrong()
     assert caught.value.report is report
+
+
+def _blurred_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    out = torch_backend.linear(x, weight)
+    return out + 0.02 * out.roll(1, -1)
+
+
+SHARING: dict[str, tuple[str, Callable[..., Any], str]] = {
+    "PLE gate without its product": ("ple_gate", lambda x, ple, *rest: torch_backend.ple_gate(x, ple * 0 + 1, *rest), ""),
+    "projections a little off": ("linear", _blurred_linear, ""),
+    "shared layers lose the newest key": (
+        "gqa_decode",
+        lambda q, k, v, lens, *rest: torch_backend.gqa_decode(q, k, v, (lens - (lens > 1).int()), *rest),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("level", ["quick", "full"])
+def test_wrong_ops_of_the_small_members_are_caught(name: str, level: str) -> None:
+    op, wrong, _ = SHARING[name]
+    with broken(op, wrong):
+        report = verify(fast_model("e2b"), level=level)
+    assert not report.ok and op in {c.op.split(" ")[0] for c in report.comparisons if not c.ok}, report.verdict()
+
+
+def test_the_prefill_cut_of_shared_layers_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that share KV run a prompt's newest token alone: a wrong length there concerns no op, only generation."""
+    model = fast_model("e2b")
+    right = Text.last_step
+
+    def wrong(self: Text, step: Any, cache: Any, last: list[bool]) -> Any:
+        made = right(self, step, cache, last)
+        made.kv_lens = made.kv_lens - (made.kv_lens > 1).int()
+        return made
+
+    monkeypatch.setattr(Text, "last_step", wrong)
+    report = verify(model)
+    assert {c.phase for c in report.comparisons if not c.ok} <= {"newest token alone", "batch newest token alone"}
+    assert not report.ok
+
+
+def test_small_contexts_and_wide_windows_are_checked_too() -> None:
+    base = fast_model("26b-a4b").config
+    for change in (
+        dict(max_position_embeddings=3),
+        dict(max_position_embeddings=8),
+        dict(max_position_embeddings=16),
+        dict(max_position_embeddings=100, sliding_window=512),
+        dict(sliding_window=2000),
+        dict(sliding_window=1),
+        dict(sliding_window=64),
+        dict(sliding_window=65),
+    ):
+        model = Gemma4.dummy(dataclasses.replace(base, **change), dtype="float32", device="cpu")
+        report = verify(model, level="full")
+        assert report.ok, (change, report.verdict())
+    with pytest.raises(ValueError, match="3 positions"):
+        verify(Gemma4.dummy(dataclasses.replace(base, max_position_embeddings=2), dtype="float32", device="cpu"))
+
+
+@pytest.mark.parametrize("dtype, seed", [("bfloat16", 11), ("float16", 107), ("bfloat16", 22)])
+def test_routing_that_differs_in_half_precision_is_no_alarm(dtype: str, seed: int) -> None:
+    """End to end a right model of experts may be far from the truth here, as plain PyTorch may."""
+    model = Gemma4.dummy(fast_model("26b-a4b").config, dtype=dtype, device="cpu", seed=seed)
+    report = verify(model, level="full")
+    assert report.ok, report.verdict()
+
+
+def test_end_to_end_decides_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward that is wrong for single tokens only, which no layer shows."""
+    model = fast_model("12b")
+    right = Gemma4.forward
+
+    def wrong(self: Gemma4, ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        out = right(self, ids, cache)
+        return out.roll(1, -1) if ids.shape[1] == 1 else out
+
+    monkeypatch.setattr(Gemma4, "forward", wrong)
+    report = verify(model, level="full")
+    assert report.first_wrong is None and not report.ok
+    assert "end to end" in report.verdict()
+
+
+def test_a_model_cast_to_another_dtype_casts_its_angles() -> None:
+    model, ids = copy.deepcopy(fast_model("12b")), torch.arange(60)[None]
+    model(ids)
+    late = model.double()(ids)
+    fresh = fast_model("12b", torch.float64)(ids)
+    assert torch.equal(late, fresh)
 
 
 def test_the_wrong_layer_is_named() -> None:
@@ -229,7 +398,7 @@ def test_report_prints_and_is_json(tiny: Gemma4) -> None:
     for word in ("full, K=V, MoE", "window edge", "greedy choice", "top-1 agreement", "KL", "passed:"):
         assert word in text
     data = json.loads(report.to_json())
-    assert data["ok"] is True and data["end_to_end"]["tokens"] == 64 and len(data["comparisons"]) == 45
+    assert data["ok"] is True and data["end_to_end"]["tokens"] == 64 and len(data["comparisons"]) > 100
     assert data["backends"]["gqa_decode"] == "torch"
     nan = Report("quick", "cpu", "float32", {}, [Comparison("attention", "prefill", float("nan"), 0.0, 3, "full")])
     assert not nan.ok and json.loads(nan.to_json())["comparisons"][0]["error"] is None
@@ -237,7 +406,7 @@ def test_report_prints_and_is_json(tiny: Gemma4) -> None:
 
 def test_input_ids_may_be_given(tiny: Gemma4) -> None:
     assert verify(tiny, input_ids=list(range(40))).ok
-    for bad in ([1, 2], [[1] * 20], [5000] * 20, [-1] * 20, [0] * 2000):
+    for bad in ([1, 2], [], [[1] * 20], [5000] * 20, [-1] * 20, [0] * 2000):
         with pytest.raises(ValueError):
             verify(tiny, input_ids=bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="level"):
@@ -257,3 +426,12 @@ def test_equal_experts_do_not_blind_the_check(tiny_fp32: Gemma4) -> None:
 
     with broken("route_topk", highest):
         assert not verify(model).ok
+
+
+def test_wrong_rope_frequencies_are_seen() -> None:
+    model = copy.deepcopy(fast_model("26b-a4b"))
+    device = model.device
+    wrong = model.model.inv_freq(True, device) * 1.01
+    model.model._inv_freq[True, device, torch.float32] = wrong
+    first = verify(model).first_wrong
+    assert first is not None and first.layer == 0 and first.what == "attention"

@@ -318,6 +318,26 @@ def test_generation_config(tmp_path: Path) -> None:
             weights.load_generation_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("eos_token_id", 999999), ("eos_token_id", [1, 128]), ("eos_token_id", "x"), ("eos_token_id", -1),
+        ("eos_token_id", {"a": 1}), ("eos_token_id", True), ("temperature", "hot"), ("temperature", -1), ("top_k", 1.5),
+        ("top_p", 2), ("min_p", "x"), ("do_sample", "yes"),
+    ],
+)  # fmt: skip
+def test_wrong_values_in_generation_config_are_told_at_load(key: str, value: Any, tmp_path: Path) -> None:
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({key: value}))
+    with pytest.raises(CheckpointError, match=f"generation_config.json: {key}"):
+        weights.load_generation_config(tmp_path, vocab_size=128)
+    good = {"eos_token_id": [1, 127], "temperature": None, "top_k": 0, "top_p": 1.0, "do_sample": False}
+    file.write_text(json.dumps(good))
+    assert weights.load_generation_config(tmp_path, vocab_size=128) == good
+    file.write_text('{"eos_token_id": 128}')
+    assert weights.load_generation_config(tmp_path) == {"eos_token_id": 128}  # without the vocabulary's size no one can tell
+
+
 # ---------------------------------------------------------------- finding
 def test_resolve_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
@@ -336,6 +356,11 @@ def test_resolve_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="is a file"):
         weights.resolve("file")
+    for bad in (3, None, b"tiny"):
+        with pytest.raises(ValueError, match=f"expected a path or hub id, got {type(bad).__name__}"):
+            weights.resolve(bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected a path or hub id, got int"):
+        Gemma4.from_pretrained(3)  # type: ignore[arg-type]
 
 
 HUB_ERRORS = {
@@ -373,6 +398,9 @@ def test_hub_download_asks_for_safe_files_only(tmp_path: Path, monkeypatch: pyte
     files = ["config.json", "model-1.safetensors", "chat_template.jinja", "tokenizer.json", weights.INDEX]
     never = ["pytorch_model.bin", "x.pt", "model.py", "original/model.safetensors", "a.pkl", "model.gguf"]
     assert list(huggingface_hub.utils.filter_repo_objects(files + never, **only)) == files
+    told: list[str] = []
+    weights.resolve("org/name", patterns=("config.json",), on_download=told.append)
+    assert asked["allow_patterns"] == ["config.json"] and told == ["org/name"]
 
 
 def test_not_in_the_cache_and_no_network() -> None:

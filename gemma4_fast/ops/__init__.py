@@ -21,6 +21,7 @@ from gemma4_fast.ops.table import (
     Impl,
     Op,
     decide,
+    default_backend,
     parse_backend,
     register,
     require,
@@ -28,9 +29,9 @@ from gemma4_fast.ops.table import (
 )
 
 __all__ = [
-    "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "decide", "expert_dispatch", "geglu_mlp", "gqa_decode",
-    "gqa_prefill", "grouped_gemm", "linear", "logits", "moe", "moe_decode", "norm_add_norm", "parse_backend", "ple_gate",
-    "qkv_norm_rope", "register", "require", "rms_norm", "route_topk", "use_backend",
+    "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "decide", "default_backend", "expert_dispatch", "geglu_mlp",
+    "gqa_decode", "gqa_prefill", "grouped_gemm", "linear", "logits", "moe", "moe_decode", "norm_add_norm", "parse_backend",
+    "ple_gate", "qkv_norm_rope", "register", "require", "rms_norm", "route_topk", "use_backend",
 ]  # fmt: skip
 
 

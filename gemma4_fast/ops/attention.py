@@ -27,14 +27,14 @@ def _check_cache(
     dim = q.shape[-1]
     checks.shaped(op, "v_cache", v_cache, (-1 if block_table is not None else sequences, -1, -1, dim), q)
     checks.require(op, v_cache.shape[1] > 0, "v_cache has no slots")
-    checks.shaped(op, "k_cache", k_cache, v_cache.shape, q)
+    checks.shaped(op, "k_cache", k_cache, v_cache.shape, q, optional=True)
     checks.require(
         op,
         q.shape[1] % v_cache.shape[2] == 0,
         f"{q.shape[1]} query heads do not divide into {v_cache.shape[2]} KV heads",
     )
     checks.shaped(op, "lengths", lens, (sequences,), q, checks.INTS)
-    checks.shaped(op, "block_table", block_table, (sequences, -1), q, (torch.int32,))
+    checks.shaped(op, "block_table", block_table, (sequences, -1), q, (torch.int32,), optional=True)
     if k_cache is None:
         checks.require(op, inv_freq is not None and k_weight is not None, "without k_cache, inv_freq and k_weight are needed")
         checks.shaped(op, "inv_freq", inv_freq, (-1,), q, (torch.float32, torch.float64))
@@ -53,7 +53,9 @@ def _check_decode(
     scale: float = 1.0,
 ) -> None:
     checks.floating("gqa_decode", "q", q, 3)
-    checks.require("gqa_decode", window is None or window > 0, f"window must be positive, got {window}")
+    if window is not None:
+        checks.integer("gqa_decode", "window", window, 1)
+    checks.positive("gqa_decode", "scale", scale)
     _check_cache("gqa_decode", q, q.shape[0], k_cache, v_cache, kv_lens, block_table, inv_freq, k_weight)
 
 
@@ -136,6 +138,7 @@ GQA_DECODE = register(
             "full_v_only": lambda m: _decode_case(m, [130, 1, 77], 16, 2, 512, 192, v_only=True),
             "full_v_only_paged": lambda m: _decode_case(m, [130, 64], 8, 1, 512, 192, v_only=True, block=64),
             "sliding_ring_paged": lambda m: _decode_case(m, [150, 64], 4, 2, 256, 128, window=128, block=32),
+            "full_v_only_wrapped": lambda m: _decode_case(m, [300, 64], 4, 1, 64, 64, v_only=True),
             "idle_row": lambda m: _decode_case(m, [0, 9], 4, 2, 256, 64, window=64),
             "odd": lambda m: _decode_case(m, [19, 3], 3, 1, 96, 19, window=7),
         },
@@ -165,10 +168,12 @@ def _check_prefill(
     checks.shaped(op, "k", k, (q.shape[0], -1, q.shape[2]), q)
     checks.shaped(op, "v", v, k.shape, q)
     checks.require(op, q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads do not divide into {k.shape[1]} KV heads")
-    checks.require(op, window is None or window > 0, f"window must be positive, got {window}")
+    if window is not None:
+        checks.integer(op, "window", window, 1)
+    checks.positive(op, "scale", scale)
     checks.shaped(op, "cu_seqlens", cu_seqlens, (-1,), q, (torch.int32,))
     checks.require(op, cu_seqlens.shape[0] >= 1, "cu_seqlens is empty, expected B + 1 entries")
-    checks.shaped(op, "image_ids", image_ids, (q.shape[0],), q, (torch.int32,))
+    checks.shaped(op, "image_ids", image_ids, (q.shape[0],), q, (torch.int32,), optional=True)
     checks.require(op, (v_cache is None) == (prefix_lens is None), "v_cache and prefix_lens go together")
     if v_cache is not None and prefix_lens is not None:
         sequences = cu_seqlens.shape[0] - 1
@@ -250,6 +255,7 @@ GQA_PREFILL = register(
             "images": lambda m: _prefill_case(m, [40, 30], 4, 2, 256, window=16, images=True),
             "one_token": lambda m: _prefill_case(m, [1], 8, 1, 256, window=512),
             "odd": lambda m: _prefill_case(m, [13, 0, 7], 3, 1, 96, window=5),
+            "empty_sequence_images": lambda m: _prefill_case(m, [0, 0, 7], 3, 1, 96, window=4, images=True),
         },
         cost=_prefill_cost,
         impls={"torch": Impl("gemma4_fast.ops.torch_backend:gqa_prefill")},

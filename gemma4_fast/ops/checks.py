@@ -15,8 +15,8 @@ def floating(op: str, name: str, x: Tensor, ndim: int | None = None) -> None:
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{op}: {name} must be a floating-point tensor, got {got}")
-    if ndim is not None and x.dim() != ndim:
-        raise ValueError(f"{op}: {name} must have {ndim} axes, got shape {list(x.shape)}")
+    if (x.dim() == 0) if ndim is None else (x.dim() != ndim):
+        raise ValueError(f"{op}: {name} must have {ndim or 'some'} axes, got shape {list(x.shape)}")
 
 
 def shaped(
@@ -26,9 +26,11 @@ def shaped(
     shape: Sequence[int],
     like: Tensor,
     dtypes: tuple[torch.dtype, ...] | None = None,
+    *,
+    optional: bool = False,
 ) -> None:
-    """x, unless None, has `shape` (-1: any size), `like`'s device, and one of `dtypes` (None: `like`'s dtype)."""
-    if x is None:
+    """x has `shape` (-1: any size), `like`'s device, and one of `dtypes` (None: `like`'s dtype). optional: or is None."""
+    if optional and x is None:
         return
     if not isinstance(x, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
@@ -46,3 +48,17 @@ def require(op: str, ok: bool, message: str) -> None:
     """A plain condition on the arguments."""
     if not ok:
         raise ValueError(f"{op}: {message}")
+
+
+def integer(op: str, name: str, value: object, low: int, high: int | None = None) -> None:
+    """value is an int in [low, high]."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        raise ValueError(
+            f"{op}: {name} must be an integer {f'>= {low}' if high is None else f'in [{low}, {high}]'}, got {value!r}"
+        )
+
+
+def positive(op: str, name: str, value: object) -> None:
+    """value is a number > 0."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"{op}: {name} must be a positive number, got {value!r}")

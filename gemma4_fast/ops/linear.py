@@ -82,7 +82,8 @@ def _check_logits(x: Tensor, weight: Tensor, softcap: float | None = None, argma
     checks.floating("logits", "x", x, 2)
     checks.shaped("logits", "weight", weight, (-1, x.shape[1]), x)
     checks.require("logits", weight.shape[0] > 0, "weight has no rows")
-    checks.require("logits", softcap is None or softcap > 0, f"softcap must be positive or None, got {softcap}")
+    if softcap is not None:
+        checks.positive("logits", "softcap", softcap)
 
 
 def _logits_case(

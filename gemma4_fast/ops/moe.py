@@ -23,7 +23,8 @@ def _check_route(x: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tenso
     checks.shaped(op, "proj", proj, (experts, hidden), x)
     checks.shaped(op, "scale", scale, (hidden,), x)
     checks.shaped(op, "per_expert_scale", per_expert_scale, (experts,), x)
-    checks.require(op, 1 <= top_k <= experts, f"top_k must lie in [1, {experts}], got {top_k}")
+    checks.integer(op, "top_k", top_k, 1, experts)
+    checks.positive(op, "eps", eps)
 
 
 def _route_case(m: Maker, tokens: int, hidden: int, experts: int, top_k: int, ties: bool = False) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def _check_ids(op: str, ids: Tensor, num_experts: int) -> None:
 
 def _check_dispatch(ids: Tensor, num_experts: int, block_m: int = 64) -> None:
     _check_ids("expert_dispatch", ids, num_experts)
-    checks.require("expert_dispatch", block_m > 0, f"block_m must be positive, got {block_m}")
+    checks.integer("expert_dispatch", "block_m", block_m, 1)
 
 
 def _ids(m: Maker, tokens: int, experts: int, top_k: int, skew: str = "") -> Tensor:
@@ -122,12 +123,13 @@ def _check_grouped(
     checks.shaped(op, "order", order, (-1,), x, (torch.int32,))
     checks.shaped(op, "offsets", offsets, (weight.shape[0] + 1,), x, (torch.int32,))
     rows = order.shape[0]
-    checks.require(op, top_k > 0 and rows % top_k == 0, f"{rows} assignments do not divide into top_k = {top_k}")
+    checks.integer(op, "top_k", top_k, 1)
+    checks.require(op, rows % top_k == 0, f"{rows} assignments do not divide into top_k = {top_k}")
     tokens = rows // top_k if epilogue == "geglu" else rows
     checks.require(op, x.shape[0] == tokens, f"x has {x.shape[0]} rows, expected {tokens}")
     checks.require(op, epilogue != "geglu" or weight.shape[1] % 2 == 0, "geglu needs an even number of output rows")
     checks.require(op, (epilogue == "combine") == (topk_weights is not None), "topk_weights go with epilogue 'combine'")
-    checks.shaped(op, "topk_weights", topk_weights, (rows // top_k, top_k), x, WEIGHTS)
+    checks.shaped(op, "topk_weights", topk_weights, (rows // top_k, top_k), x, WEIGHTS, optional=True)
 
 
 def _grouped_case(
@@ -232,9 +234,10 @@ MOE_DECODE = register(
 
 
 def moe_crossover(device: torch.device) -> int:
-    """The largest number of tokens that `moe` hands to moe_decode.
+    """The largest number of tokens that `moe` hands to moe_decode, the same on every device until it is measured there.
 
-    16 is where vLLM saw gathered experts lose to the grouped path for E=128, I=704 (vllm#41379); not yet measured here.
+    16 is where vLLM saw gathered experts lose to the grouped path for E=128, I=704 (vllm#41379). The torch backend does not
+    care on a CPU: from 2 tokens its moe_decode is the grouped path.
     """
     return 16
 
@@ -264,5 +267,6 @@ MOE = register(
         },
         cost=_moe_cost,
         compose=_compose_moe,
+        parts=("moe_decode", "expert_dispatch", "grouped_gemm"),
     )
 )

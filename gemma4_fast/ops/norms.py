@@ -15,7 +15,8 @@ from gemma4_fast.reference import ops as reference
 
 def _check_rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> None:
     checks.floating("rms_norm", "x", x)
-    checks.shaped("rms_norm", "weight", weight, x.shape[-1:], x)
+    checks.positive("rms_norm", "eps", eps)
+    checks.shaped("rms_norm", "weight", weight, x.shape[-1:], x, optional=True)
 
 
 def _rms_norm_case(m: Maker, *shape: int, weight: bool = True) -> dict[str, Any]:
@@ -55,10 +56,11 @@ def _check_norm_add_norm(
 ) -> None:
     op = "norm_add_norm"
     checks.floating(op, "x", x, 2)
+    checks.positive(op, "eps", eps)
     checks.shaped(op, "residual", residual, x.shape, x)
     checks.shaped(op, "weight", weight, x.shape[-1:], x)
-    checks.shaped(op, "scale", scale, (1,), x)
-    checks.shaped(op, "next_weight", next_weight, x.shape[-1:], x)
+    checks.shaped(op, "scale", scale, (1,), x, optional=True)
+    checks.shaped(op, "next_weight", next_weight, x.shape[-1:], x, optional=True)
 
 
 def _norm_add_norm_case(m: Maker, tokens: int, hidden: int, scale: bool = True, nxt: bool = True) -> dict[str, Any]:
@@ -117,13 +119,18 @@ def _check_qkv_norm_rope(
 ) -> None:
     op = "qkv_norm_rope"
     checks.floating(op, "qkv", qkv, 2)
+    checks.floating(op, "q_weight", q_weight, 1)
+    checks.floating(op, "cos", cos, 2)
+    checks.integer(op, "num_q_heads", num_q_heads, 1)
+    checks.integer(op, "num_kv_heads", num_kv_heads, 0)
+    checks.positive(op, "eps", eps)
     tokens, dim = qkv.shape[0], q_weight.shape[0]
     checks.shaped(op, "q_weight", q_weight, (dim,), qkv)
     parts = (1, 2) if num_kv_heads else (0,)
     widths = [(num_q_heads + n * num_kv_heads) * dim for n in parts]
     checks.require(op, qkv.shape[1] in widths, f"qkv has {qkv.shape[1]} columns, expected {' or '.join(map(str, widths))}")
     checks.require(op, num_kv_heads == 0 or k_weight is not None, "k_weight is needed where there are KV heads")
-    checks.shaped(op, "k_weight", k_weight, (dim,), qkv)
+    checks.shaped(op, "k_weight", k_weight, (dim,), qkv, optional=True)
     checks.shaped(op, "cos", cos, (tokens, -1), qkv, (torch.float32, torch.float64))
     checks.shaped(op, "sin", sin, cos.shape, qkv, (cos.dtype,))
     checks.require(op, cos.shape[1] <= dim // 2, f"cos has {cos.shape[1]} rotary pairs, head_dim {dim} has {dim // 2}")
@@ -132,7 +139,7 @@ def _check_qkv_norm_rope(
     if v_cache is not None:
         checks.require(op, num_kv_heads > 0, "a cache was given, but there are no KV heads to write")
         checks.shaped(op, "v_cache", v_cache, (-1, -1, num_kv_heads, dim), qkv)
-        checks.shaped(op, "k_cache", k_cache, v_cache.shape, qkv)
+        checks.shaped(op, "k_cache", k_cache, v_cache.shape, qkv, optional=True)
         checks.shaped(op, "slots", slots, (tokens,), qkv, (torch.int64,))
         checks.require(op, v_cache.is_contiguous(), "v_cache must be contiguous")
         checks.require(op, k_cache is None or k_cache.is_contiguous(), "k_cache must be contiguous")
@@ -221,14 +228,15 @@ def _check_ple_gate(
 ) -> None:
     op = "ple_gate"
     checks.floating(op, "x", x, 2)
+    checks.positive(op, "eps", eps)
     hidden = x.shape[1]
     checks.floating(op, "ple", ple, 2)
     checks.shaped(op, "ple", ple, (x.shape[0], -1), x)
     checks.shaped(op, "gate", gate, (ple.shape[1], hidden), x)
     checks.shaped(op, "proj", proj, (hidden, ple.shape[1]), x)
     checks.shaped(op, "weight", weight, (hidden,), x)
-    checks.shaped(op, "scale", scale, (1,), x)
-    checks.shaped(op, "next_weight", next_weight, (hidden,), x)
+    checks.shaped(op, "scale", scale, (1,), x, optional=True)
+    checks.shaped(op, "next_weight", next_weight, (hidden,), x, optional=True)
 
 
 def _ple_case(m: Maker, tokens: int, hidden: int, ple: int, nxt: bool = True) -> dict[str, Any]:

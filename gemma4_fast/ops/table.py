@@ -88,6 +88,7 @@ class Op:
     cost: Callable[..., Cost]
     impls: dict[str, Impl] = field(default_factory=dict)
     compose: Callable[..., Any] | None = None  # an op made of other ops: it has no backend of its own
+    parts: tuple[str, ...] = ()  # which ones
     mutates: tuple[str, ...] = ()  # arguments that are written in place; outputs, for a test
     slack: float = 2.0
     _kept: dict[Any, tuple[list[str], dict[str, str]]] = field(default_factory=dict, repr=False)
@@ -119,7 +120,7 @@ class Op:
         self, wanted: tuple[str, ...], device: torch.device, dtype: torch.dtype
     ) -> tuple[list[str], dict[str, str]]:
         """Backends that serve this device and dtype, in order, and why the others do not. Kept: it is asked at every call."""
-        key = wanted, device, dtype, *self.impls
+        key = wanted, device, dtype, *map(id, self.impls.values())
         if key not in self._kept:
             asked = {b: self.why_not(b, device, dtype) for b in wanted or AUTO_ORDER}
             serving = [b for b, reason in asked.items() if reason is None]
@@ -199,7 +200,9 @@ def parse_backend(backend: str | Iterable[str] | None) -> tuple[str, ...]:
     """ "cpu", "cpu,torch", ("cpu", "torch"), None or "auto" -> names in order of preference; empty means automatic."""
     if backend is None or backend == "auto":
         return ()
-    names = backend.split(",") if isinstance(backend, str) else list(backend)
+    names = backend.split(",") if isinstance(backend, str) else backend
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"a backend is named by text, or several by a list of texts, got {backend!r}")
     names = [n.strip() for n in names]
     if not names:
         raise ValueError("no backend named; leave the argument out for the automatic choice")
@@ -222,8 +225,20 @@ def use_backend(backend: str | Iterable[str] | None, *, ops: Iterable[str] | Non
         chosen = list(ops)
         if unknown := [n for n in chosen if n not in TABLE]:
             raise ValueError(f"unknown ops {unknown}; the table has {sorted(TABLE)}")
+        chosen += [part for n in chosen for part in TABLE[n].parts]
         new = _Selection(now.default, {**now.per_op, **dict.fromkeys(chosen, names)})
     token = _SELECTION.set(new)
+    try:
+        yield
+    finally:
+        _SELECTION.reset(token)
+
+
+@contextmanager
+def default_backend(backend: str | Iterable[str] | None) -> Iterator[None]:
+    """Like use_backend, but what a surrounding `use_backend(..., ops=...)` has chosen for single ops stays."""
+    now, names = _SELECTION.get(), parse_backend(backend)
+    token = _SELECTION.set(_Selection(names or now.default, now.per_op))
     try:
         yield
     finally:

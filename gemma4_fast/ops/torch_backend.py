@@ -129,7 +129,9 @@ def gqa_decode(
     grouped = q.view(batch, kv_heads, q_heads // kv_heads, dim)  # a group's heads are the rows of one product
     v = v[:, :used].transpose(1, 2)  # [B, Hkv, used, D]
     if k is None:
-        out = _attend_v_only(grouped, v, positions, mask[:, None, None], cast(Tensor, inv_freq), cast(Tensor, k_weight), scale)
+        out = _attend_v_only(
+            grouped, v, kv_lens, positions, mask[:, None, None], cast(Tensor, inv_freq), cast(Tensor, k_weight), scale
+        )
     else:
         out = F.scaled_dot_product_attention(
             grouped, k[:, :used].transpose(1, 2), v, attn_mask=mask[:, None, None], scale=scale
@@ -138,14 +140,25 @@ def gqa_decode(
 
 
 def _attend_v_only(
-    q: Tensor, v: Tensor, positions: Tensor, mask: Tensor, inv_freq: Tensor, k_weight: Tensor, scale: float
+    q: Tensor,
+    v: Tensor,
+    kv_lens: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    inv_freq: Tensor,
+    k_weight: Tensor,
+    scale: float,
 ) -> Tensor:
     """Attention with K = RoPE(w * V), without building all of K. q [B, Hkv, G, D], v [B, Hkv, S, D], positions [B, S].
 
     On the columns that RoPE leaves alone q . (w V) = (q w) . V, so w moves into q; only the 2 R rotated columns are built.
     """
     dtype, pairs, half = q.dtype, inv_freq.shape[0], q.shape[-1] // 2
-    cos, sin = _angle_table(inv_freq, int(v.shape[2]))  # a V-only cache is no ring: positions stay below its size
+    if kv_lens.device.type == "cpu":
+        longest = max(kv_lens.tolist(), default=0)
+    else:  # the model's V-only caches are no rings, so positions stay below their size
+        longest = int(v.shape[2])
+    cos, sin = _angle_table(inv_freq, longest)
     index = positions.clamp(min=0)
     cos, sin = cos[index].unsqueeze(1), sin[index].unsqueeze(1)  # [B, 1, S, R]
     q, v, w = _wide(q) * scale, _wide(v), _wide(k_weight)  # few rows: on a CPU fp32 products are the fast ones
@@ -179,6 +192,8 @@ def gqa_prefill(
     old_k, old_v = _blocks(k_cache, block_table), _blocks(v_cache, block_table)
     for b, prefix in enumerate(prefixes):
         lo, hi = bounds[b], bounds[b + 1]
+        if lo == hi:
+            continue
         keys, values, first = k[lo:hi], v[lo:hi], prefix  # `first`: the position of keys[0]
         if prefix and old_v is not None:
             first = max(0, prefix - old_v.shape[1], 0 if window is None else prefix - window + 1)
@@ -260,7 +275,7 @@ def grouped_gemm(
         bounds = offsets.tolist()
         for expert, (lo, hi) in enumerate(itertools.pairwise(bounds)):
             if lo < hi:
-                torch.mm(rows[lo:hi], weight[expert].t(), out=y[lo:hi])
+                y[lo:hi] = F.linear(rows[lo:hi], weight[expert])
     if epilogue == "geglu":
         return geglu(y)
     if epilogue == "none":

@@ -1,0 +1,35 @@
+"""Small files of a checkpoint: paths as callers give them, JSON objects, errors told in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from gemma4_fast.errors import CheckpointError
+
+
+def path_text(path: object, wanted: str = "a path") -> str:
+    """A caller's str or PathLike as text; ValueError for anything else."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(text := os.fspath(path), str):
+        raise ValueError(f"expected {wanted}, got {type(path).__name__}")
+    return text
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from `file`; CheckpointError names the file if it cannot be read or is something else."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"{file}: cannot be read: {one_line(e)}") from e
+    except (ValueError, RecursionError) as e:  # not only JSONDecodeError: an integer of some thousand digits, too
+        raise CheckpointError(f"{file}: not valid JSON: {one_line(e)}") from e
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def one_line(e: BaseException) -> str:
+    """An error's message without its line breaks; its type's name if it has none."""
+    return " ".join(str(e).split()) or type(e).__name__
