@@ -441,19 +441,20 @@ def stream(
     return Stream(session, words, on_prefill)
 
 
-def perplexity(model: Gemma4, ids: Sequence[int], *, window: int, stride: int) -> tuple[float, int]:
-    """exp(mean negative log-likelihood) of `ids`, and how many tokens it counts.
+def perplexity(model: Gemma4, ids: Sequence[int], *, window: int = 512, stride: int = 256) -> tuple[float, int]:
+    """exp(mean negative log-likelihood) of `ids`, and how many tokens it counts: all of them.
 
-    Windows of `window` tokens start every `stride`; each counts only the tokens that no earlier window has counted, so
-    that every token but the first counts once, with as much context as the window gives.
+    Windows of `window` tokens, each after a <bos>, start every `stride`; a window counts only the tokens that no earlier one
+    has counted.
     """
-    if not 1 <= stride <= window or len(ids) < 2:
-        raise ValueError(f"expected 1 <= stride <= window and at least 2 tokens, got {stride}, {window}, {len(ids)}")
+    if not 1 <= stride <= window or not ids:
+        raise ValueError(f"expected 1 <= stride <= window and at least one token, got {stride}, {window}, {len(ids)} tokens")
     total, counted = 0.0, 0
-    for start in range(0, len(ids) - 1, stride):
-        piece = torch.tensor([list(ids[start : start + window + 1])], device=model.device)
-        logp = model(piece[:, :-1]).float().log_softmax(-1)[0]
-        nll = -logp.gather(-1, piece[0, 1:, None]).squeeze(-1)
-        fresh = nll[max(0, counted - start) :]
-        total, counted = total + fresh.sum().item(), counted + fresh.numel()
+    for start in range(0, len(ids), stride):
+        piece = torch.tensor([model.config.bos_token_id, *ids[start : start + window]], device=model.device)
+        fresh = start + piece.shape[0] - 1 - counted
+        if fresh > 0:
+            logp = model(piece[None, :-1])[0, -fresh:].float().log_softmax(-1)
+            total -= logp.gather(-1, piece[-fresh:, None]).double().sum().item()
+            counted += fresh
     return math.exp(total / counted), counted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from gemma4_fast import CheckpointError, Gemma4, Gemma4Config
 from gemma4_fast.generate import Generation, Prefix, Session, Stream, perplexity
 from gemma4_fast.sampling import Sampling, restrict, sample
+from gemma4_fast.weights import tiny_path
 
 PROMPT = "It is a truth universally acknowledged"
 
@@ -271,7 +273,7 @@ def test_from_pretrained_refuses_bad_arguments() -> None:
 
 
 def test_a_model_without_tokenizer_takes_ids_only() -> None:
-    config = Gemma4Config.from_pretrained(__import__("gemma4_fast").weights.tiny_path())
+    config = Gemma4Config.from_pretrained(tiny_path())
     model = Gemma4.dummy(config, dtype="float32")
     assert one(model, [5, 6], max_new_tokens=3).text is None
     with pytest.raises(CheckpointError, match="tokenizer"):
@@ -329,16 +331,30 @@ def test_filters_keep_what_they_should() -> None:
 
 
 def test_perplexity_counts_each_token_once(tiny: Gemma4) -> None:
-    ids = tiny.tokenizer.encode(PROMPT + ", that a single man in possession of a good fortune must be in want of a wife.")
+    ids = tiny.tokenizer.encode(
+        PROMPT + ", that a single man in possession of a good fortune must be in want of a wife.", False
+    )
     whole, counted = perplexity(tiny, ids, window=1000, stride=1000)
-    assert counted == len(ids) - 1
-    logp = tiny(torch.tensor([ids[:-1]])).log_softmax(-1)[0]
-    nll = -logp.gather(-1, torch.tensor(ids[1:])[:, None]).mean().item()
+    assert counted == len(ids)
+    logp = tiny(torch.tensor([[tiny.config.bos_token_id, *ids[:-1]]])).log_softmax(-1)[0]
+    nll = -logp.gather(-1, torch.tensor(ids)[:, None]).mean().item()
     assert whole == pytest.approx(math.exp(nll), rel=1e-4)
     for window, stride in ((8, 8), (8, 3), (5, 1)):
-        assert perplexity(tiny, ids, window=window, stride=stride)[1] == len(ids) - 1
+        assert perplexity(tiny, ids, window=window, stride=stride)[1] == len(ids)
     with pytest.raises(ValueError):
         perplexity(tiny, ids, window=4, stride=5)
+
+
+def test_heldout_perplexity_is_the_recorded_one() -> None:
+    """transformers made the figure in the tiny model's README; this package's model gives it too."""
+    folder = tiny_path()
+    recorded = re.search(r"\| bf16 \| ([\d,]+) \|.*?\| ([\d.]+) \| [\d.]+ \|$", (folder / "README.md").read_text(), re.M)
+    assert recorded is not None
+    model = Gemma4.from_pretrained("tiny", check=False)
+    text = (folder / "heldout.txt").read_text(encoding="utf-8")
+    got, counted = perplexity(model, model.tokenizer.encode(text, add_bos=False))
+    assert counted == int(recorded[1].replace(",", ""))
+    assert got == pytest.approx(float(recorded[2]), rel=2e-3)
 
 
 def test_stream_is_an_iterator(tiny: Gemma4) -> None:

@@ -1,4 +1,4 @@
-"""Trains the tiny Gemma 4 checkpoint of this folder (26B-A4B architecture, 4.9M parameters) on the CPU.
+r"""Trains the tiny Gemma 4 checkpoint of this folder (26B-A4B architecture, 4.9M parameters) on the CPU.
 
 Text: the six novels of Jane Austen (public domain), as packaged in the Debian package r-cran-janeaustenr. Fetch and unpack
 it, make the text files, train, evaluate:
@@ -6,7 +6,8 @@ it, make the text files, train, evaluate:
     apt-get download r-cran-janeaustenr && dpkg -x r-cran-janeaustenr_*.deb deb
     R=deb/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb
     python -m gemma4_fast.tiny.train --prepare $R --out text
-    python -m gemma4_fast.tiny.train --text text/novel*.txt --heldout text/heldout.txt --out DIR --muon --compile --minutes 60
+    python -m gemma4_fast.tiny.train --text text/novel*.txt --heldout text/heldout.txt --out DIR --steps 1700 --rows 4 \
+        --muon --compile --lr 4e-3 --cooldown 0.7 --dropout 0.1
     python -m gemma4_fast.tiny.train --eval DIR
 
 The model is transformers' Gemma4ForCausalLM, so the result does not depend on this package's kernels. For speed on a CPU
@@ -356,15 +357,6 @@ def evaluate(folder: Path) -> None:
         print(f"layer {i}: expert load over the even share, min {row.min():.2f} max {row.max():.2f}")
 
 
-def average(early: Path, late: Path, weight: float, out: Path) -> None:
-    """Writes early + weight * (late - early), computed in fp32; the other files are those of `late`."""
-    a, b = (Gemma4ForCausalLM.from_pretrained(d, dtype=torch.float32) for d in (early, late))
-    a.load_state_dict({k: torch.lerp(v, b.state_dict()[k], weight) for k, v in a.state_dict().items()})
-    export(a, Tokenizer.from_file(str(late / "tokenizer.json")), out)
-    if (out / "heldout.txt").resolve() != (late / "heldout.txt").resolve():
-        shutil.copy(late / "heldout.txt", out / "heldout.txt")
-
-
 # ---------------------------------------------------------------- training
 def train(args: argparse.Namespace) -> None:
     random.seed(args.seed)
@@ -463,7 +455,6 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--prepare", type=Path, metavar="RDB", help="make text files in --out from the unpacked package")
     ap.add_argument("--eval", type=Path, metavar="DIR", help="perplexity of a checkpoint on its heldout.txt")
-    ap.add_argument("--average", nargs=3, metavar=("EARLY", "LATE", "W"), help="interpolate two exports of one run")
     ap.add_argument("--text", nargs="+", help="training text, chapters separated by form feeds")
     ap.add_argument("--heldout", help="held-out text")
     ap.add_argument("--out", help="folder to write")
@@ -486,8 +477,6 @@ def main() -> None:
     args = ap.parse_args()
     if args.prepare:
         prepare(args.prepare, Path(args.out))
-    elif args.average:
-        average(Path(args.average[0]), Path(args.average[1]), float(args.average[2]), Path(args.out))
     elif args.eval:
         evaluate(args.eval)
     else:
