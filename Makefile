@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up they need. `make` alone prints the list of targets.
 #
 #   make test PYTHON=python3.12        choose the interpreter that the .venv is made from
-#   make test VENV=/tmp/venv           put the environment elsewhere
+#   make test VENV=../venv            put the environment elsewhere
 #   make test PYTEST_ARGS="-k moe -x"  pass arguments to pytest
 
 PYTHON ?= python3

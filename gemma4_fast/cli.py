@@ -26,8 +26,8 @@ from gemma4_fast.errors import CheckpointError, SelfCheckError, UnsupportedError
 
 if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
+    from gemma4_fast.report import Report
     from gemma4_fast.tokenizer import Tokenizer
-    from gemma4_fast.verify import Report
 
 
 def main(argv: Sequence[str] | None = None) -> int:

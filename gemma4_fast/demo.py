@@ -23,7 +23,7 @@ from gemma4_fast.verify import verify
 if TYPE_CHECKING:
     from gemma4_fast.explain import Explanation
     from gemma4_fast.model import Gemma4
-    from gemma4_fast.verify import Report
+    from gemma4_fast.report import Report
 
 PROMPT, SEED, NEW_TOKENS = "It is a truth universally acknowledged", 1813, 80
 ROUNDS = 3

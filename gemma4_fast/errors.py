@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gemma4_fast.verify import Report
+    from gemma4_fast.report import Report
 
 
 class UnsupportedError(RuntimeError):

@@ -17,7 +17,7 @@ from gemma4_fast import Gemma4, SelfCheckError, ops, verify
 from gemma4_fast.layers import Text
 from gemma4_fast.ops import torch_backend
 from gemma4_fast.reference import ops as reference
-from gemma4_fast.verify import Comparison, Report
+from gemma4_fast.report import Comparison, Report
 
 
 @contextmanager
