@@ -204,8 +204,6 @@ class Session:
             or len(kept.ids) >= len(prompt)
             or kept.ids != prompt[: len(kept.ids)]
         ):
-            cache = None
-        if cache is None:
             limit = self.model.config.max_position_embeddings
             cache = self.model.new_cache(1, min(limit, 1 << max(10, (room - 1).bit_length())))
             kept.cache, kept.ids, kept.model = cache, [], self.model

@@ -135,6 +135,7 @@ class _Run:
     between: dict[int, list[Tensor]] = field(default_factory=dict)
     after: dict[int, list[Tensor]] = field(default_factory=dict)
     cut: dict[int, Tensor] = field(default_factory=dict)  # between, of each sequence's newest prefill token alone
+    ple: list[Tensor | None] = field(default_factory=list)  # by piece: what all layers get beside the stream
     hidden: list[Tensor] = field(default_factory=list)
 
     def of(self, pieces: list[Tensor], sequence: int) -> Tensor:
@@ -189,6 +190,7 @@ class _Check:
         for piece, (phase, new) in enumerate(plan.pieces):
             step = self.text.step(new, cache, decode=phase == "decode")
             x, ple = self.text.embed(plan.ids(piece))
+            run.ple.append(ple)
             h: Tensor | None = None
             for place, i in enumerate(indices):
                 if inputs is not None:
@@ -282,8 +284,8 @@ class _Check:
                 x, y = run.between[i][piece], run.after[i][piece]
                 rows = torch.arange(sum(run.plan.pieces[piece][1]), device=x.device)
                 rows = rows if rows.shape[0] <= FIRST + NEWEST else torch.cat((rows[:FIRST], rows[-NEWEST:]))
-                _, ple = self.text.embed(run.plan.ids(piece)[rows])
-                picked.append((x[rows], y[rows], None if ple is None else ple[:, i], run.plan.name + phase))
+                given = run.ple[piece]
+                picked.append((x[rows], y[rows], None if given is None else given[rows, i], run.plan.name + phase))
         x = torch.cat([p[0] for p in picked])
         ple = None if picked[0][2] is None else torch.cat([cast(Tensor, p[2]) for p in picked])
         phases = [p[3] for p in picked for _ in range(p[0].shape[0])]
