@@ -6,6 +6,7 @@ import argparse
 import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NoReturn
 
 from gemma4_fast import __version__
@@ -28,6 +29,41 @@ def count(text: str) -> int:
     value = int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()] if match else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def counts(text: str) -> list[int]:
+    """Several of those, as in "1,8,4K"."""
+    return list(dict.fromkeys(count(part.strip()) for part in text.split(",")))
+
+
+def names(text: str) -> list[str]:
+    """ "a,b" -> ["a", "b"]."""
+    found = [part.strip() for part in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"expected names with commas between them, got {text!r}")
+    return list(dict.fromkeys(found))
+
+
+def percent(text: str) -> float:
+    """ "5%" or "0.05" -> 0.05."""
+    number = text.removesuffix("%")
+    try:
+        value = float(number) / (100 if number != text else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 10:
+        raise argparse.ArgumentTypeError(f"expected a share such as 5% or 0.05, got {text!r}")
+    return value
+
+
+def duration(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 3600:
+        raise argparse.ArgumentTypeError(f"expected seconds, above 0 and up to 3600, got {text!r}")
     return value
 
 
@@ -79,7 +115,128 @@ def parser(commands: Mapping[str, Command]) -> Parser:
     p.add_argument("--context", metavar="N", nargs="+", type=count, help='tokens of context, as in 8192 or "8K"')
     p.add_argument("--batch", metavar="B", type=count, default=1, help="sequences at a time (default 1)")
     p.add_argument("--seed", metavar="S", type=seed, help="taken as by every command, and of no use here: nothing is random")
+    _bench(command)
     return top
+
+
+def _bench(command: Callable[..., Parser]) -> None:
+    """`bench` and its subcommands. They share -o, --json, --csv, --plot, --html, and the device."""
+    top = command(
+        "bench", "how fast each op and the whole model are, beside the machine's limit and other libraries",
+        description="Benchmarks. Every row is checked against the reference before it is timed, contenders take turns in one "
+        "run, and the machine's own limits are measured beside them. Ctrl-C keeps what is done.",
+    )  # fmt: skip
+    kinds = top.add_subparsers(title="benchmarks", metavar="WHAT", required=True, dest="bench")
+
+    def kind(name: str, summary: str, description: str | None = None) -> Parser:
+        added: Parser = kinds.add_parser(name, help=summary, description=description or summary)
+        return added
+
+    p = kind("all", "the standard report of this machine, in ten minutes at most")
+    _where(p)
+    _cases(p)
+    _peers(p)
+    p.add_argument("--config", metavar="M", default="26b-a4b", help="member for the model benchmark (default 26b-a4b)")
+    p.add_argument("--results", metavar="DIR", type=Path, default=Path("bench/results"),
+                   help="folder that gets a folder for this machine (default bench/results)")  # fmt: skip
+
+    p = kind("ops", "each op of the table, on every backend that serves here and on torch")
+    p.add_argument("--op", metavar="OP", type=names, default=[], help="only these ops, as in linear,moe")
+    p.add_argument("--case", metavar="C", type=names, default=[],
+                   help="only these cases (default: those at true shapes; all: the small test cases too)")  # fmt: skip
+    _where(p)
+    _cases(p)
+    _targets(p)
+
+    p = kind(
+        "model", "the whole model: prefill, decode, first token, memory, beside its peers",
+        "Prefill and decode of the whole model. Without --model it has dummy weights at true shapes; without --layers and "
+        "--vocab it is cut so that all contenders fit into memory.",
+    )  # fmt: skip
+    p.add_argument("--config", metavar="M", default="26b-a4b", help="e2b, e4b, 12b, 26b-a4b (default), 31b")
+    p.add_argument("--layers", metavar="N", type=count, help="keep so many layers")
+    p.add_argument("--vocab", metavar="V", type=count, help="keep so many tokens of the vocabulary")
+    p.add_argument("--model", metavar="PATH", help="a checkpoint instead (folder or hub id)")
+    p.add_argument("--quantize", choices=("int8", "int4"), help="weights in 8 or 4 bits")
+    p.add_argument("--prompt", metavar="P", type=counts, default=[128, 512], help="prompt lengths (default 128,512)")
+    p.add_argument("--decode", metavar="N", type=count, default=64, help="tokens after each (default 64)")
+    p.add_argument("--batch", metavar="B", type=counts, default=[1], help="sequences at a time, as in 1,4,16 (default 1)")
+    p.add_argument("--depth", metavar="D", type=counts, default=[], help="also decode after so many tokens, as in 8K,32K")
+    p.add_argument("--rounds", metavar="R", type=count, default=5, help="times that each contender's turn comes (default 5)")
+    p.add_argument("--check", choices=("quick", "off"), default="quick", help="self-check before anything is timed")
+    _where(p)
+    p.add_argument("--backend", metavar="B", help="backends of this package, a contender each (default: the automatic choice)")
+    _peers(p)
+    _targets(p)
+
+    p = kind("scale", "time against tokens, context, batch and experts hit; where moe should change its path")
+    p.add_argument("--axis", metavar="A", type=names, default=[], help="tokens, context, batch, experts (default: all)")
+    p.add_argument("--points", metavar="N", type=counts, help="points on the axis, as in 1,8,64 (default: by device)")
+    p.add_argument("--write", action="store_true", help="write the measured crossover into gemma4_fast/ops/moe.py")
+    _where(p)
+    _cases(p)
+    _targets(p)
+
+    p = kind("cache", "bytes of KV cache, and of it what one decoded token reads, for every member")
+    p.add_argument("--config", metavar="M", type=names, default=[], help="only these members, or gemma3-27b")
+    p.add_argument("--context", metavar="N", type=counts, help="tokens (default 1K to 256K)")
+    _where(p)
+    _targets(p)
+
+    p = kind("compare", "two files of rows: what became slower beyond the noise (exit code 1) or faster")
+    p.add_argument("before", metavar="A.jsonl")
+    p.add_argument("after", metavar="B.jsonl")
+    p.add_argument("--threshold", metavar="P", type=percent, default=0.05, help="a change below this is none (default 5%%)")
+    p.add_argument("--all", action="store_true", help="show unchanged rows too")
+    p.add_argument("--json", action="store_true", help="machine-readable output")
+    _debug(p)
+
+    p = kind("report", "tables, pictures and pages from rows that were saved")
+    p.add_argument("files", metavar="ROWS.jsonl", nargs="+", type=Path)
+    p.add_argument("--markdown", action="store_true", help="the README's performance table")
+    _targets(p)
+    _debug(p)
+
+
+def _where(p: Parser) -> None:
+    g = p.add_argument_group("where")
+    g.add_argument("--dtype", metavar="T", default="bfloat16", help="bfloat16 (default), float16, float32, float64")
+    g.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    g.add_argument("--threads", metavar="N", type=count, help="CPU threads (default: PyTorch's choice)")
+    g.add_argument("--seed", metavar="S", type=seed, default=0, help="of inputs and dummy weights (default 0)")
+    g.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    if not any("--json" in a.option_strings for a in p._actions):
+        g.add_argument("--json", action="store_true", help="rows as JSON lines on stdout, as they are done")
+    _debug(p)
+
+
+def _debug(p: Parser) -> None:
+    p.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+
+def _cases(p: Parser) -> None:
+    p.add_argument("--backend", metavar="B", help="only these backends, beside torch: cuda, triton, cpu, reference")
+    p.add_argument("--seconds", metavar="S", type=duration, default=0.5, help="of samples, for each row (default 0.5)")
+
+
+def _peers(p: Parser) -> None:
+    p.add_argument(
+        "--peers", metavar="P", type=names, default=[],
+        help="what runs beside this package: transformers, torch.compile, vllm, llama.cpp, llama-bench",
+    )  # fmt: skip
+    p.add_argument("--peer-python", metavar="PEER=PROGRAM", action="append", default=[],
+                   help="the interpreter that has a peer, if it is not this one; may be repeated")  # fmt: skip
+
+
+def _targets(p: Parser) -> None:
+    g = p.add_argument_group("what becomes of the rows")
+    g.add_argument("-o", "--output", metavar="FILE", type=Path, help="JSON lines, one row at a time as it is done")
+    g.add_argument("--append", action="store_true", help="to a file that is there already")
+    g.add_argument("--csv", metavar="FILE", type=Path, help="the same as a table for spreadsheets")
+    g.add_argument("--plot", metavar="DIR", type=Path, help="pictures (PNG)")
+    g.add_argument("--html", metavar="FILE", type=Path, help="tables and pictures on one page that needs nothing else")
+    if not any("--json" in a.option_strings for a in p._actions):
+        g.add_argument("--json", action="store_true", help="rows as JSON lines on stdout")
 
 
 def _model(p: Parser) -> None:

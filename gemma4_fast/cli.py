@@ -1,4 +1,4 @@
-"""The command `gemma4-fast`: demo, generate, chat, check, info.
+"""The command `gemma4-fast`: demo, generate, chat, check, info, bench.
 
 The result goes to stdout, everything about it to stderr. Exit codes: 0 done, 1 the self-check failed, 2 an error, told in
 one line, 130 Ctrl-C. Only errors that a caller can cause are told so; any other is a bug here and keeps its traceback.
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from gemma4_fast import terminal
 from gemma4_fast.arguments import PROGRAM, parser
-from gemma4_fast.errors import CheckpointError, SelfCheckError, UnsupportedError
+from gemma4_fast.errors import CheckpointError, SelfCheckError, UnsupportedError, out_of_memory
 
 if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
@@ -71,7 +71,7 @@ def told(message: str, debug: bool, code: int = 2) -> int:
 def machine_fault(e: BaseException) -> str | None:
     """What to tell of an error that PyTorch raises without a type of its own; None if it is not one of those."""
     text = " ".join(str(e).split())
-    if isinstance(e, MemoryError) or re.search(r"out of memory|can't allocate memory|not enough memory", text, re.I):
+    if out_of_memory(e):
         asked = re.search(r"tried to allocate ([\d.]+) ?(\w+)", text, re.I)
         amount = ""
         if asked:
@@ -297,7 +297,13 @@ def info(args: Namespace) -> int:
         raise CheckpointError(f"{e}; the published models are {', '.join(PRESETS)}{close}") from e
 
 
-COMMANDS = {"demo": demo, "generate": generate, "chat": chat, "check": check, "info": info}
+def bench(args: Namespace) -> int:
+    from gemma4_fast.bench import command
+
+    return command.run(args)
+
+
+COMMANDS = {"demo": demo, "generate": generate, "chat": chat, "check": check, "info": info, "bench": bench}
 
 if __name__ == "__main__":
     sys.exit(main())

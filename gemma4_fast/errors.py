@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,3 +23,9 @@ class SelfCheckError(RuntimeError):
     def __init__(self, message: str, report: Report) -> None:
         super().__init__(message)
         self.report = report
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """Whether this is the machine's memory running out, for which PyTorch's CPU allocator has no type of its own."""
+    text = " ".join(str(e).split())
+    return isinstance(e, MemoryError) or bool(re.search(r"out of memory|can't allocate memory|not enough memory", text, re.I))

@@ -20,6 +20,7 @@ from gemma4_fast.ops.table import (
     Cost,
     Impl,
     Op,
+    bound,
     decide,
     default_backend,
     parse_backend,
@@ -29,9 +30,9 @@ from gemma4_fast.ops.table import (
 )
 
 __all__ = [
-    "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "decide", "default_backend", "expert_dispatch", "geglu_mlp",
-    "gqa_decode", "gqa_prefill", "grouped_gemm", "linear", "logits", "moe", "moe_decode", "norm_add_norm", "parse_backend",
-    "ple_gate", "qkv_norm_rope", "register", "require", "rms_norm", "route_topk", "use_backend",
+    "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "bound", "decide", "default_backend", "expert_dispatch",
+    "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear", "logits", "moe", "moe_decode", "norm_add_norm",
+    "parse_backend", "ple_gate", "qkv_norm_rope", "register", "require", "rms_norm", "route_topk", "use_backend",
 ]  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def _cache(
     )
 
 
-def _decode_case(
+def decode_case(
     m: Maker,
     lens: list[int],
     q_heads: int,
@@ -132,17 +132,25 @@ GQA_DECODE = register(
         reference=reference.gqa_decode,
         check=_check_decode,
         cases={
-            "sliding_ring": lambda m: _decode_case(m, [5, 128, 129, 300, 1000], 16, 8, 256, 128, window=100),
-            "sliding_short": lambda m: _decode_case(m, [1], 8, 1, 256, 64, window=512),
-            "full_kv": lambda m: _decode_case(m, [33, 7], 8, 2, 512, 64),
-            "full_v_only": lambda m: _decode_case(m, [130, 1, 77], 16, 2, 512, 192, v_only=True),
-            "full_v_only_paged": lambda m: _decode_case(m, [130, 64], 8, 1, 512, 192, v_only=True, block=64),
-            "sliding_ring_paged": lambda m: _decode_case(m, [150, 64], 4, 2, 256, 128, window=128, block=32),
-            "full_v_only_wrapped": lambda m: _decode_case(m, [300, 64], 4, 1, 64, 64, v_only=True),
-            "idle_row": lambda m: _decode_case(m, [0, 9], 4, 2, 256, 64, window=64),
-            "odd": lambda m: _decode_case(m, [19, 3], 3, 1, 96, 19, window=7),
+            "sliding_ring": lambda m: decode_case(m, [5, 128, 129, 300, 1000], 16, 8, 256, 128, window=100),
+            "sliding_short": lambda m: decode_case(m, [1], 8, 1, 256, 64, window=512),
+            "full_kv": lambda m: decode_case(m, [33, 7], 8, 2, 512, 64),
+            "full_v_only": lambda m: decode_case(m, [130, 1, 77], 16, 2, 512, 192, v_only=True),
+            "full_v_only_paged": lambda m: decode_case(m, [130, 64], 8, 1, 512, 192, v_only=True, block=64),
+            "sliding_ring_paged": lambda m: decode_case(m, [150, 64], 4, 2, 256, 128, window=128, block=32),
+            "full_v_only_wrapped": lambda m: decode_case(m, [300, 64], 4, 1, 64, 64, v_only=True),
+            "idle_row": lambda m: decode_case(m, [0, 9], 4, 2, 256, 64, window=64),
+            "odd": lambda m: decode_case(m, [19, 3], 3, 1, 96, 19, window=7),
         },
         cost=_decode_cost,
+        bench_cases={
+            "26b_sliding": lambda m: decode_case(m, [5000], 16, 8, 256, 1024, window=1024),
+            "26b_sliding_batch_16": lambda m: decode_case(m, [5000] * 16, 16, 8, 256, 1024, window=1024),
+            "26b_full_8k": lambda m: decode_case(m, [8192], 16, 2, 512, 8192, v_only=True),
+            "26b_full_32k": lambda m: decode_case(m, [32768], 16, 2, 512, 32768, v_only=True),
+            "26b_full_32k_with_k": lambda m: decode_case(m, [32768], 16, 2, 512, 32768),
+            "26b_full_8k_batch_8": lambda m: decode_case(m, [8192] * 8, 16, 2, 512, 8192, v_only=True),
+        },
         impls={"torch": Impl("gemma4_fast.ops.torch_backend:gqa_decode")},
     )
 )
@@ -183,7 +191,7 @@ def _check_prefill(
         checks.require(op, k_cache is None, "k_cache was given without v_cache")
 
 
-def _prefill_case(
+def prefill_case(
     m: Maker,
     new: list[int],
     q_heads: int,
@@ -246,18 +254,23 @@ GQA_PREFILL = register(
         reference=reference.gqa_prefill,
         check=_check_prefill,
         cases={
-            "sliding": lambda m: _prefill_case(m, [150, 3], 16, 8, 256, window=64),
-            "sliding_ring_prefix": lambda m: _prefill_case(m, [70, 1, 20], 4, 2, 256, 64, [100, 30, 64]),
-            "full": lambda m: _prefill_case(m, [33], 8, 2, 512),
-            "full_v_only_prefix": lambda m: _prefill_case(m, [20, 5], 16, 2, 512, None, [40, 0], 64, v_only=True),
-            "full_paged_prefix": lambda m: _prefill_case(m, [9, 17], 4, 1, 512, None, [50, 64], 64, block=16),
-            "full_v_only_paged": lambda m: _prefill_case(m, [9], 4, 2, 512, None, [60], 64, v_only=True, block=32),
-            "images": lambda m: _prefill_case(m, [40, 30], 4, 2, 256, window=16, images=True),
-            "one_token": lambda m: _prefill_case(m, [1], 8, 1, 256, window=512),
-            "odd": lambda m: _prefill_case(m, [13, 0, 7], 3, 1, 96, window=5),
-            "empty_sequence_images": lambda m: _prefill_case(m, [0, 0, 7], 3, 1, 96, window=4, images=True),
+            "sliding": lambda m: prefill_case(m, [150, 3], 16, 8, 256, window=64),
+            "sliding_ring_prefix": lambda m: prefill_case(m, [70, 1, 20], 4, 2, 256, 64, [100, 30, 64]),
+            "full": lambda m: prefill_case(m, [33], 8, 2, 512),
+            "full_v_only_prefix": lambda m: prefill_case(m, [20, 5], 16, 2, 512, None, [40, 0], 64, v_only=True),
+            "full_paged_prefix": lambda m: prefill_case(m, [9, 17], 4, 1, 512, None, [50, 64], 64, block=16),
+            "full_v_only_paged": lambda m: prefill_case(m, [9], 4, 2, 512, None, [60], 64, v_only=True, block=32),
+            "images": lambda m: prefill_case(m, [40, 30], 4, 2, 256, window=16, images=True),
+            "one_token": lambda m: prefill_case(m, [1], 8, 1, 256, window=512),
+            "odd": lambda m: prefill_case(m, [13, 0, 7], 3, 1, 96, window=5),
+            "empty_sequence_images": lambda m: prefill_case(m, [0, 0, 7], 3, 1, 96, window=4, images=True),
         },
         cost=_prefill_cost,
+        bench_cases={
+            "26b_sliding_2k": lambda m: prefill_case(m, [2048], 16, 8, 256, window=1024),
+            "26b_full_2k": lambda m: prefill_case(m, [2048], 16, 2, 512),
+            "26b_full_512_after_2k": lambda m: prefill_case(m, [512], 16, 2, 512, None, [2048], 2560, v_only=True),
+        },
         impls={"torch": Impl("gemma4_fast.ops.torch_backend:gqa_prefill")},
     )
 )

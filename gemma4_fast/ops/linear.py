@@ -17,7 +17,7 @@ def _check_linear(x: Tensor, weight: Tensor) -> None:
     checks.shaped("linear", "weight", weight, (-1, x.shape[-1]), x)
 
 
-def _linear_case(m: Maker, *shape: int, out: int) -> dict[str, Any]:
+def linear_case(m: Maker, *shape: int, out: int) -> dict[str, Any]:
     return dict(x=m.randn(*shape), weight=m.randn(out, shape[-1], scale=1 / math.sqrt(shape[-1])))
 
 
@@ -28,16 +28,21 @@ LINEAR = register(
         reference=reference.linear,
         check=_check_linear,
         cases={
-            "26b_qkv_one_token": lambda m: _linear_case(m, 1, 2816, out=8192),
-            "e2b_o_proj": lambda m: _linear_case(m, 9, 2048, out=1536),
-            "batched": lambda m: _linear_case(m, 2, 5, 64, out=96),
-            "odd": lambda m: _linear_case(m, 3, 97, out=31),
-            "no_tokens": lambda m: _linear_case(m, 0, 64, out=32),
+            "26b_qkv_one_token": lambda m: linear_case(m, 1, 2816, out=8192),
+            "e2b_o_proj": lambda m: linear_case(m, 9, 2048, out=1536),
+            "batched": lambda m: linear_case(m, 2, 5, 64, out=96),
+            "odd": lambda m: linear_case(m, 3, 97, out=31),
+            "no_tokens": lambda m: linear_case(m, 0, 64, out=32),
         },
         cost=lambda x, weight: Cost(
             2 * x.numel() * weight.shape[0],
             x.nbytes + weight.nbytes + x.numel() // x.shape[-1] * weight.shape[0] * x.element_size(),
         ),
+        bench_cases={
+            "26b_qkv_1_token": lambda m: linear_case(m, 1, 2816, out=8192),
+            "26b_qkv_16_tokens": lambda m: linear_case(m, 16, 2816, out=8192),
+            "26b_qkv_512_tokens": lambda m: linear_case(m, 512, 2816, out=8192),
+        },
         impls={"torch": Impl("gemma4_fast.ops.torch_backend:linear")},
     )
 )
@@ -51,7 +56,7 @@ def _check_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> None:
     checks.shaped(op, "down", down, (x.shape[-1], gate_up.shape[0] // 2), x)
 
 
-def _mlp_case(m: Maker, tokens: int, hidden: int, inter: int) -> dict[str, Any]:
+def mlp_case(m: Maker, tokens: int, hidden: int, inter: int) -> dict[str, Any]:
     return dict(
         x=m.randn(tokens, hidden),
         gate_up=m.randn(2 * inter, hidden, scale=1 / math.sqrt(hidden)),
@@ -66,13 +71,17 @@ GEGLU_MLP = register(
         reference=reference.geglu_mlp,
         check=_check_mlp,
         cases={
-            "26b_dense_one_token": lambda m: _mlp_case(m, 1, 2816, 2112),
-            "e2b": lambda m: _mlp_case(m, 7, 1536, 6144),
-            "odd": lambda m: _mlp_case(m, 3, 97, 33),
+            "26b_dense_one_token": lambda m: mlp_case(m, 1, 2816, 2112),
+            "e2b": lambda m: mlp_case(m, 7, 1536, 6144),
+            "odd": lambda m: mlp_case(m, 3, 97, 33),
         },
         cost=lambda x, gate_up, down: Cost(
             2 * x.numel() // x.shape[-1] * (gate_up.numel() + down.numel()), gate_up.nbytes + down.nbytes + 2 * x.nbytes
         ),
+        bench_cases={
+            "26b_1_token": lambda m: mlp_case(m, 1, 2816, 2112),
+            "26b_512_tokens": lambda m: mlp_case(m, 512, 2816, 2112),
+        },
         impls={"torch": Impl("gemma4_fast.ops.torch_backend:geglu_mlp")},
     )
 )
@@ -116,6 +125,10 @@ LOGITS = register(
             "odd": lambda m: _logits_case(m, 3, 97, 1001),
         },
         cost=_logits_cost,
+        bench_cases={
+            "26b_1_token": lambda m: _logits_case(m, 1, 2816, 262144),
+            "26b_1_token_argmax": lambda m: _logits_case(m, 1, 2816, 262144, argmax=True),
+        },
         impls={"torch": Impl("gemma4_fast.ops.torch_backend:logits")},
     )
 )

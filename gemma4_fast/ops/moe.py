@@ -57,6 +57,10 @@ ROUTE_TOPK = register(
         cost=lambda x, scale, proj, per_expert_scale, top_k, eps=1e-6: Cost(
             2 * x.shape[0] * proj.numel(), x.nbytes + proj.nbytes + 8 * x.shape[0] * top_k
         ),
+        bench_cases={
+            "26b_1_token": lambda m: _route_case(m, 1, 2816, 128, 8),
+            "26b_512_tokens": lambda m: _route_case(m, 512, 2816, 128, 8),
+        },
         impls={"torch": Impl("gemma4_fast.ops.torch_backend:route_topk")},
     )
 )
@@ -101,6 +105,9 @@ EXPERT_DISPATCH = register(
             "odd": lambda m: _dispatch_case(m, 37, 13, 3, 7),
         },
         cost=lambda ids, num_experts, block_m=64: Cost(0, 2 * ids.nbytes + 4 * num_experts),
+        bench_cases={
+            "26b_512_tokens": lambda m: _dispatch_case(m, 512, 128, 8, 64),
+        },
         impls={"torch": Impl("gemma4_fast.ops.torch_backend:expert_dispatch")},
     )
 )
@@ -180,6 +187,10 @@ GROUPED_GEMM = register(
             "odd": lambda m: _grouped_case(m, 7, 5, 3, 34, 97, "combine"),
         },
         cost=_grouped_cost,
+        bench_cases={
+            "26b_geglu_512_tokens": lambda m: _grouped_case(m, 512, 128, 8, 1408, 2816, "geglu"),
+            "26b_combine_512_tokens": lambda m: _grouped_case(m, 512, 128, 8, 2816, 704, "combine"),
+        },
         impls={"torch": Impl("gemma4_fast.ops.torch_backend:grouped_gemm")},
     )
 )
@@ -198,7 +209,7 @@ def _check_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, do
     checks.shaped(op, "down", down, (experts, hidden, gate_up.shape[1] // 2), x)
 
 
-def _moe_case(m: Maker, tokens: int, hidden: int, inter: int, experts: int, top_k: int, skew: str = "") -> dict[str, Any]:
+def moe_case(m: Maker, tokens: int, hidden: int, inter: int, experts: int, top_k: int, skew: str = "") -> dict[str, Any]:
     return dict(
         x=m.randn(tokens, hidden),
         topk_weights=m.randn(tokens, top_k, dtype=torch.float32).abs(),
@@ -221,34 +232,47 @@ MOE_DECODE = register(
         reference=reference.moe_decode,
         check=_check_moe,
         cases={
-            "26b_one_token": lambda m: _moe_case(m, 1, 2816, 704, 8, 8),
-            "26b": lambda m: _moe_case(m, 5, 2816, 704, 8, 2),
-            "skewed": lambda m: _moe_case(m, 16, 96, 32, 16, 4, "one"),
-            "no_tokens": lambda m: _moe_case(m, 0, 96, 32, 16, 4),
-            "odd": lambda m: _moe_case(m, 3, 97, 33, 5, 3),
+            "26b_one_token": lambda m: moe_case(m, 1, 2816, 704, 8, 8),
+            "26b": lambda m: moe_case(m, 5, 2816, 704, 8, 2),
+            "skewed": lambda m: moe_case(m, 16, 96, 32, 16, 4, "one"),
+            "no_tokens": lambda m: moe_case(m, 0, 96, 32, 16, 4),
+            "odd": lambda m: moe_case(m, 3, 97, 33, 5, 3),
         },
         cost=_moe_cost,
+        bench_cases={
+            "26b_1_token": lambda m: moe_case(m, 1, 2816, 704, 128, 8),
+            "26b_8_tokens": lambda m: moe_case(m, 8, 2816, 704, 128, 8),
+        },
         impls={"torch": Impl("gemma4_fast.ops.torch_backend:moe_decode")},
     )
 )
 
 
-def moe_crossover(device: torch.device) -> int:
-    """The largest number of tokens that `moe` hands to moe_decode, the same on every device until it is measured there.
+# By device type and backend of moe_decode: the largest number of tokens up to which it is not slower than the grouped path,
+# for E = 128, K = 8, I = 704. `gemma4-fast bench scale --write` measures and writes this.
+CROSSOVER: dict[str, int] = {}
 
-    16 is where vLLM saw gathered experts lose to the grouped path for E=128, I=704 (vllm#41379). The torch backend does not
-    care on a CPU: from 2 tokens its moe_decode is the grouped path.
+
+def moe_crossover(device: torch.device, dtype: torch.dtype) -> int:
+    """The largest number of tokens that `moe` hands to moe_decode, for the backend that serves it there.
+
+    Where it was not measured: 16, from which vLLM saw gathered experts lose to the grouped path (vllm#41379).
     """
-    return 16
+    return CROSSOVER.get(f"{device.type} {MOE_DECODE.first_serving(device, dtype)}", 16)
 
 
-def _compose_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    if x.shape[0] <= moe_crossover(x.device):
-        return MOE_DECODE.select((x, topk_weights, ids, gate_up, down))(x, topk_weights, ids, gate_up, down)
+def grouped_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The path for many tokens: sorted by expert, each expert's weights read once."""
     top_k = ids.shape[1]
     order, offsets, _ = EXPERT_DISPATCH(ids, gate_up.shape[0])
     h = GROUPED_GEMM(x, gate_up, order, offsets, top_k, "geglu", None)
     return GROUPED_GEMM(h, down, order, offsets, top_k, "combine", topk_weights)
+
+
+def _compose_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    if x.shape[0] <= moe_crossover(x.device, x.dtype):
+        return MOE_DECODE.select((x, topk_weights, ids, gate_up, down))(x, topk_weights, ids, gate_up, down)
+    return grouped_moe(x, topk_weights, ids, gate_up, down)
 
 
 MOE = register(
@@ -258,14 +282,19 @@ MOE = register(
         reference=reference.moe,
         check=_check_moe,
         cases={
-            "26b_one_token": lambda m: _moe_case(m, 1, 2816, 704, 8, 8),
-            "26b_prefill": lambda m: _moe_case(m, 24, 2816, 704, 8, 2),
-            "many": lambda m: _moe_case(m, 200, 96, 32, 16, 4),
-            "skewed": lambda m: _moe_case(m, 40, 96, 32, 16, 4, "one"),
-            "empty_experts": lambda m: _moe_case(m, 40, 96, 32, 16, 4, "empty"),
-            "odd": lambda m: _moe_case(m, 19, 97, 33, 5, 3),
+            "26b_one_token": lambda m: moe_case(m, 1, 2816, 704, 8, 8),
+            "26b_prefill": lambda m: moe_case(m, 24, 2816, 704, 8, 2),
+            "many": lambda m: moe_case(m, 200, 96, 32, 16, 4),
+            "skewed": lambda m: moe_case(m, 40, 96, 32, 16, 4, "one"),
+            "empty_experts": lambda m: moe_case(m, 40, 96, 32, 16, 4, "empty"),
+            "odd": lambda m: moe_case(m, 19, 97, 33, 5, 3),
         },
         cost=_moe_cost,
+        bench_cases={
+            "26b_1_token": lambda m: moe_case(m, 1, 2816, 704, 128, 8),
+            "26b_128_tokens": lambda m: moe_case(m, 128, 2816, 704, 128, 8),
+            "26b_512_tokens": lambda m: moe_case(m, 512, 2816, 704, 128, 8),
+        },
         compose=_compose_moe,
         parts=("moe_decode", "expert_dispatch", "grouped_gemm"),
     )

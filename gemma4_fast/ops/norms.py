@@ -41,6 +41,10 @@ RMS_NORM = register(
             "empty": lambda m: _rms_norm_case(m, 0, 64),
         },
         cost=_rms_norm_cost,
+        bench_cases={
+            "26b_1_token": lambda m: _rms_norm_case(m, 1, 2816),
+            "26b_512_tokens": lambda m: _rms_norm_case(m, 512, 2816),
+        },
         impls={"torch": Impl("gemma4_fast.ops.torch_backend:rms_norm")},
     )
 )
@@ -99,6 +103,10 @@ NORM_ADD_NORM = register(
             "odd": lambda m: _norm_add_norm_case(m, 3, 97, scale=False, nxt=False),
         },
         cost=_norm_add_norm_cost,
+        bench_cases={
+            "26b_1_token": lambda m: _norm_add_norm_case(m, 1, 2816),
+            "26b_512_tokens": lambda m: _norm_add_norm_case(m, 512, 2816),
+        },
         impls={"torch": Impl("gemma4_fast.ops.torch_backend:norm_add_norm")},
     )
 )
@@ -211,6 +219,11 @@ QKV_NORM_ROPE = register(
         },
         cost=_qkv_cost,
         mutates=("k_cache", "v_cache"),
+        bench_cases={
+            "26b_sliding_1_token": lambda m: _qkv_case(m, 1, 16, 8, 256, 128, 2, "kv"),
+            "26b_full_1_token": lambda m: _qkv_case(m, 1, 16, 2, 512, 64, 1, "v"),
+            "26b_sliding_512_tokens": lambda m: _qkv_case(m, 512, 16, 8, 256, 128, 2),
+        },
         impls={"torch": Impl("gemma4_fast.ops.torch_backend:qkv_norm_rope")},
     )
 )
@@ -278,6 +291,10 @@ PLE_GATE = register(
             "odd": lambda m: _ple_case(m, 3, 97, 33, nxt=False),
         },
         cost=_ple_cost,
+        bench_cases={
+            "e4b_1_token": lambda m: _ple_case(m, 1, 2560, 256),
+            "e4b_512_tokens": lambda m: _ple_case(m, 512, 2560, 256),
+        },
         impls={"torch": Impl("gemma4_fast.ops.torch_backend:ple_gate")},
     )
 )

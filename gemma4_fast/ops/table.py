@@ -16,7 +16,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,7 @@ class Op:
     cases: Mapping[str, Callable[[Maker], dict[str, Any]]]
     cost: Callable[..., Cost]
     impls: dict[str, Impl] = field(default_factory=dict)
+    bench_cases: Mapping[str, Callable[[Maker], dict[str, Any]]] = field(default_factory=dict)  # true shapes, too large to test
     compose: Callable[..., Any] | None = None  # an op made of other ops: it has no backend of its own
     parts: tuple[str, ...] = ()  # which ones
     mutates: tuple[str, ...] = ()  # arguments that are written in place; outputs, for a test
@@ -130,6 +131,11 @@ class Op:
                     if backend in self.impls and backend_missing(backend, device.type) is None:
                         _say_once(f"{self.name} passes over {backend}: {reason}")
         return self._kept[key]
+
+    def first_serving(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """The backend that the selection in force gives this device and dtype, shapes aside; None if none serves."""
+        serving, _ = self._candidates(_SELECTION.get().for_op(self.name), device, dtype)
+        return serving[0] if serving else None
 
     def why_not(self, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
         """None if `backend` serves this device and dtype (shapes aside), else the reason."""
@@ -243,6 +249,13 @@ def default_backend(backend: str | Iterable[str] | None) -> Iterator[None]:
         yield
     finally:
         _SELECTION.reset(token)
+
+
+def bound(op: Op, backend: str | Iterable[str]) -> Callable[..., Any]:
+    """The op as a function that always runs on this backend: `use_backend` settled once, at no cost per call."""
+    context = copy_context()
+    context.run(_SELECTION.set, _Selection(parse_backend(backend)))
+    return functools.partial(context.run, op)
 
 
 def require(device: torch.device, dtype: torch.dtype, ops: Iterable[str]) -> None:

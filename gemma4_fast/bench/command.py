@@ -1,0 +1,309 @@
+"""`gemma4-fast bench ...`: what each subcommand runs, and what becomes of its rows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from gemma4_fast import ops, terminal
+from gemma4_fast.bench import compare as comparing
+from gemma4_fast.bench import html, markdown, memory, model, plots, rows, scale, show
+from gemma4_fast.bench import ops as op_rows
+from gemma4_fast.bench.machine import available_bytes, label, machine, memory_limit
+from gemma4_fast.bench.recorder import Recorder
+from gemma4_fast.bench.rows import Row
+from gemma4_fast.bench.timing import RATE_DTYPES, Roofline
+from gemma4_fast.config import PRESETS, Gemma4Config
+from gemma4_fast.model import parse_device, parse_dtype
+
+Say = Callable[[str], None]
+Add = Callable[[Row, str], object]
+Work = Callable[[Say, Add], None]
+
+
+def run(args: Namespace) -> int:
+    """The command; returns the exit code."""
+    if args.bench == "compare":
+        return compare(args)
+    if args.bench == "report":
+        return report(args)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    device, dtype = parse_device(args.device), parse_dtype(args.dtype)
+    if args.bench == "all":
+        return everything(args, device, dtype)
+    work = WORK[args.bench](args, device, dtype)  # what is wrong with the arguments is said here, before any work
+    _check_targets(args)
+    code, made = measured(args, device, work, args.output, args.append)
+    present(made, args)
+    if code == 0 and args.bench == "scale" and args.write:
+        _write_crossovers(made)
+    return code
+
+
+def measured(args: Namespace, device: torch.device, work: Work, output: Path | None, append: bool) -> tuple[int, list[Row]]:
+    """Does the work -> exit code, and the rows. Ctrl-C keeps those that are done (130); a wrong result is 1."""
+    stdout = sys.stdout if args.json else None
+    with Recorder(device, output, append=append, stdout=stdout) as recorder, memory_limit(device), _progress(args.quiet) as say:
+        try:
+            work(say, recorder.add)
+        except KeyboardInterrupt:
+            terminal.note(f"gemma4-fast: stopped; the {len(recorder.rows)} rows that were done are kept")
+            return 130, recorder.rows
+    return int(any(row.status == "wrong" for row in recorder.rows)), recorder.rows
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Say]:
+    """Says what is going on, on stderr: in one line that changes on a terminal, a line each elsewhere."""
+    if quiet:
+        yield lambda _: None
+    elif not sys.stderr.isatty():
+        yield lambda text: terminal.note(f"bench: {text}")
+    else:
+        from rich.console import Console
+
+        with Console(stderr=True).status("") as status:
+            yield status.update
+
+
+# ---------------------------------------------------------------- what is measured
+def _common(args: Namespace, device: torch.device, dtype: torch.dtype) -> str:
+    """The options that every row's command has."""
+    return f"--dtype {str(dtype).removeprefix('torch.')} --device {device.type} --threads {torch.get_num_threads()}"
+
+
+def _names(wanted: Sequence[str], known: Sequence[str], what: str) -> list[str]:
+    """`wanted`, or all of them; ValueError for one that is not known."""
+    if unknown := [w for w in wanted if w not in known]:
+        raise ValueError(f"unknown {what} {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+    return list(wanted) or list(known)
+
+
+def _between_rooflines(device: torch.device, dtype: torch.dtype, inner: Callable[[Roofline, Say, Add], None]) -> Work:
+    """The machine's own figures, what `inner` measures, and the machine's figures again."""
+
+    def work(say: Say, add: Add) -> None:
+        roofline = Roofline(device)
+        dtypes = list(dict.fromkeys((dtype, *RATE_DTYPES)))
+        for when in ("start", "end"):
+            say(f"the roofline at the {when}: reading, copying, multiplying")
+            for row in roofline.rows(when, dtypes):
+                add(row, "")
+            if when == "start":
+                inner(roofline, say, add)
+
+    return work
+
+
+def _cases(cases: list[op_rows.Case], args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:
+    backends = ops.parse_backend(args.backend)
+    options = f"{_common(args, device, dtype)} --seconds {args.seconds:g} --seed {args.seed}"
+
+    def inner(roofline: Roofline, say: Say, add: Add) -> None:
+        bench = op_rows.OpBench(roofline, dtype, backends, seconds=args.seconds, seed=args.seed, options=options)
+        for i, case in enumerate(cases):
+            say(f"{i + 1} of {len(cases)}: {case.name}")
+            for row, command in bench.run(case):
+                add(row, command)
+
+    return _between_rooflines(device, dtype, inner)
+
+
+def op_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:
+    names = _names(args.op, list(ops.TABLE), "op")
+    return _cases(op_rows.cases(names, args.case), args, device, dtype)
+
+
+def scale_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:
+    cases = scale.cases(_names(args.axis, list(scale.AXES), "axis"), device, args.points)
+    if not cases:
+        raise ValueError("no point is left: the axis of experts goes from 8 to 128")
+    return _cases(cases, args, device, dtype)
+
+
+def cache_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:
+    every = memory.members()
+    wanted = {name: every[name] for name in _names(args.config, list(every), "config")}
+
+    def work(say: Say, add: Add) -> None:
+        for name, layers in wanted.items():
+            say(f"caches of {name}")
+            for row, command in memory.rows({name: layers}, args.context or memory.CONTEXTS, dtype, device):
+                add(row, command)
+
+    return work
+
+
+def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> model.Plan:
+    """The run that `bench model` asks for. ValueError for what cannot be."""
+    peers = tuple(_names(args.peers, [p for p in model.PEERS if p != model.OURS], "peer")) if args.peers else ()
+    pythons = {}
+    for item in args.peer_python:
+        peer, _, python = item.partition("=")
+        if not Path(python).is_file():
+            raise ValueError(f"--peer-python takes PEER=PROGRAM, and there is no program {python!r}")
+        pythons[_names([peer], list(model.PEERS), "peer")[0]] = python
+    path = None
+    if args.model is not None:
+        from gemma4_fast.weights import resolve
+
+        if args.layers or args.vocab:
+            raise ValueError("--layers and --vocab cut a --config with dummy weights; a --model runs as it is")
+        path = resolve(args.model)
+        config, name = Gemma4Config.from_pretrained(path), path.name
+    else:
+        name = _names([args.config], list(PRESETS), "config")[0]
+        config = PRESETS[name]
+        if args.layers or args.vocab:
+            config = config.slice(num_layers=args.layers, vocab_size=args.vocab)
+        else:
+            free = available_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+            processes = 1 + len({p for p in peers if p not in ("torch.compile", "llama-bench")})
+            config = model.fitting(config, dtype, int((free or 8 << 30) * 0.6 / processes))
+    asked = list(model.workloads(args.prompt, args.depth, args.batch, args.decode))
+    for w in asked:
+        if w.length + w.new * (args.rounds + 2) > config.max_position_embeddings:
+            limit = config.max_position_embeddings
+            raise ValueError(f"{w.length} tokens and {args.rounds} rounds of {w.new} exceed this model's {limit} positions")
+    return model.Plan(
+        config, name, dtype, device, asked, peers, ops.parse_backend(args.backend), path, args.quantize, args.rounds,
+        args.check != "off", args.seed, pythons,
+    )  # fmt: skip
+
+
+def model_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:
+    plan = model_plan(args, device, dtype)
+    if plan.path is not None:
+        what = f"--model {plan.label}"
+    else:
+        what = f"--config {plan.label} --layers {plan.config.num_hidden_layers} --vocab {plan.config.vocab_size}"
+    options = f"{what} {_common(args, device, dtype)} --rounds {args.rounds} --seed {args.seed}"
+    options += f" --quantize {plan.quantize}" if plan.quantize else ""
+    options += f" --backend {','.join(plan.backends)}" if plan.backends else ""
+    options += "" if plan.check else " --check off"
+    return _between_rooflines(
+        device, dtype, lambda roofline, say, add: model.ModelBench(plan, roofline, add, options, say).run()
+    )  # fmt: skip
+
+
+WORK: dict[str, Callable[[Namespace, torch.device, torch.dtype], Work]] = {
+    "ops": op_work,
+    "model": model_work,
+    "scale": scale_work,
+    "cache": cache_work,
+}
+
+
+def everything(args: Namespace, device: torch.device, dtype: torch.dtype) -> int:
+    """The standard report of this machine: all four, into results/<machine>/, beside what was there before."""
+    folder = args.results / label(machine(device))
+    file, previous, pages = folder / "standard.jsonl", folder / "standard.previous.jsonl", folder / "report"
+    given = Namespace(
+        **{k: v for k, v in vars(args).items() if k != "config"}, op=[], case=[], axis=[], points=None, context=None, depth=[],
+        layers=None, vocab=None, model=None, quantize=None, check="quick", batch=[1], prompt=[128, 512], decode=32, rounds=3,
+    )  # fmt: skip
+    parts = []
+    for name in ("cache", "model", "ops", "scale"):
+        config = [] if name == "cache" else args.config
+        parts.append(WORK[name](Namespace(**vars(given), config=config), device, dtype))
+    pages.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        os.replace(file, previous)
+
+    def work(say: Say, add: Add) -> None:
+        for part in parts:
+            part(say, add)
+
+    code, made = measured(args, device, work, file, append=False)
+    if not args.json:
+        show.tables(made, show.console())
+    if made:
+        rows.write_csv(made, pages / "rows.csv")
+        html.write(made, pages / "index.html", plots.draw(made, pages))
+    terminal.note(f"rows: {file}\nreport: {pages / 'index.html'}")
+    if previous.exists() and code != 130:
+        found = comparing.compare(rows.read(previous), made, 0.05)
+        terminal.note("beside the run before:\n" + comparing.text(found, 0.05))
+    return code
+
+
+def _write_crossovers(made: Sequence[Row]) -> None:
+    found = scale.crossovers(made)
+    if not found:
+        raise ValueError("no crossover was measured: it takes the experts along --axis tokens")
+    scale.write_crossovers(found)
+    terminal.note("written to gemma4_fast/ops/moe.py: " + ", ".join(f"{where}: {x} tokens" for where, x in found.items()))
+
+
+# ---------------------------------------------------------------- what becomes of the rows
+def _check_targets(args: Namespace) -> None:
+    """ValueError, before any work, for a file that could not be written at its end."""
+    for target in (args.output, args.csv, args.html):
+        if target is not None and not target.resolve().parent.is_dir():
+            raise ValueError(f"{target}: there is no folder {target.parent}")
+    if args.plot is not None and args.plot.exists() and not args.plot.is_dir():
+        raise ValueError(f"--plot takes a folder, and {args.plot} is a file")
+    if args.plot is not None or args.html is not None:
+        plots.require()
+
+
+def present(made: Sequence[Row], args: Namespace) -> None:
+    """Tables on stdout (unless that has the JSON lines), and the files that were asked for."""
+    if not made:
+        return
+    if not args.json:
+        show.tables(made, show.console())
+        found = scale.crossovers(made)
+        for where, x in found.items():
+            print(f"moe_decode is the faster or equal path up to {x} tokens on {where}")
+    if args.csv is not None:
+        rows.write_csv(made, args.csv)
+    drawn = {}
+    if args.plot is not None:
+        args.plot.mkdir(parents=True, exist_ok=True)
+        drawn = plots.draw(made, args.plot)
+        terminal.note(f"pictures: {', '.join(str(path) for path in drawn.values()) or 'these rows give none'}")
+    if args.html is not None:
+        html.write(made, args.html, drawn)
+        terminal.note(f"report: {args.html}")
+
+
+def report(args: Namespace) -> int:
+    """Rows that were saved, shown again."""
+    made = [row for file in args.files for row in rows.read(file)]
+    _check_targets(args)
+    if args.markdown:
+        print(markdown.performance(made), end="")
+        return 0
+    if args.json:
+        for row in made:
+            print(rows.line(row))
+    present(made, args)
+    return 0
+
+
+def compare(args: Namespace) -> int:
+    """Exit code 1 if something became worse beyond the noise."""
+    found = comparing.compare(rows.read(args.before), rows.read(args.after), args.threshold)
+    if args.json:
+        terminal.print_json(
+            {
+                "threshold": args.threshold,
+                "worse": len(found.worse),
+                "machines_differ_in": list(found.machines),
+                "changes": [c.to_dict() for c in found.changes],
+                "only_in_a": [row.name for row in found.only_a],
+                "only_in_b": [row.name for row in found.only_b],
+            },
+            indent=2,
+        )
+    else:
+        print(comparing.text(found, args.threshold, args.all))
+    return 1 if found.worse else 0

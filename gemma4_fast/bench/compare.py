@@ -1,0 +1,135 @@
+"""Two files of rows, row by row: what became slower or faster beyond the noise that the rows themselves state.
+
+A row is slower if its median is slower by more than the threshold, and its fastest fifth (p20) is beyond the other's slowest
+(p80), and both still hold after the drift of the machine is taken off: rows carry the machine's own rate (its roofline),
+measured between their samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gemma4_fast.bench.rows import Row
+from gemma4_fast.bench.show import memory, spread, who
+from gemma4_fast.tables import render
+
+WORSE = ("slower", "larger", "broken")
+_SOME = 64 << 20  # bytes of memory that a process may take more or less from run to run
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row against its counterpart. ratio: B / A of the quantity, above 1 is worse; low, high: from the two spreads;
+    drift: how much slower the machine itself was in B."""
+
+    a: Row
+    b: Row
+    what: str  # "time", "peak memory", "cache", "read"
+    verdict: str  # slower, faster, larger, smaller, broken, mended, same
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    drift: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {k: v for k, v in asdict(self).items() if k not in ("a", "b") and v is not None}
+        return {"kind": self.a.kind, "name": self.a.name, "contender": who(self.a), "params": self.a.params, **own}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    changes: tuple[Change, ...]
+    only_a: tuple[Row, ...]
+    only_b: tuple[Row, ...]
+    machines: tuple[str, ...]  # what differs between the two machines
+
+    @property
+    def worse(self) -> tuple[Change, ...]:
+        return tuple(c for c in self.changes if c.verdict in WORSE)
+
+
+def compare(before: Sequence[Row], after: Sequence[Row], threshold: float = 0.05) -> Comparison:
+    """threshold: 0.05 is five percent. Of rows that were measured twice in one file the last counts. The roofline's own
+    rows are the machine's, and never a regression."""
+    a, b = ({row.key: row for row in rows if row.kind != "roofline"} for rows in (before, after))
+    changes = [change for key in a if key in b for change in _changes(a[key], b[key], threshold)]
+    names = ("cpu", "threads", "gpu", "omp_wait_policy")
+    differing = tuple(
+        f"{n}: {before[-1].machine.get(n)} / {after[-1].machine.get(n)}"
+        for n in names
+        if before[-1].machine.get(n) != after[-1].machine.get(n)
+    )
+    return Comparison(
+        tuple(changes), tuple(a[k] for k in a if k not in b), tuple(b[k] for k in b if k not in a), differing
+    )  # fmt: skip
+
+
+def _changes(a: Row, b: Row, threshold: float) -> list[Change]:
+    if a.status != b.status and "ok" in (a.status, b.status):
+        return [Change(a, b, "status", "broken" if a.status == "ok" else "mended")]
+    found = []
+    if a.time_us is not None and b.time_us is not None:
+        found.append(_time(a, b, threshold))
+    for what, name in (("cache", "cache_bytes"), ("read", "read_bytes"), ("peak memory", "peak_bytes")):
+        old, new = getattr(a, name), getattr(b, name)
+        if not old or not new:
+            continue
+        ratio = new / old
+        some = _SOME if what == "peak memory" else 0
+        beyond = abs(ratio - 1) > threshold and abs(new - old) > some
+        verdict = "same" if not beyond else "larger" if ratio > 1 else "smaller"
+        if what != "peak memory" or beyond:
+            found.append(Change(a, b, what, verdict, ratio))
+    return found
+
+
+def _time(a: Row, b: Row, threshold: float) -> Change:
+    assert a.time_us is not None and b.time_us is not None
+    old, new = a.time_us, b.time_us
+    if old.median <= 0 or new.median <= 0 or old.p20 <= 0 or new.p20 <= 0:
+        return Change(a, b, "time", "same")
+    ratio, low, high = new.median / old.median, new.p20 / old.p80, new.p80 / old.p20
+    drift = _drift(a, b)
+    verdict = "same"
+    if ratio / max(1.0, drift) > 1 + threshold and low > max(1.0, drift):
+        verdict = "slower"
+    elif ratio / min(1.0, drift) < 1 / (1 + threshold) and high < min(1.0, drift):
+        verdict = "faster"
+    return Change(a, b, "time", verdict, ratio, low, high, drift)
+
+
+def _drift(a: Row, b: Row) -> float:
+    """How many times slower the machine was in b, by the rate that bounds this row."""
+    name = {"memory": "gb_s", "compute": "gflop_s"}.get(b.bound or "", "gb_s")
+    old, new = ((row.roofline or {}).get(name) for row in (a, b))
+    return old / new if old and new else 1.0
+
+
+def text(found: Comparison, threshold: float, every: bool = False) -> str:
+    """For people: what changed (or every row), then one line that says it all."""
+    lines = []
+    for c in found.changes:
+        if c.verdict == "same" and not every:
+            continue
+        if c.what == "time":
+            quantities = spread(c.a.time_us), spread(c.b.time_us)
+        elif c.what == "status":
+            quantities = (c.a.status, c.b.status)
+        else:
+            field = {"cache": "cache_bytes", "read": "read_bytes", "peak memory": "peak_bytes"}[c.what]
+            quantities = memory(getattr(c.a, field)), memory(getattr(c.b, field))
+        ratio = "" if c.ratio is None else f"{c.ratio:.3f}"
+        noise = "" if c.low is None else f"{c.low:.3f} to {c.high:.3f}"
+        drift = "" if c.drift is None else f"{c.drift:.3f}"
+        lines.append((c.verdict, c.a.name, who(c.a), c.what, *quantities, ratio, noise, drift))
+    columns = ("", "row", "with", "", "A", "B", "B / A", "by the spreads", "machine slower by")
+    table = render(columns, lines) if lines else ""
+    counts = {v: sum(c.verdict == v for c in found.changes) for v in dict.fromkeys(c.verdict for c in found.changes)}
+    said = ", ".join(f"{n} {v}" for v, n in counts.items()) or "no row in common"
+    notes = "".join(f"the machines differ in {m}\n" for m in found.machines)
+    for rows, which in ((found.only_a, "A"), (found.only_b, "B")):
+        if rows:
+            notes += f"only in {which}: {len(rows)} rows, such as {rows[0].name} ({who(rows[0])})\n"
+    return f"{table}{notes}{said} (threshold {100 * threshold:g}%)"

@@ -1,0 +1,527 @@
+"""The whole model beside its peers: each contender in a process of its own, in turns, on the same weights and tokens.
+
+Processes because a peer may crash, be killed for its memory, or need another interpreter; and because a process's peak memory
+is its own. Where all fit into memory at once they stay loaded and take turns run by run. Where they do not, each round starts
+them one after another anew (the rows say so).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma4_fast import ops, terminal
+from gemma4_fast.bench.machine import available_bytes
+from gemma4_fast.bench.rows import Row, Spread
+from gemma4_fast.bench.timing import Roofline, Stopwatch, rotated
+from gemma4_fast.cache import KVCache
+from gemma4_fast.config import Gemma4Config
+from gemma4_fast.layers import model_ops
+from gemma4_fast.model import Gemma4
+
+OURS = "gemma4-fast"
+# Peer -> the file that runs it, and the variants that are contenders of their own (for models with experts, and without).
+PEERS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    OURS: ("with_ours.py", ("",), ("",)),
+    "transformers": ("with_transformers.py", ("grouped_mm", "eager", "batched_mm"), ("",)),
+    "torch.compile": ("with_transformers.py", ("compile",), ("compile",)),
+    "vllm": ("with_vllm.py", ("",), ("",)),
+    "llama.cpp": ("with_llama_cpp.py", ("",), ("",)),
+    "llama-bench": ("with_llama_bench.py", ("",), ("",)),
+}
+FROM_FILES = ("vllm", "llama.cpp", "llama-bench")  # these load checkpoints; the others can make dummy weights themselves
+ROUNDS = 5
+PATIENCE = 30.0  # seconds that all turns of one contender with one workload may take together
+SCORED = 16, 20  # tokens of the prompt whose next token's log-probabilities are compared, and how many of the likeliest
+_SPARE = 1 << 30  # bytes that a process needs beside its weights
+# Bytes a weight takes: quantized ones with an fp16 scale for each 32 (Q8_0, Q4_0).
+QUANTIZED = {"int8": 34 / 32, "int4": 18 / 32}
+
+
+# ---------------------------------------------------------------- what is asked
+@dataclass(frozen=True)
+class Workload:
+    """A batch of prompts and the tokens after them. depth: only the tokens count, after a context of `length`."""
+
+    batch: int
+    length: int
+    new: int
+    depth: bool = False
+
+    def ids(self, vocab: int, round_: int) -> list[list[int]]:
+        """[B][length]: new ones for each round, so that no prefix cache knows them; at depth always the same."""
+        seed = f"{self.batch} {self.length} {0 if self.depth else round_}"
+        draw = random.Random(seed)
+        return [[draw.randrange(min(10, vocab - 1), vocab) for _ in range(self.length)] for _ in range(self.batch)]
+
+
+@dataclass(frozen=True)
+class Contender:
+    peer: str
+    variant: str
+
+    @property
+    def label(self) -> str:
+        return self.peer if not self.variant or self.variant == "compile" else f"{self.peer} {self.variant}"
+
+
+@dataclass
+class Plan:
+    """One run. `path`: a checkpoint; None for dummy weights. `pythons`: interpreters of peers that have one of their own."""
+
+    config: Gemma4Config
+    label: str
+    dtype: torch.dtype
+    device: torch.device
+    workloads: list[Workload]
+    peers: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
+    path: Path | None = None
+    quantize: str | None = None
+    rounds: int = ROUNDS
+    check: bool = True
+    seed: int = 0
+    pythons: dict[str, str] = field(default_factory=dict)
+
+    def contenders(self) -> list[Contender]:
+        variants = self.backends or ("", *self._baseline())
+        found = [Contender(OURS, v) for v in variants]
+        for peer in self.peers:
+            _, experts, dense = PEERS[peer]
+            found += [Contender(peer, v) for v in (experts if self.config.enable_moe_block else dense)]
+        return found
+
+    def _baseline(self) -> tuple[str, ...]:
+        """The torch backend is a contender too where the automatic choice is something else."""
+        chosen = {ops.decide(name, self.device, self.dtype)[0] for name in model_ops(self.config)}
+        return ("torch",) if chosen - {"torch", "composed"} else ()
+
+
+def weight_bytes(config: Gemma4Config, dtype: torch.dtype, quantize: str | None = None) -> int:
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Gemma4(config).parameters())
+    return round(count * (QUANTIZED[quantize] if quantize else dtype.itemsize))
+
+
+def fitting(config: Gemma4Config, dtype: torch.dtype, room: int) -> Gemma4Config:
+    """The model, or the largest of a half, a fifth and fewer of its layers (and of its vocabulary) whose weights fit."""
+    n = config.num_hidden_layers
+    period = next(i + 1 for i, t in enumerate(config.layer_types) if t == "full_attention")
+    for layers in sorted({n, n // 2, max(period, n // 5), 2, 1}, reverse=True):
+        cut = config if layers == n else config.slice(num_layers=layers, vocab_size=config.vocab_size * layers // n)
+        if weight_bytes(cut, dtype) <= room:
+            return cut
+    raise ValueError(
+        f"not even one layer fits: it takes {terminal.size(weight_bytes(cut, dtype))}, and there is room for "
+        f"{terminal.size(room)} per contender; name fewer --peers, or a smaller --config"
+    )
+
+
+# ---------------------------------------------------------------- the floor
+@dataclass(frozen=True)
+class Floor:
+    bytes: int
+    flops: int
+
+
+def floor(config: Gemma4Config, dtype: torch.dtype, quantize: str | None, batch: int, new: int, before: int) -> Floor:
+    """What a pass over `new` tokens of each sequence, after `before` others, must read and multiply.
+
+    Of the experts those that are hit, in expectation over uniform routing; of the cache what this package's layout holds;
+    logits of one token a sequence. Sources: facts of the architecture alone, no measurement.
+    """
+    with torch.device("meta"):
+        model = Gemma4(config)
+    tokens = batch * new
+    missed = (1 - config.top_k_experts / config.num_experts) ** tokens if config.enable_moe_block else 0.0
+    share = config.top_k_experts / config.num_experts if config.enable_moe_block else 0.0
+    read = flops = 0.0
+    for name, p in model.named_parameters():
+        if name.endswith("embed_tokens_per_layer.weight"):
+            read += tokens * p.shape[1]
+        elif name == "lm_head.weight" or (name.endswith("embed_tokens.weight") and config.tie_word_embeddings):
+            read += p.numel()
+            flops += 2 * batch * p.numel()
+        elif name.endswith("embed_tokens.weight"):
+            read += tokens * p.shape[1]
+        elif ".experts." in name:
+            read += (1 - missed) * p.numel()
+            flops += 2 * tokens * share * p.numel()
+        else:
+            read += p.numel()
+            flops += 2 * tokens * p.numel() if p.dim() > 1 else 0
+    moved = read * (QUANTIZED[quantize] if quantize else dtype.itemsize)
+    cache = KVCache(config, 1, before + new, dtype, device="meta")
+    for layer in config.layers():
+        seen = sum(min(before + i + 1, layer.window or before + i + 1) for i in range(new))
+        flops += 4 * batch * seen * layer.num_q_heads * layer.head_dim
+        kept = cache.layer(layer.index)
+        rows = min(before, layer.window or before)
+        per_row = layer.num_kv_heads * layer.head_dim * dtype.itemsize * (1 if kept.k is None else 2)
+        moved += batch * rows * per_row
+    return Floor(round(moved), round(flops))
+
+
+# ---------------------------------------------------------------- processes
+class Worker:
+    """A contender's process. `ask` never raises for what goes wrong in there: the answer says so."""
+
+    def __init__(self, peer: str, python: str, scratch: Path) -> None:
+        here = Path(__file__).resolve().parent
+        self.log = open(scratch / f"{peer}.log", "ab")  # noqa: SIM115  closed by stop
+        root = str(here.parent.parent)
+        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+        self.process = subprocess.Popen(
+            [python, str(here / "peers" / "worker.py"), str(here / "peers" / PEERS[peer][0])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self._reset_peak()
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            return self._ended()
+        answer: dict[str, Any] = json.loads(line)
+        answer.setdefault("peak_bytes", self._peak())
+        return answer
+
+    def _ended(self) -> dict[str, Any]:
+        code = self.process.wait()
+        self.log.flush()
+        last = Path(self.log.name).read_bytes()[-4000:].decode(errors="replace").strip().splitlines()[-1:]
+        if code == -9:
+            return {"ok": False, "status": "out of memory", "message": "killed by the system, most likely for its memory"}
+        return {"ok": False, "status": "failed", "message": f"ended with exit code {code}: {''.join(last)[:200]}"}
+
+    def _peak(self) -> int | None:
+        with contextlib.suppress(OSError, StopIteration):
+            text = Path(f"/proc/{self.process.pid}/status").read_text()
+            return int(next(line.split()[1] for line in text.splitlines() if line.startswith("VmHWM"))) << 10
+        return None
+
+    def _reset_peak(self) -> None:
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            assert self.process.stdin is not None
+            self.process.stdin.write('{"do": "quit"}\n')
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+
+# ---------------------------------------------------------------- the run
+@dataclass
+class Result:
+    """What one contender did with one workload."""
+
+    first_us: list[float] = field(default_factory=list)
+    steps_us: list[float] = field(default_factory=list)
+    warm_s: float = 0.0  # that the uncounted run took
+    peak_bytes: int | None = None
+    fault: dict[str, Any] | None = None
+
+
+class ModelBench:
+    """Runs a Plan and hands each finished row to `add(row, command)`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        roofline: Roofline,
+        add: Callable[[Row, str], object],
+        options: str,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.plan, self.add, self.options, self.progress = plan, add, options, progress
+        self.contenders = plan.contenders()
+        self.roofline, self.stopwatch = roofline, Stopwatch(plan.device)
+        self.workers: dict[str, Worker] = {}
+        self.faults: dict[Contender, dict[str, Any]] = {}  # those that cannot run at all
+        self.notes: dict[str, str] = {}
+        self.versions: dict[str, str] = {}
+        self.results: dict[tuple[Workload, Contender], Result] = {}
+        self.probes: dict[Workload, dict[str, list[float]]] = {}
+        self.scores: dict[Contender, list[tuple[int, float]]] = {}
+        self.written: set[Workload] = set()
+
+    def run(self) -> None:
+        with contextlib.ExitStack() as stack:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gemma4-fast-bench-")))
+            stack.callback(self._stop_all)
+            self.scratch = scratch
+            self.path = self._checkpoint()
+            stack.callback(self._write_rest)  # Ctrl-C too keeps what was measured
+            together = self._fit_together()
+            if together:
+                self._side_by_side()
+            else:
+                self._one_at_a_time()
+
+    def _peers(self) -> list[str]:
+        return list(dict.fromkeys(c.peer for c in self.contenders))
+
+    def _processes(self) -> list[str]:
+        """torch.compile's contender shares transformers' process, if that is there."""
+        return [p for p in self._peers() if p != "torch.compile" or "transformers" not in self._peers()]
+
+    def _process_of(self, c: Contender) -> str:
+        return "transformers" if c.peer == "torch.compile" and "transformers" in self._peers() else c.peer
+
+    def _checkpoint(self) -> Path | None:
+        """Where peers that load files find the weights; written for them if they are dummies."""
+        plan = self.plan
+        if plan.path is not None or not set(self._peers()) & set(FROM_FILES):
+            return plan.path
+        need = 3 * weight_bytes(plan.config, plan.dtype)  # safetensors, and what a peer converts them to
+        free = shutil.disk_usage(self.scratch).free
+        if need > free:
+            message = f"its files need {terminal.size(need)} of disk, and there are {terminal.size(free)}"
+            self.faults |= {
+                c: {"status": "failed", "message": message} for c in self.contenders if c.peer in FROM_FILES
+            }  # fmt: skip
+            return None
+        self.progress("writing the weights to a checkpoint")
+        model = Gemma4.dummy(plan.config, dtype=plan.dtype, device=plan.device, seed=plan.seed)
+        model.save_pretrained(self.scratch / "checkpoint")
+        return self.scratch / "checkpoint"
+
+    def _fit_together(self) -> bool:
+        plan = self.plan
+        free = available_bytes() if plan.device.type == "cpu" else torch.cuda.mem_get_info(plan.device)[0]
+        each = weight_bytes(plan.config, plan.dtype, plan.quantize)
+        return free is None or len(self._processes()) * (each * 1.15 + _SPARE) <= free * 0.95
+
+    # ---- workers
+    def _start(self, process: str) -> None:
+        """Loads one process; what fails becomes the fault of its contenders."""
+        plan = self.plan
+        mine = [c for c in self.contenders if self._process_of(c) == process and c not in self.faults]
+        if not mine:
+            return
+        self.progress(f"loading {process}")
+        self.workers[process] = worker = Worker(process, plan.pythons.get(process, sys.executable), self.scratch)
+        answer = worker.ask(
+            do="load",
+            path=None if self.path is None else str(self.path),
+            config=plan.config.to_dict(),
+            dtype=str(plan.dtype).removeprefix("torch."),
+            quantize=plan.quantize,
+            device=str(plan.device),
+            threads=torch.get_num_threads(),
+            seed=plan.seed,
+            max_len=max(w.length + (2 + plan.rounds) * w.new for w in plan.workloads),
+            max_batch=max(w.batch for w in plan.workloads),
+            memory_bytes=available_bytes() if plan.device.type == "cpu" else torch.cuda.mem_get_info(plan.device)[0],
+            cache_dir=str(self.scratch),
+        )
+        if not answer["ok"]:
+            self.faults |= {c: {k: answer[k] for k in ("status", "message")} for c in mine}
+            self._stop(process)
+            return
+        self.versions[process], self.notes[process] = answer.get("version", ""), answer.get("note", "")
+        prompt = Workload(1, min(SCORED[0], plan.config.max_position_embeddings - 1), 1).ids(plan.config.vocab_size, 0)
+        for c in mine:
+            answer = worker.ask(do="score", variant=c.variant, ids=prompt, new=min(SCORED[1], plan.config.vocab_size))
+            if answer["ok"]:
+                self.scores[c] = [(token, p) for token, p in answer["top"]]
+        if process == OURS and plan.check:
+            for c in mine:
+                self.progress(f"checking {c.label}")
+                answer = worker.ask(do="check", variant=c.variant)
+                if not answer["ok"]:
+                    self.faults[c] = {k: answer[k] for k in ("status", "message")}
+                elif not answer["right"]:
+                    self.faults[c] = {"status": "wrong", "message": answer["verdict"]}
+
+    def _stop(self, process: str) -> None:
+        if (worker := self.workers.pop(process, None)) is not None:
+            worker.stop()
+
+    def _stop_all(self) -> None:
+        for process in list(self.workers):
+            self._stop(process)
+
+    # ---- turns
+    def _side_by_side(self) -> None:
+        for process in self._processes():
+            self._start(process)
+        for w in self.plan.workloads:
+            for round_ in range(self.plan.rounds + 1):  # the first warms up, and its tokens are compared
+                self.progress(f"{_name(w)}: round {round_} of {self.plan.rounds}")
+                for c in rotated(self.contenders, round_):
+                    self._probe(w)
+                    self._turn(w, c, round_)
+            self._write(w)
+        self._steps()
+
+    def _one_at_a_time(self) -> None:
+        for round_ in range(self.plan.rounds):
+            for process in rotated(self._processes(), round_):
+                self._start(process)
+                for w in self.plan.workloads:
+                    for c in [c for c in self.contenders if self._process_of(c) == process]:
+                        self.progress(f"round {round_ + 1} of {self.plan.rounds}, {c.label}: {_name(w)}")
+                        self._probe(w)
+                        self._turn(w, c, 0)  # each start needs a warm-up of its own
+                        self._turn(w, c, round_ + 1)
+                if process == OURS and round_ == 0:
+                    self._steps()
+                self._stop(process)
+        for process in self.notes:
+            self.notes[process] = "; ".join(n for n in (self.notes[process], "started anew for each round") if n)
+
+    def _probe(self, w: Workload) -> None:
+        read, (product, _, _) = self.roofline.read, self.roofline.product(self.plan.dtype)
+        samples = self.probes.setdefault(w, {"read": [], "product": []})
+        samples["read"].append(self.stopwatch.seconds(read) * 1e6)
+        samples["product"].append(self.stopwatch.seconds(product) * 1e6)
+
+    def _turn(self, w: Workload, c: Contender, round_: int) -> None:
+        """Round 0 is not counted."""
+        result = self.results.setdefault((w, c), Result(fault=self.faults.get(c)))
+        process = self._process_of(c)
+        if result.fault is not None or process not in self.workers:
+            result.fault = result.fault or {"status": "failed", "message": "its process has ended"}
+            return
+        if round_ > 1 and round_ * result.warm_s > PATIENCE:
+            return  # a contender this slow has fewer turns
+        ids = w.ids(self.plan.config.vocab_size, round_)
+        start = time.perf_counter()
+        answer = self.workers[process].ask(do="depth" if w.depth else "prompt", variant=c.variant, ids=ids, new=w.new)
+        if not answer["ok"]:
+            result.fault = {k: answer[k] for k in ("status", "message")}
+            if self.workers[process].process.poll() is not None:  # it takes others with it; they get a new one
+                self._stop(process)
+                self._start(process)
+            return
+        if round_ == 0:
+            result.warm_s = time.perf_counter() - start
+            return
+        if answer.get("first_s") is not None:
+            result.first_us.append(answer["first_s"] * 1e6)
+        result.steps_us += [s * 1e6 for s in answer["steps_s"]]
+        if answer["peak_bytes"] is not None:
+            result.peak_bytes = max(result.peak_bytes or 0, answer["peak_bytes"])
+
+    # ---- rows
+    def _write_rest(self) -> None:
+        for w in self.plan.workloads:
+            if w not in self.written and any(r.fault or r.steps_us or r.first_us for k, r in self.results.items() if k[0] == w):
+                self._write(w)
+
+    def _write(self, w: Workload) -> None:
+        self.written.add(w)
+        plan = self.plan
+        dtype = str(plan.dtype).removeprefix("torch.")
+        roof = self.roofline.of_samples(self.probes.get(w, {}), plan.dtype)
+        ours = next((self.scores[c] for c in self.contenders if c.peer == OURS and c in self.scores), None)
+        at: dict[str, Any] = {
+            "model": plan.label, "layers": plan.config.num_hidden_layers, "vocab": plan.config.vocab_size, "batch": w.batch,
+            "length": w.length, "new": w.new,
+        }  # fmt: skip
+        if plan.quantize:
+            at["quantize"] = plan.quantize
+        for c in self.contenders:
+            result = self.results.get((w, c))
+            if result is None:
+                continue
+            process = self._process_of(c)
+            notes = [self.notes.get(process, ""), _distance(ours, self.scores.get(c)) if c.peer != OURS else ""]
+            fields: dict[str, Any] = dict(
+                dtype=dtype, roofline=roof, peak_bytes=result.peak_bytes, message="; ".join(n for n in notes if n),
+                versions={process: self.versions[process]} if self.versions.get(process) and process != OURS else {},
+            )  # fmt: skip
+            if result.fault is not None:
+                fields |= {**result.fault, "peak_bytes": None, "roofline": None}
+            phases = [("decode", result.steps_us, 1, w.length)]
+            if not w.depth:
+                phases.insert(0, ("prefill", result.first_us, w.length, 0))
+            for phase, samples, new, before in phases:
+                if result.fault is None and not samples:
+                    continue
+                name = f"{phase} {'at ' if phase == 'decode' else ''}{w.length}, batch {w.batch}"
+                row = Row("model", name, c.label, params={**at, "phase": phase, "depth": w.depth}, **fields)
+                if result.fault is None:
+                    need = floor(plan.config, plan.dtype, plan.quantize, w.batch, new, before)
+                    row.time_us, row.tokens = Spread.of(samples), w.batch * new
+                    row.bytes, row.flops = need.bytes, need.flops
+                self.add(row, f"{self._command(w)}{'' if c.peer == OURS else f' --peers {c.peer}'}")
+
+    def _steps(self) -> None:
+        """A decode step by op, of each of this package's backends, for each batch."""
+        seen: set[int] = set()
+        for w in self.plan.workloads:
+            if w.batch in seen or w.depth or OURS not in self.workers:
+                continue
+            seen.add(w.batch)
+            for c in [c for c in self.contenders if c.peer == OURS and c not in self.faults]:
+                self.progress(f"{c.label}: one decode step by op")
+                ids = w.ids(self.plan.config.vocab_size, 0)
+                answer = self.workers[OURS].ask(do="step", variant=c.variant, ids=ids, new=min(w.new, 32))
+                params = {"model": self.plan.label, "layers": self.plan.config.num_hidden_layers, "batch": w.batch,
+                          "vocab": self.plan.config.vocab_size, "length": w.length}  # fmt: skip
+                name = f"decode step at {w.length}, batch {w.batch}"
+                row = Row("step", name, c.label, dtype=str(self.plan.dtype).removeprefix("torch."), params=params)
+                if answer["ok"]:
+                    row.time_us = Spread.of([s * 1e6 for s in answer["steps_s"]])
+                    parts = {op: Spread.of([s * 1e6 for s in took]).median for op, took in answer["parts_s"].items()}
+                    row.parts = {op: round(parts[op], 2) for op in sorted(parts, key=lambda op: -parts[op])}
+                else:
+                    row.status, row.message = answer["status"], answer["message"]
+                self.add(row, self._command(w))
+
+    def _command(self, w: Workload) -> str:
+        size = f"--depth {w.length}" if w.depth else f"--prompt {w.length}"
+        return f"model {self.options} {size} --decode {w.new} --batch {w.batch}"
+
+
+def _name(w: Workload) -> str:
+    return f"{'depth' if w.depth else 'prompt'} {w.length}, batch {w.batch}"
+
+
+def _distance(ours: list[tuple[int, float]] | None, theirs: list[tuple[int, float]] | None) -> str:
+    """How far the log-probabilities of the likeliest next tokens lie apart: whether it is the same model at all."""
+    if not ours or not theirs:
+        return ""
+    other = dict(theirs)
+    both = [abs(p - other[token]) for token, p in ours if token in other]
+    if len(both) < len(ours) // 2:
+        return f"NOT the same model: only {len(both)} of the {len(ours)} likeliest tokens are {OURS}'s"
+    return f"log-probabilities within {max(both):.2g} of {OURS}'s"
+
+
+def workloads(prompts: Sequence[int], depths: Sequence[int], batches: Sequence[int], new: int) -> Iterator[Workload]:
+    """Every prompt and depth at every batch."""
+    for batch in batches:
+        yield from (Workload(batch, length, new) for length in prompts)
+        yield from (Workload(batch, length, new, depth=True) for length in depths)

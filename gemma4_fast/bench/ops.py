@@ -1,0 +1,198 @@
+"""Rows from the op table: every backend beside `torch`, on the same inputs, in turns. Nothing wrong is ever timed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma4_fast import ops
+from gemma4_fast.bench.recorder import fault
+from gemma4_fast.bench.rows import Row, Spread
+from gemma4_fast.bench.timing import Roofline, Rotation, Stopwatch, captured, turns
+from gemma4_fast.ops.accuracy import Judge
+from gemma4_fast.ops.table import Maker, Op
+
+_BLOCK = 1_000_003  # a prime, so that the noise does not come round at the same column of any matrix
+_NARROW_FROM = 1 << 28  # bytes of inputs in half precision above which truth is computed in fp32, which fits
+BASELINE = "torch"
+
+
+class BlockMaker(Maker):
+    """Fills large tensors with one block of noise over and over: a layer's experts in a second instead of a minute."""
+
+    def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        count = math.prod(shape)
+        if count <= _BLOCK:
+            return super().randn(*shape, scale=scale, dtype=dtype)
+        block = super().randn(_BLOCK, scale=scale, dtype=dtype)
+        out = torch.empty(count, dtype=block.dtype, device=block.device)
+        whole = count // _BLOCK * _BLOCK
+        out[:whole].view(-1, _BLOCK).copy_(block.expand(whole // _BLOCK, -1))
+        out[whole:] = block[: count - whole]
+        return out.view(shape)
+
+
+@dataclass
+class Case:
+    """What one group of rows measures. `judged`: inputs for the correctness gate where those of `make` are too large."""
+
+    op: Op
+    name: str
+    make: Callable[[Maker], dict[str, Any]]
+    kind: str = "op"
+    params: dict[str, Any] = field(default_factory=dict)
+    tokens: int | None = None
+    judged: Callable[[Maker], dict[str, Any]] | None = None
+    rivals: Mapping[str, Op] = field(default_factory=dict)  # other ways to the same result: a contender each, per backend
+    command: str = ""
+
+
+def cases(names: Sequence[str], wanted: Sequence[str]) -> list[Case]:
+    """Of these ops the cases named; without names those at true shapes. ValueError for a name that no op has."""
+    found = []
+    known: set[str] = set()
+    for name in names:
+        op = ops.TABLE[name]
+        every = {**op.bench_cases, **op.cases}
+        known |= set(every)
+        chosen = list(every) if "all" in wanted else [c for c in every if c in wanted] if wanted else list(op.bench_cases)
+        found += [Case(op, f"{name}/{c}", every[c], command=f"--op {name} --case {c}") for c in chosen]
+    if unknown := [w for w in wanted if w not in known and w != "all"]:
+        raise ValueError(f"no case {', '.join(unknown)} among these ops; they have {', '.join(sorted(known))}")
+    return found
+
+
+def serving(op: Op, device: torch.device, dtype: torch.dtype, wanted: Iterable[str] = ()) -> dict[str, str | None]:
+    """The backends to measure, and for each one named that cannot serve here the reason.
+
+    Without names: all that serve. A composed op counts as a backend's if one of its parts does; `torch` serves the others.
+    """
+    found: dict[str, str | None] = {}
+    for backend in tuple(wanted) or ops.AUTO_ORDER:
+        reasons = [part.why_not(backend, device, dtype) for part in _parts(op)]
+        reason = None if None in reasons else reasons[0]
+        if reason is None or wanted:
+            found[backend] = reason
+    if BASELINE not in found:
+        found[BASELINE] = None
+    return found
+
+
+def _parts(op: Op) -> list[Op]:
+    return [ops.TABLE[name] for name in op.parts] if op.compose is not None else [op]
+
+
+def bound_to(op: Op, backend: str) -> Callable[..., Any]:
+    """The op as a function that runs on this backend; parts of a composed one that it lacks run on the baseline."""
+    helped = op.compose is not None and backend not in (BASELINE, "reference")
+    return ops.bound(op, (backend, BASELINE) if helped else backend)
+
+
+class OpBench:
+    """Measures cases of one dtype on one device. seconds: the time that one contender's samples may take."""
+
+    def __init__(
+        self,
+        roofline: Roofline,
+        dtype: torch.dtype,
+        backends: Sequence[str] = (),
+        *,
+        seconds: float = 0.5,
+        seed: int = 0,
+        options: str = "",
+    ) -> None:
+        self.roofline, self.device, self.dtype = roofline, roofline.device, dtype
+        self.backends, self.seconds, self.seed, self.options = tuple(backends), seconds, seed, options
+        self.stopwatch = Stopwatch(self.device)
+
+    def run(self, case: Case) -> list[tuple[Row, str]]:
+        """The rows of one case, and the command that makes each again. Whatever a backend raises is its row's result."""
+        try:
+            with torch.inference_mode():
+                rows = self._run(case)
+        except Exception as e:  # noqa: BLE001  inputs that do not fit, for one
+            rows = [self._row(case, name, **fault(e)) for name in self._serving(case)]
+        base = f"{'scale' if case.kind == 'scale' else 'ops'} {case.command}"
+        return [(row, f"{base} --backend {row.contender.split()[0]} {self.options}".rstrip()) for row in rows]
+
+    def _serving(self, case: Case) -> dict[str, str | None]:
+        return serving(case.op, self.device, self.dtype, self.backends)
+
+    def _row(self, case: Case, contender: str, **fields: Any) -> Row:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Row(
+            case.kind, case.name, contender, dtype=dtype, params=case.params, tokens=case.tokens, **fields
+        )  # fmt: skip
+
+    def _run(self, case: Case) -> list[Row]:
+        args = case.make(BlockMaker(self.dtype, self.device, self.seed))
+        cost = case.op.cost(*args.values())
+        asked = self._serving(case)
+        rows = [self._row(case, b, status="unsupported", message=why) for b, why in asked.items() if why is not None]
+        functions = {
+            f"{backend} {name}".rstrip(): bound_to(op, backend)
+            for backend, why in asked.items()
+            if why is None
+            for name, op in (case.rivals or {"": case.op}).items()
+        }
+        right: dict[str, dict[str, float]] = {}
+        judge = self._judge(case, args)
+        for contender, fn in functions.items():
+            try:
+                verdict = judge(fn)
+            except Exception as e:  # noqa: BLE001  a kernel that does not run has this row
+                rows.append(self._row(case, contender, **fault(e)))
+                continue
+            found = {"max": verdict.error, "allowed": verdict.allowed}
+            if verdict.ok:
+                right[contender] = found
+            else:
+                finite = {k: v for k, v in found.items() if math.isfinite(v)}
+                rows.append(self._row(case, contender, status="wrong", message=verdict.message, error=finite))
+        del judge
+        if not right:
+            return rows
+        rotation = Rotation(args, cost.bytes, self.device)
+        calls = {(name, "eager"): rotation.call(functions[name]) for name in right}
+        repeats: dict[tuple[str, str], int] = {}
+        if self.device.type == "cuda":
+            count = max(len(rotation.copies), 8)  # calls in one replay: all copies, so that they are cold here too
+            for name in right:
+                try:
+                    calls[name, "graph"] = captured([rotation.call(functions[name])] * count)
+                    repeats[name, "graph"] = count
+                except Exception as e:  # noqa: BLE001  it waits for the device, say
+                    rows.append(self._row(case, name, mode="graph", **fault(e)))
+        named = {f"{name} {mode}": call for (name, mode), call in calls.items()}
+        probes = self.roofline.probes(cost.flops, cost.bytes, self.dtype)
+        samples = turns(named, self.stopwatch, self.seconds * len(named), probes)
+        roof = self.roofline.of_samples(samples, self.dtype)
+        for name, mode in calls:
+            took = [us / repeats.get((name, mode), 1) for us in samples[f"{name} {mode}"]]
+            rows.append(
+                self._row(
+                    case,
+                    name,
+                    mode=mode,
+                    time_us=Spread.of(took),
+                    bytes=cost.bytes,
+                    flops=cost.flops or None,
+                    roofline=roof,
+                    cold=rotation.cold,
+                    error=right[name],
+                )
+            )
+        return rows
+
+    def _judge(self, case: Case, args: Mapping[str, Any]) -> Judge:
+        """Truth in fp64; for half precision of a size that fourfold would not fit, in fp32."""
+        if case.judged is not None:
+            args = case.judged(BlockMaker(self.dtype, self.device, self.seed))
+        size = sum(v.nbytes for v in args.values() if isinstance(v, Tensor))
+        narrow = self.dtype.itemsize == 2 and size > _NARROW_FROM
+        return Judge(case.op, args, torch.float32 if narrow else torch.float64)

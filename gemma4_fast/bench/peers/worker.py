@@ -1,0 +1,146 @@
+"""The process that one contender of the model benchmark lives in: `python worker.py with_vllm.py`.
+
+It speaks JSON lines: a request on stdin, an answer on stdout. Whatever else prints goes to stderr. Standard library only,
+as a peer may be installed for another interpreter than this package.
+
+    {"do": "load", ...}                       -> {"ok": true, "version": "0.32.0", "note": "..."}
+    {"do": "prompt", "variant": "",
+     "ids": [[...], ...], "new": 64}          -> {"ok": true, "first_s": 0.2, "steps_s": [...], "tokens": [[...], ...]}
+    {"do": "depth", ...the same...}           -> {"ok": true, "steps_s": [...], "tokens": [[...], ...]}
+    {"do": "score", ...the same...}           -> {"ok": true, "top": [[id, logprob], ...]}
+    {"do": "step", ...the same...}            -> {"ok": true, "steps_s": [...], "parts_s": {"linear": [...], ...}}
+    {"do": "check", "variant": ""}            -> {"ok": true, "right": true, "verdict": "..."}
+    {"do": "quit"}
+    anything that fails                       -> {"ok": false, "status": "out of memory", "message": "..."}
+
+A contender is a file with a class `Peer`:
+
+    load(spec) -> dict      spec: path (checkpoint folder; None: dummy weights from the seed), config (flat config.json as a
+                            dict), dtype, quantize, device, threads, seed, max_len (longest prompt + new tokens), max_batch,
+                            memory_bytes (what may be used), cache_dir (a folder for converted files). Gives the peer's
+                            version, and a note for its rows.
+    prompt(variant, ids, new) -> first_s, steps_s, tokens
+                            Greedy, no stop token. ids [B][P] were never seen before. first_s: seconds from the call to the
+                            first new token of every sequence; steps_s [new - 1]: seconds of each further token; tokens
+                            [B][new].
+    depth(variant, ids, new) -> steps_s, tokens
+                            The same ids [B][P] each time: the state they leave may be kept from call to call, and need not
+                            be theirs (the fastest way to a full cache will do). steps_s [new]: seconds of each new token.
+    score(variant, ids, top) -> [(id, logprob)]
+                            The `top` likeliest next tokens after ids [1][P], natural logs. (A peer may lack it.)
+    step, check             this package alone: a decode step by op, and the self-check.
+
+With CUDA in use an answer also has peak_bytes: the most that PyTorch held on the device meanwhile.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+class Unsupported(Exception):
+    """A valid request that this contender cannot serve; the message is the row's."""
+
+
+def fault(e: BaseException) -> dict[str, Any]:
+    """What went wrong, in the words a row uses."""
+    text = " ".join(str(e).split())[:300]
+    # By name: a peer's file is loaded beside this one, and has its own way to the class.
+    if type(e).__name__ == "Unsupported":
+        return {"ok": False, "status": "unsupported", "message": text}
+    if isinstance(e, ModuleNotFoundError):
+        return {"ok": False, "status": "missing", "message": f"{e.name} is not installed"}
+    if isinstance(e, FileNotFoundError) and e.errno is None:  # a program, looked for by the peer's own file
+        return {"ok": False, "status": "missing", "message": text}
+    if isinstance(e, MemoryError) or re.search(r"out of memory|can't allocate memory|not enough memory|bad_alloc", text, re.I):
+        return {"ok": False, "status": "out of memory", "message": text or "MemoryError"}
+    return {"ok": False, "status": "failed", "message": f"{type(e).__name__}: {text}"}
+
+
+def limit_memory(spec: dict[str, Any]) -> None:
+    """So that asking for more than there is raises in here, instead of ending some process of the machine."""
+    if spec.get("device") != "cpu" or not spec.get("memory_bytes"):
+        return
+    try:
+        import resource
+
+        with open("/proc/self/status") as f:
+            used = next(int(line.split()[1]) << 10 for line in f if line.startswith("VmData"))
+        limit = used + spec["memory_bytes"]
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    except (ImportError, OSError, StopIteration):  # not Linux
+        return
+
+
+def answer(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
+    what, variant = request.pop("do"), request.get("variant", "")
+    cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
+    counting = cuda is not None and cuda.is_available() and cuda.is_initialized()
+    if counting:
+        cuda.reset_peak_memory_stats()
+    if what == "load":
+        limit_memory(request)
+        found = peer.load(request)
+    elif what == "prompt":
+        first, steps, tokens = peer.prompt(variant, request["ids"], request["new"])
+        found = {"first_s": first, "steps_s": steps, "tokens": tokens}
+    elif what == "depth":
+        steps, tokens = peer.depth(variant, request["ids"], request["new"])
+        found = {"steps_s": steps, "tokens": tokens}
+    elif what == "score":
+        if not hasattr(peer, "score"):
+            return {"ok": False, "status": "unsupported", "message": "tells no log-probabilities"}
+        found = {"top": peer.score(variant, request["ids"], request["new"])}
+    elif what == "step":
+        steps, parts = peer.step(variant, request["ids"], request["new"])
+        found = {"steps_s": steps, "parts_s": parts}
+    elif what == "check":
+        right, verdict = peer.check(variant)
+        found = {"right": right, "verdict": verdict}
+    else:
+        raise ValueError(f"unknown request {what!r}")
+    if counting:
+        found["peak_bytes"] = cuda.max_memory_reserved()
+    return {"ok": True, **found}
+
+
+def main() -> None:
+    # The answers keep the real stdout; libraries, C ones too, get stderr.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+        del sys.path[0]  # so that no file beside this one can stand in for a library
+    file = Path(sys.argv[1])
+    module_spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    peer: Any = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "quit":
+            break
+        try:
+            if peer is None:
+                module_spec.loader.exec_module(module)
+                peer = module.Peer()
+            reply = answer(peer, request)
+        except Exception as e:  # noqa: BLE001  whatever a foreign library raises becomes a row
+            if not isinstance(e, ImportError):
+                traceback.print_exc()
+            reply = fault(e)
+        answers.write(json.dumps(reply) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:  # Ctrl-C reaches the whole group; the parent tells of it
+        sys.exit(130)

@@ -1,0 +1,175 @@
+"""Rows: one measurement each, and files of them. The fields are documented in bench/README.md."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+KINDS = ("roofline", "op", "scale", "model", "step", "cache")
+STATUSES = ("ok", "wrong", "unsupported", "missing", "out of memory", "failed")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What the samples of one timed thing say, in microseconds."""
+
+    median: float
+    p20: float
+    p80: float
+    min: float
+    samples: int
+
+    @classmethod
+    def of(cls, microseconds: Sequence[float]) -> Spread:
+        """Of at least one sample."""
+        if len(microseconds) == 1:
+            only = microseconds[0]
+            return cls(only, only, only, only, 1)
+        fifths = statistics.quantiles(microseconds, n=5, method="inclusive")
+        return cls(statistics.median(microseconds), fifths[0], fifths[-1], min(microseconds), len(microseconds))
+
+
+@dataclass
+class Row:
+    """One measurement, or why there is none. Fields that do not apply are None (and left out of files)."""
+
+    kind: str
+    name: str
+    contender: str
+    status: str = "ok"
+    message: str = ""
+    mode: str = "eager"  # or "graph": replayed from a CUDA graph
+    dtype: str = ""
+    device: str = ""
+    params: dict[str, Any] = field(default_factory=dict)
+    time_us: Spread | None = None  # of one call, one prefill, or one decode step
+    tokens: int | None = None  # that this time makes or reads
+    bytes: int | None = None  # the floor: what must cross memory once
+    flops: int | None = None
+    roofline: dict[str, float] | None = None  # gb_s, gflop_s: measured between the samples of this very row
+    cold: bool | None = None  # the inputs were rotated through more memory than the last cache holds
+    error: dict[str, float] | None = None  # against the reference: max, and what was allowed
+    parts: dict[str, float] | None = None  # microseconds by op, of one decode step
+    peak_bytes: int | None = None  # of memory, while this row ran
+    cache_bytes: int | None = None  # allocated
+    read_bytes: int | None = None  # of the cache, for one decoded token
+    command: str = ""
+    started: str = ""
+    machine: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str | None] = field(default_factory=dict)
+    commit: str | None = None
+    schema: int = SCHEMA
+
+    # ---- what follows from the above
+    @property
+    def gb_s(self) -> float | None:
+        return None if self.time_us is None or not self.bytes else self.bytes / self.time_us.median / 1e3
+
+    @property
+    def gflop_s(self) -> float | None:
+        return None if self.time_us is None or not self.flops else self.flops / self.time_us.median / 1e3
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return None if self.time_us is None or not self.tokens else self.tokens / self.time_us.median * 1e6
+
+    @property
+    def floors_us(self) -> dict[str, float]:
+        """Microseconds that memory and arithmetic alone would take at the rates measured beside this row."""
+        roof = self.roofline or {}
+        floors = {"memory": (self.bytes, roof.get("gb_s")), "compute": (self.flops, roof.get("gflop_s"))}
+        return {what: need / rate / 1e3 for what, (need, rate) in floors.items() if need and rate}
+
+    @property
+    def bound(self) -> str | None:
+        """Which of the two limits this row: "memory" or "compute"."""
+        floors = self.floors_us
+        return max(floors, key=lambda what: floors[what]) if floors else None
+
+    @property
+    def percent_of_roofline(self) -> float | None:
+        if self.time_us is None or self.bound is None:
+            return None
+        return 100 * self.floors_us[self.bound] / self.time_us.median
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The same for the same measurement in another run, on whatever machine."""
+        params = json.dumps(self.params, sort_keys=True)
+        return self.kind, self.name, params, self.contender, self.mode, self.dtype, self.device.split(":")[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "", {})}
+        for name in ("gb_s", "gflop_s", "tokens_per_s", "bound", "percent_of_roofline"):
+            if (value := getattr(self, name)) is not None:
+                own[name] = round(value, 3) if isinstance(value, float) else value
+        return own
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Row:
+        """ValueError says what is wrong with a row that no bench wrote."""
+        if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
+            raise ValueError(f"not a row of schema {SCHEMA}")
+        names = {f.name for f in dataclasses.fields(cls)}
+        own = {k: v for k, v in data.items() if k in names}
+        for name, allowed in (("kind", KINDS), ("status", STATUSES)):
+            if own.get(name, "ok") not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {own.get(name)!r}")
+        for name in ("name", "contender"):
+            if not isinstance(own.get(name), str):
+                raise ValueError(f"{name} must be text, got {own.get(name)!r}")
+        if own.get("time_us") is not None:
+            try:
+                own["time_us"] = Spread(**own["time_us"])
+            except TypeError as e:
+                raise ValueError(f"time_us: {e}") from e
+            if not all(isinstance(v, (int, float)) and math.isfinite(v) and v >= 0 for v in vars(own["time_us"]).values()):
+                raise ValueError("time_us must hold finite numbers, none of them negative")
+        return cls(**own)
+
+
+# ---------------------------------------------------------------- files
+def read(path: str | Path) -> list[Row]:
+    """The rows of a JSON-lines file. ValueError names file and line; OSError if it cannot be read."""
+    rows = []
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(Row.from_dict(json.loads(line)))
+            except (ValueError, RecursionError) as e:
+                raise ValueError(f"{path}, line {number}: {e}") from e
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return rows
+
+
+def line(row: Row) -> str:
+    return json.dumps(row.to_dict(), allow_nan=False)
+
+
+def write_csv(rows: Sequence[Row], path: str | Path) -> None:
+    """One line a row; nested fields become columns like time_us.median."""
+    flat = [dict(_flatten(row.to_dict())) for row in rows]
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, v in value.items():
+        if isinstance(v, Mapping):
+            yield from _flatten(v, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", " ".join(map(str, v)) if isinstance(v, list) else v

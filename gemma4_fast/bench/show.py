@@ -1,0 +1,143 @@
+"""Rows as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from gemma4_fast import terminal
+from gemma4_fast.bench.rows import KINDS, Row, Spread
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TITLES = {
+    "roofline": "what this machine does: measured at the start and at the end, so that drift shows",
+    "op": "ops: median of cold calls (p20 to p80)",
+    "scale": "scaling: median of cold calls (p20 to p80)",
+    "model": "whole model: median (p20 to p80); time to first token, or of one decode step",
+    "step": "one decode step by op",
+    "cache": "KV cache, one sequence",
+}
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Three digits, thousands separated; "-" for nothing."""
+    if value is None:
+        return "-"
+    return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}") + unit
+
+
+def microseconds(value: float) -> str:
+    """ "812 ns", "23.4 µs", "1.2 ms", "3.45 s"."""
+    for unit, scale in (("s", 1e6), ("ms", 1e3), ("µs", 1.0)):
+        if value >= scale:
+            return f"{number(value / scale)} {unit}"
+    return f"{number(value * 1e3)} ns"
+
+
+def spread(time: Spread | None) -> str:
+    """ "1.23 ms (1.2 to 1.31)": median, p20, p80, in the median's unit."""
+    if time is None:
+        return "-"
+    text = microseconds(time.median)
+    unit = {"s": 1e6, "ms": 1e3, "µs": 1.0, "ns": 1e-3}[text.split()[1]]
+    return text if time.samples == 1 else f"{text} ({number(time.p20 / unit)} to {number(time.p80 / unit)})"
+
+
+def limit(row: Row) -> str:
+    """Percent of the roofline, and which of its two sides."""
+    share = row.percent_of_roofline
+    return "-" if share is None else f"{share:.3g}% of {row.bound}"
+
+
+def remark(row: Row) -> str:
+    notes = [row.message] if row.message else []
+    if row.status != "ok":
+        return f"{row.status}: {row.message}".rstrip(": ")
+    if row.cold is False:
+        notes.append("warm: too small to rotate out of the cache")
+    return "; ".join(notes)
+
+
+def who(row: Row) -> str:
+    return row.contender if row.mode == "eager" else f"{row.contender}, {row.mode}"
+
+
+def memory(value: int | None) -> str:
+    return "-" if value is None else terminal.size(value)
+
+
+_NAME: tuple[str, Callable[[Row], str]] = ("", lambda r: r.name)
+_OP: list[tuple[str, Callable[[Row], str]]] = [
+    _NAME,
+    ("runs on", who),
+    ("time", lambda r: spread(r.time_us)),
+    ("GB/s", lambda r: number(r.gb_s)),
+    ("GFLOP/s", lambda r: number(r.gflop_s)),
+    ("of the roofline", limit),
+    ("", remark),
+]
+COLUMNS: dict[str, list[tuple[str, Callable[[Row], str]]]] = {
+    "roofline": [
+        _NAME,
+        ("when", lambda r: str(r.params.get("at", ""))),
+        ("time", lambda r: spread(r.time_us)),
+        ("GB/s", lambda r: number(r.gb_s)),
+        ("GFLOP/s", lambda r: number(r.gflop_s)),
+        ("", remark),
+    ],
+    "op": _OP,
+    "scale": _OP,
+    "model": [
+        _NAME,
+        ("with", who),
+        ("time", lambda r: spread(r.time_us)),
+        ("tokens/s", lambda r: number(r.tokens_per_s)),
+        ("of the roofline", limit),
+        ("peak memory", lambda r: memory(r.peak_bytes)),
+        ("", remark),
+    ],
+    "step": [
+        _NAME,
+        ("runs on", who),
+        ("step", lambda r: spread(r.time_us)),
+        ("of which", lambda r: ", ".join(f"{op} {microseconds(us)}" for op, us in (r.parts or {}).items())),
+        ("", remark),
+    ],
+    "cache": [
+        _NAME,
+        ("layout", lambda r: r.contender),
+        ("allocated", lambda r: memory(r.cache_bytes)),
+        ("read per decoded token", lambda r: memory(r.read_bytes)),
+        ("", remark),
+    ],
+}
+
+
+def console(width: int = 200) -> Console:
+    """On stdout; as wide as it needs to be where that is no terminal."""
+    from rich.console import Console
+
+    probe = Console(highlight=False)
+    return probe if probe.is_terminal else Console(highlight=False, width=width)
+
+
+def tables(rows: Sequence[Row], on: Console) -> None:
+    """A table for each kind of row there is; a wrong result is printed red."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    for kind in KINDS:
+        of_kind = [row for row in rows if row.kind == kind]
+        if not of_kind:
+            continue
+        on.print(Text(TITLES[kind], style="bold"))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for heading, _ in COLUMNS[kind]:
+            table.add_column(heading, overflow="fold")
+        for row in of_kind:
+            style = {"ok": "", "wrong": "bold red"}.get(row.status, "dim")
+            table.add_row(*(Text(cell(row), style=style) for _, cell in COLUMNS[kind]))
+        on.print(table)
