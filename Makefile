@@ -3,10 +3,12 @@
 #   make test PYTHON=python3.12        choose the interpreter that the .venv is made from
 #   make test VENV=../venv            put the environment elsewhere
 #   make test PYTEST_ARGS="-k moe -x"  pass arguments to pytest
+#   make bench BENCH_ARGS="--peers transformers,vllm"
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+BENCH_ARGS ?= --peers transformers,torch.compile,vllm,llama.cpp
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -23,12 +25,13 @@ NATIVE_DONE := $(VENV)/.native-done
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench lint format clean
 .NOTPARALLEL: # two steps of the set-up must not run pip in one environment at the same time
 
 help:
 	@echo "make demo    generate text with the tiny model, timed and checked (sets up $(VENV) first)"
 	@echo "make test    ruff, mypy and pytest (sets up $(VENV) first)"
+	@echo "make bench   the standard benchmarks of this machine, in ten minutes at most, into bench/results/"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff fix and format the code"
 	@echo "make clean   remove what was built and cached; for a fresh start remove $(VENV) too"
@@ -40,6 +43,9 @@ demo: $(RUN_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
 
 test: lint $(PACKAGE_DONE) $(NATIVE_DONE)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(DEV_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
+	$(BIN)/gemma4-fast bench all $(BENCH_ARGS)
 
 lint: $(DEV_DONE)
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "generate": {"cache", "errors", "sampling"},
     "report": LOW,
     "edges": {"ops", "cache", "config", "reference"},
+    "bench": LOW | {"bench", "ops", "cache", "layers", "model", "terminal", "explain", "weights"},
     "verify": {"ops", "cache", "config", "layers", "edges", "report", "reference"},
 }
 

@@ -157,7 +157,8 @@ def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> mod
         if args.layers or args.vocab:
             raise ValueError("--layers and --vocab cut a --config with dummy weights; a --model runs as it is")
         path = resolve(args.model)
-        config, name = Gemma4Config.from_pretrained(path), path.name
+        config = Gemma4Config.from_pretrained(path)
+        name = path.name if Path(args.model).is_dir() else args.model  # rows do not tell where a folder lies
     else:
         name = _names([args.config], list(PRESETS), "config")[0]
         config = PRESETS[name]

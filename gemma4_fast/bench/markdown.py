@@ -1,5 +1,127 @@
+"""The README's performance tables from rows, and the words that pictures and pages share with them."""
+
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 
-def performance(rows):
-    return ""
+from gemma4_fast.bench.machine import label
+from gemma4_fast.bench.rows import Row
+from gemma4_fast.bench.show import memory, number, who
+from gemma4_fast.config import PRESETS
+
+OURS = "gemma4-fast"
+_LONG = 131072  # tokens of context at which the README tells the size of the caches
+_PROGRAMS = {"gemma4_fast": OURS, "python": "Python", "torch": "PyTorch"}
+
+
+# ---------------------------------------------------------------- words
+def by_machine(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """By label, in the order of the rows. Of the same measurement made twice on a machine the later one counts."""
+    found: dict[str, dict[tuple[str, ...], Row]] = {}
+    for row in rows:
+        found.setdefault(label(row.machine), {})[row.key] = row
+    return {name: list(of_one.values()) for name, of_one in found.items()}
+
+
+def hardware(row: Row) -> str:
+    """ "NVIDIA H200", "AMD EPYC, 2 threads"."""
+    found = row.machine
+    return str(found.get("gpu") or f"{found.get('cpu', 'unknown machine')}, {found.get('threads', '?')} threads")
+
+
+def versions(rows: Iterable[Row]) -> str:
+    """Of everything that took part: "gemma4-fast 0.1.0, Python 3.11.7, PyTorch 2.13.0"."""
+    found = dict.fromkeys((name, version) for row in rows for name, version in row.versions.items() if version)
+    return ", ".join(f"{_PROGRAMS.get(name, name)} {version}" for name, version in found)
+
+
+def commits(rows: Iterable[Row]) -> str:
+    """ "commit 2057515989d4"; empty where none is known."""
+    found = dict.fromkeys(row.commit for row in rows if row.commit)
+    return f"commit {', '.join(found)}" if found else ""
+
+
+def subject(row: Row) -> str:
+    """What a row of kind "model" or "step" ran: "26b-a4b, 2 of 30 layers, bfloat16"."""
+    name, layers = str(row.params["model"]), row.params["layers"]
+    whole = PRESETS[name].num_hidden_layers if name in PRESETS else layers
+    size = f"{layers} layers" if layers == whole else f"{layers} of {whole} layers"
+    return ", ".join(filter(None, (name, size, row.dtype, row.params.get("quantize"))))
+
+
+def workload(row: Row) -> str:
+    """What of it was measured: "prefill 128, batch 1"."""
+    p = row.params
+    before = "" if p["phase"] == "prefill" else "at depth " if p["depth"] else "after "
+    return f"{p['phase']} {before}{p['length']:,}, batch {p['batch']}"
+
+
+def best(rows: Iterable[Row]) -> Row | None:
+    """The fastest of those that worked."""
+    return max((r for r in rows if r.status == "ok" and r.tokens_per_s), key=lambda r: r.tokens_per_s or 0.0, default=None)
+
+
+# ---------------------------------------------------------------- the tables
+def performance(rows: Sequence[Row]) -> str:
+    """GitHub Markdown: a table of the whole model for each machine, and one of the caches. Its numbers are the rows' alone."""
+    sections = []
+    for of_one in by_machine(rows).values():
+        if models := [row for row in of_one if row.kind == "model"]:
+            sections.append(f"#### {hardware(models[0])}\n\n{_speeds(models)}")
+    if caches := [row for row in rows if row.kind == "cache" and row.params["context"] == _LONG]:
+        sections.append(f"#### KV cache of one sequence of {_LONG:,} tokens\n\n{_caches(caches)}")
+    if not sections:
+        raise ValueError(f"no row of a whole model, nor of a cache at {_LONG} tokens: bench model and bench cache make them")
+    return "\n".join(sections)
+
+
+def _speeds(rows: list[Row]) -> str:
+    contenders = list(dict.fromkeys(who(row) for row in rows))
+    lines: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        lines.setdefault(f"{subject(row)}: {workload(row)}", {})[who(row)] = row
+    table = _table(
+        ["tokens/s", *contenders],
+        [[name, *(_speed(found.get(c), best(found.values())) for c in contenders)] for name, found in lines.items()],
+    )
+    facts = [hardware(rows[0])]
+    if total := rows[0].machine.get("memory_bytes"):
+        facts.append(f"{memory(total)} of memory")
+    cut = dict.fromkeys(_vocabulary(row) for row in rows)
+    under = [", ".join(facts), versions(rows), commits(rows), *cut]
+    note = "Median (p20–p80); the best of each line is bold; % is of the roofline, measured between the samples."
+    return f"{table}\n{'; '.join(filter(None, under))}. {note}\n"
+
+
+def _speed(row: Row | None, fastest: Row | None) -> str:
+    if row is None:
+        return "–"
+    if row.status != "ok" or row.time_us is None or not row.tokens:
+        return row.status
+    slow, fast = (number(row.tokens / us * 1e6) for us in (row.time_us.p80, row.time_us.p20))
+    text = number(row.tokens_per_s) if row.time_us.samples == 1 else f"{number(row.tokens_per_s)} ({slow}–{fast})"
+    if row is fastest:
+        text = f"**{text}**"
+    share = row.percent_of_roofline
+    return f"{text}, {share:.0f}%" if share is not None and row.contender.startswith(OURS) else text
+
+
+def _vocabulary(row: Row) -> str:
+    """Of a model that was cut, what is left of the vocabulary."""
+    name, vocab = row.params["model"], row.params["vocab"]
+    whole = PRESETS[name].vocab_size if name in PRESETS else vocab
+    return "" if vocab == whole else f"{name} with {vocab:,} of its {whole:,} words"
+
+
+def _caches(rows: list[Row]) -> str:
+    layouts = list(dict.fromkeys(row.contender for row in rows))
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        text = memory(row.cache_bytes) if row.status == "ok" else row.status
+        cells.setdefault(f"{row.params['model']}, {row.dtype}", {})[row.contender] = text
+    return _table(["", *layouts], [[name, *(of_one.get(layout, "–") for layout in layouts)] for name, of_one in cells.items()])
+
+
+def _table(headings: list[str], lines: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in [headings, rule, *lines])

@@ -113,7 +113,7 @@ class OpBench:
     def run(self, case: Case) -> list[tuple[Row, str]]:
         """The rows of one case, and the command that makes each again. Whatever a backend raises is its row's result."""
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.cuda.device(self.device if self.device.type == "cuda" else -1):
                 rows = self._run(case)
         except Exception as e:  # noqa: BLE001  inputs that do not fit, for one
             rows = [self._row(case, name, **fault(e)) for name in self._serving(case)]

@@ -1,0 +1,237 @@
+"""A checkpoint folder -> one GGUF file of llama.cpp's `gemma4` architecture, for its contenders in the model benchmark.
+
+The file has no tokenizer ("no_vocab"): llama.cpp runs token ids with it, not text.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from gemma4_fast import weights
+from gemma4_fast.config import Gemma4Config
+from gemma4_fast.model import Gemma4
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+QUANTIZATIONS = {"int8": "Q8_0", "int4": "Q4_0"}
+
+# transformers' name -> llama.cpp's. Those of a layer follow "model.layers.N." and "blk.N.".
+_OUTSIDE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+    "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
+    "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
+    "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+}
+_LAYER = {
+    "layer_scalar": "layer_output_scale.weight",
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",  # a K=V layer has none, which is how llama.cpp knows it
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+    "router.proj.weight": "ffn_gate_inp.weight",
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "experts.down_proj": "ffn_down_exps.weight",
+    "post_feedforward_layernorm_1.weight": "post_ffw_norm_1.weight",
+    "pre_feedforward_layernorm_2.weight": "pre_ffw_norm_2.weight",
+    "post_feedforward_layernorm_2.weight": "post_ffw_norm_2.weight",
+    "per_layer_input_gate.weight": "inp_gate.weight",
+    "per_layer_projection.weight": "proj.weight",
+    "post_per_layer_input_norm.weight": "post_norm.weight",
+}
+_TABLES = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+_CHUNK = 2**22  # elements that are widened to fp32 at once
+
+
+class Unsupported(ValueError):
+    """A model that llama.cpp does not run, whatever file it is given. (peers/worker.py knows the class by its name.)"""
+
+
+def gguf_name(name: str) -> str:
+    """What llama.cpp calls the tensor that transformers calls `name`."""
+    if not name.startswith("model.layers."):
+        return _OUTSIDE[name]
+    _, _, index, rest = name.split(".", 3)
+    return f"blk.{index}.{_LAYER[rest]}"
+
+
+def write_gguf(
+    checkpoint: Path, target: Path, quantize: str | None = None, progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """Writes the checkpoint folder's text model to the file `target` and returns it; memory: one tensor of the result.
+
+    quantize: None for bf16 matrices, "int8" for Q8_0, "int4" for Q4_0. What llama.cpp's own converter and quantizer keep
+    wider stays so. progress(bytes written, bytes in all) is called after each tensor. Needs the package `gguf`.
+    Unsupported: a model that no file would make llama.cpp run, such as some slices of a published one.
+    """
+    import gguf
+
+    config = Gemma4Config.from_pretrained(checkpoint)
+    _refuse(config)
+    with torch.device("meta"):
+        model = Gemma4(config)
+    stored = weights.validate(model, checkpoint)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    writer = gguf.GGUFWriter(temporary, "gemma4")
+    _add_metadata(writer, config, quantize)
+
+    types: dict[str, GGMLQuantizationType] = {}
+    sizes: list[int] = []
+    for name, t in model.state_dict().items():
+        types[name] = _type(gguf_name(name), t.shape, quantize)
+        block, size = gguf.GGML_QUANT_SIZES[types[name]]
+        sizes.append(_shape(name, t.shape, config).numel() // block * size)
+        writer.add_tensor_info(
+            gguf_name(name), _shape(name, t.shape, config), np.dtype(np.float32), sizes[-1], types[name]
+        )
+    angles = _rope_factors(config)
+    if angles is not None:
+        writer.add_tensor_info("rope_freqs.weight", angles.shape, angles.dtype, angles.nbytes)
+
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        written = 0
+        for (name, t), size in zip(_read(stored, types), sizes, strict=True):
+            writer.write_tensor_data(_convert(t[: _shape(name, t.shape, config)[0]], types[name]))
+            written += size
+            if progress is not None:
+                progress(written, sum(sizes))
+        if angles is not None:
+            writer.write_tensor_data(angles)
+        writer.close()
+        os.replace(temporary, target)
+    finally:
+        writer.close()
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def _refuse(config: Gemma4Config) -> None:
+    """llama.cpp has the published models' layer patterns in its code, and aborts the process for others."""
+    layers, first = config.layers(), config.first_shared_layer
+    if not any(layer.is_sliding for layer in layers):
+        raise Unsupported("llama.cpp runs no Gemma 4 without sliding layers")
+    if first < 2:
+        raise Unsupported("llama.cpp runs no Gemma 4 with fewer than two layers that have keys and values themselves")
+    if any(layer.kv_donor != first - (2 if layer.is_sliding else 1) for layer in layers[first:]):
+        raise Unsupported("llama.cpp shares keys and values only of a sliding layer and the full one right after it")
+
+
+def _read(stored: dict[str, weights.Stored], names: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) in the order of `names`; memory-mapped, so that nothing is copied here."""
+    for name in names:
+        with safe_open(stored[name].file, framework="pt", device="cpu") as f:
+            yield name, f.get_tensor(stored[name].key)
+
+
+def _shape(name: str, shape: torch.Size, config: Gemma4Config) -> torch.Size:
+    """As written: llama.cpp wants as many rows of per-layer embeddings as of token embeddings."""
+    return torch.Size((config.vocab_size, *shape[1:])) if name == "model.embed_tokens_per_layer.weight" else shape
+
+
+def _type(name: str, shape: torch.Size, quantize: str | None) -> GGMLQuantizationType:
+    """The type of the tensor that llama.cpp calls `name`, by the rules of its converter and its quantizer."""
+    from gguf import GGML_QUANT_SIZES
+    from gguf import GGMLQuantizationType as Type
+
+    if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
+        return Type.F32
+    if quantize is None or name == "per_layer_model_proj.weight":
+        return Type.BF16
+    # Its 4-bit files have tables of Q6_K; `gguf` reads that type but does not write it, and this is the next wider one.
+    chosen = Type.Q8_0 if name in _TABLES else Type[QUANTIZATIONS[quantize]]
+    return chosen if shape[-1] % GGML_QUANT_SIZES[chosen][0] == 0 else Type.BF16
+
+
+def _convert(t: Tensor, to: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+    """t in any float type -> the bytes to write: fp32, bf16 (as int16), or blocks of 32 quantized values."""
+    import gguf
+
+    if to == gguf.GGMLQuantizationType.F32:
+        return t.float().numpy()
+    if to == gguf.GGMLQuantizationType.BF16:
+        return t.bfloat16().contiguous().view(torch.int16).numpy()
+    rows = t.reshape(-1, t.shape[-1])
+    out = np.empty(gguf.quant_shape_to_byte_shape(tuple(rows.shape), to), np.uint8)
+    step = max(1, _CHUNK // rows.shape[1])
+
+    def part(start: int) -> None:
+        out[start : start + step] = gguf.quants.quantize(rows[start : start + step].float().numpy(), to)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(part, range(0, len(rows), step)))
+    return out
+
+
+def _rope_factors(config: Gemma4Config) -> np.ndarray[Any, Any] | None:
+    """[D/2] fp32, for full attention: llama.cpp turns all pairs of columns, by angles that it divides by these."""
+    full = next((layer for layer in config.layers() if not layer.is_sliding), None)
+    if full is None:
+        return None
+    factors = np.full(full.head_dim // 2, 1e30, np.float32)  # a pair that does not turn
+    factors[: full.num_rotary_pairs] = 1
+    return factors
+
+
+def _add_metadata(writer: GGUFWriter, config: Gemma4Config, quantize: str | None) -> None:
+    import gguf
+
+    layers = config.layers()
+    writer.add_name("gemma4_fast benchmark")
+    file_type = {None: "MOSTLY_BF16", "int8": "MOSTLY_Q8_0", "int4": "MOSTLY_Q4_0"}[quantize]
+    writer.add_file_type(gguf.LlamaFileType[file_type])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(config.vocab_size)
+
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length([layer.intermediate_size for layer in layers])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping or 0.0)  # absent would mean 30
+
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv([layer.num_kv_heads for layer in layers])
+    writer.add_key_length(config.global_head_dim)
+    writer.add_value_length(config.global_head_dim)
+    writer.add_key_length_swa(config.head_dim)
+    writer.add_value_length_swa(config.head_dim)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_sliding_window_pattern([layer.is_sliding for layer in layers])
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+
+    writer.add_rope_dimension_count(config.global_head_dim)
+    writer.add_rope_dimension_count_swa(config.head_dim)
+    writer.add_rope_freq_base(config.global_rope_theta)
+    writer.add_rope_freq_base_swa(config.sliding_rope_theta)
+
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    if config.enable_moe_block:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.top_k_experts)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
