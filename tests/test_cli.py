@@ -185,8 +185,9 @@ def test_check_takes_a_seed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_command_takes_the_common_options() -> None:
-    for command in cli.COMMANDS:
-        argv = [command, "--backend", "torch", "--dtype", "float32", "--device", "cpu", "--seed", "3", "--json"]
+    benches = [["bench", what] for what in ("all", "ops", "model", "scale")]
+    for command in [[name] for name in cli.COMMANDS if name != "bench"] + benches:
+        argv = [*command, "--backend", "torch", "--dtype", "float32", "--device", "cpu", "--seed", "3", "--json"]
         assert cli.parser(cli.COMMANDS).parse_args(argv).seed == 3
 
 

@@ -5,8 +5,9 @@ The file has no tokenizer ("no_vocab"): llama.cpp runs token ids with it, not te
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,8 +62,7 @@ _LAYER = {
     "per_layer_projection.weight": "proj.weight",
     "post_per_layer_input_norm.weight": "post_norm.weight",
 }
-_TABLES = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
-_CHUNK = 2**22  # elements that are widened to fp32 at once
+_CHUNK = 2**20  # elements that are widened to fp32 at once
 
 
 class Unsupported(ValueError):
@@ -82,8 +82,8 @@ def write_gguf(
 ) -> Path:
     """Writes the checkpoint folder's text model to the file `target` and returns it; memory: one tensor of the result.
 
-    quantize: None for bf16 matrices, "int8" for Q8_0, "int4" for Q4_0. What llama.cpp's own converter and quantizer keep
-    wider stays so. progress(bytes written, bytes in all) is called after each tensor. Needs the package `gguf`.
+    quantize: None for bf16 matrices, "int8" for Q8_0, "int4" for Q4_0, each as llama.cpp's own converter and quantizer
+    choose it: some tensors stay wider. progress(bytes written, bytes in all) is called after each tensor. Needs the package `gguf`.
     Unsupported: a model that no file would make llama.cpp run, such as some slices of a published one.
     """
     import gguf
@@ -98,14 +98,14 @@ def write_gguf(
     _add_metadata(writer, config, quantize)
 
     types: dict[str, GGMLQuantizationType] = {}
-    sizes: list[int] = []
+    total = 0
     for name, t in model.state_dict().items():
-        types[name] = _type(gguf_name(name), t.shape, quantize)
+        shape = (_rows(name, t, config), *t.shape[1:])
+        types[name] = _type(gguf_name(name), shape, quantize, config.tie_word_embeddings)
         block, size = gguf.GGML_QUANT_SIZES[types[name]]
-        sizes.append(_shape(name, t.shape, config).numel() // block * size)
-        writer.add_tensor_info(
-            gguf_name(name), _shape(name, t.shape, config), np.dtype(np.float32), sizes[-1], types[name]
-        )
+        nbytes = math.prod(shape) // block * size
+        writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), nbytes, types[name])
+        total += nbytes
     angles = _rope_factors(config)
     if angles is not None:
         writer.add_tensor_info("rope_freqs.weight", angles.shape, angles.dtype, angles.nbytes)
@@ -115,11 +115,14 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         written = 0
-        for (name, t), size in zip(_read(stored, types), sizes, strict=True):
-            writer.write_tensor_data(_convert(t[: _shape(name, t.shape, config)[0]], types[name]))
-            written += size
+        for name, kind in types.items():
+            with safe_open(stored[name].file, framework="pt", device="cpu") as f:  # memory-mapped: get_tensor copies nothing
+                t = f.get_tensor(stored[name].key)
+            data = _convert(t[: _rows(name, t, config)], kind)
+            writer.write_tensor_data(data)
+            written += data.nbytes
             if progress is not None:
-                progress(written, sum(sizes))
+                progress(written, total)
         if angles is not None:
             writer.write_tensor_data(angles)
         writer.close()
@@ -141,19 +144,12 @@ def _refuse(config: Gemma4Config) -> None:
         raise Unsupported("llama.cpp shares keys and values only of a sliding layer and the full one right after it")
 
 
-def _read(stored: dict[str, weights.Stored], names: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) in the order of `names`; memory-mapped, so that nothing is copied here."""
-    for name in names:
-        with safe_open(stored[name].file, framework="pt", device="cpu") as f:
-            yield name, f.get_tensor(stored[name].key)
+def _rows(name: str, t: Tensor, config: Gemma4Config) -> int:
+    """How many rows of t are written: llama.cpp wants as many per-layer embeddings as there are token embeddings."""
+    return config.vocab_size if name == "model.embed_tokens_per_layer.weight" else t.shape[0]
 
 
-def _shape(name: str, shape: torch.Size, config: Gemma4Config) -> torch.Size:
-    """As written: llama.cpp wants as many rows of per-layer embeddings as of token embeddings."""
-    return torch.Size((config.vocab_size, *shape[1:])) if name == "model.embed_tokens_per_layer.weight" else shape
-
-
-def _type(name: str, shape: torch.Size, quantize: str | None) -> GGMLQuantizationType:
+def _type(name: str, shape: Sequence[int], quantize: str | None, tied: bool) -> GGMLQuantizationType:
     """The type of the tensor that llama.cpp calls `name`, by the rules of its converter and its quantizer."""
     from gguf import GGML_QUANT_SIZES
     from gguf import GGMLQuantizationType as Type
@@ -162,13 +158,14 @@ def _type(name: str, shape: torch.Size, quantize: str | None) -> GGMLQuantizatio
         return Type.F32
     if quantize is None or name == "per_layer_model_proj.weight":
         return Type.BF16
-    # Its 4-bit files have tables of Q6_K; `gguf` reads that type but does not write it, and this is the next wider one.
-    chosen = Type.Q8_0 if name in _TABLES else Type[QUANTIZATIONS[quantize]]
-    return chosen if shape[-1] % GGML_QUANT_SIZES[chosen][0] == 0 else Type.BF16
+    kind = Type[QUANTIZATIONS[quantize]]
+    if kind == Type.Q4_0 and (name == "output.weight" or (tied and name.endswith("token_embd.weight"))):
+        kind = Type.Q6_K if shape[-1] % GGML_QUANT_SIZES[Type.Q6_K][0] == 0 else Type.Q8_0
+    return kind if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else Type.BF16
 
 
 def _convert(t: Tensor, to: GGMLQuantizationType) -> np.ndarray[Any, Any]:
-    """t in any float type -> the bytes to write: fp32, bf16 (as int16), or blocks of 32 quantized values."""
+    """t in any float type -> what is written: fp32, bf16 (as int16), or rows of quantized blocks (as bytes)."""
     import gguf
 
     if to == gguf.GGMLQuantizationType.F32:
@@ -180,11 +177,36 @@ def _convert(t: Tensor, to: GGMLQuantizationType) -> np.ndarray[Any, Any]:
     step = max(1, _CHUNK // rows.shape[1])
 
     def part(start: int) -> None:
-        out[start : start + step] = gguf.quants.quantize(rows[start : start + step].float().numpy(), to)
+        x = rows[start : start + step].float().numpy()
+        out[start : start + step] = _q6_k(x) if to == gguf.GGMLQuantizationType.Q6_K else gguf.quants.quantize(x, to)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(part, range(0, len(rows), step)))
     return out
+
+
+def _q6_k(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """x [N, K] fp32 -> [N, K/256 * 210] bytes of Q6_K, a type that `gguf` reads but does not write.
+
+    256 numbers share an fp16 factor, 16 of them an int8 one; a number is its own 6 bits minus 32 times both.
+    """
+    blocks = x.reshape(-1, 16, 16)
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)[..., 0]  # [M, 16], with its sign
+    scale = extreme / -32
+    factor = np.take_along_axis(scale, np.abs(scale).argmax(-1, keepdims=True), -1) / -128
+    factor = factor.astype(np.float16).astype(np.float32)
+    scales = _round(scale, factor, -128, 127)
+    q = (_round(blocks, (scales * factor)[..., None], -32, 31) + 32).astype(np.uint8)
+    low, high = (q & 15).reshape(-1, 2, 2, 64), (q >> 4).reshape(-1, 2, 4, 32)
+    low = low[:, :, 0] | low[:, :, 1] << 4
+    high = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
+    parts = low.reshape(-1, 128), high.reshape(-1, 64), scales.astype(np.int8).view(np.uint8), factor.astype(np.float16)
+    return np.concatenate([p.view(np.uint8) for p in parts], -1).reshape(len(x), -1)
+
+
+def _round(x: np.ndarray[Any, Any], unit: np.ndarray[Any, Any], low: int, high: int) -> np.ndarray[Any, Any]:
+    """x in units of `unit`, as whole numbers in [low, high]; 0 where the unit is 0."""
+    return np.clip(np.rint(np.divide(x, unit, out=np.zeros_like(x), where=unit != 0)), low, high)
 
 
 def _rope_factors(config: Gemma4Config) -> np.ndarray[Any, Any] | None:

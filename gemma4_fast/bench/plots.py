@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma4_fast import terminal
-from gemma4_fast.bench.markdown import by_machine, commits, hardware, subject, workload
+from gemma4_fast.bench.markdown import OURS, by_machine, commits, hardware, subject, workload
 from gemma4_fast.bench.rows import KINDS, Row, Spread
 from gemma4_fast.bench.show import limit, microseconds, number, who
 
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, without their yellow, and Tol's "muted" ones: the colour-blind can tell both apart.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = "osD^vP*X"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255", "#999933", "#000000")
+MARKERS = "osD^vPX*p"
+MINE, VARIANT, PEER = "#0072B2", "#56B4E9", "#A0A0A0"
 PARTS = ("#332288", "#DDCC77", "#117733", "#88CCEE", "#CC6677", "#44AA99", "#882255", "#999933", "#AA4499")
 DARK = ("#332288", "#117733", "#882255", "#AA4499")  # of PARTS: written on in white
 OTHER, GREY = "#DDDDDD", "#555555"
@@ -28,8 +29,14 @@ STYLE = {
     "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "text.parse_math": False, "savefig.dpi": 150,
 }  # fmt: skip
-AXES = {"context": "tokens of context", "batch": "sequences in one call", "experts": "experts hit"}
+AXES = {
+    "tokens": "tokens of one call",
+    "context": "tokens of context",
+    "batch": "sequences of one call",
+    "experts": "experts hit",
+}
 FLOOR = "floor: the roofline"
+CROWD = 6  # lines in a panel above which eager calls and graphs are apart
 LISTED = 40  # ops in the list beside the roofline
 
 
@@ -114,9 +121,15 @@ def _subtitle(axes: Axes, text: str) -> None:
 
 
 def _styles(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each contender and mode."""
-    names = dict.fromkeys(who(row) for row in rows)
-    return {n: dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)]) for i, n in enumerate(names)}
+    """A colour and a marker for each contender; hollow for those that replay a graph."""
+    found = {who(row): row for row in rows}
+    order = list(dict.fromkeys(row.contender for row in found.values()))
+    styles = {}
+    for name, row in found.items():
+        i = order.index(row.contender) % len(COLORS)
+        face = COLORS[i] if row.mode == "eager" else "white"
+        styles[name] = dict(color=COLORS[i], marker=MARKERS[i], markerfacecolor=face, markeredgecolor=COLORS[i])
+    return styles
 
 
 def _legend(figure: Figure, every: Iterable[Axes]) -> None:
@@ -138,11 +151,11 @@ def _log_x(axes: Axes, points: Iterable[int]) -> None:
     span = math.log(xs[-1] / xs[0])
     ticks = xs[-1:]
     for x in reversed(xs):
-        if math.log(ticks[-1] / x) > 0.09 * span:
+        if math.log(ticks[-1] / x) > 0.13 * span:
             ticks.append(x)
     axes.set_xscale("log")
     axes.set_xticks(ticks, [_short(x) for x in ticks])
-    axes.set_xticks([], minor=True)
+    axes.set_xticks(xs, [""] * len(xs), minor=True)
     pad = math.exp(0.03 * span) if span else 2.0
     axes.set_xlim(xs[0] / pad, xs[-1] * pad)
 
@@ -151,13 +164,14 @@ def _log_y(axes: Axes, values: Iterable[float], text: Callable[[float], str], ba
     """A logarithmic axis around these values, with a handful of labelled ticks even where they lie close together."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    found = list(values)
+    found = [value for value in values if value > 0] or [1.0]
     low, high = min(found), max(found)
     decades = math.log10(high / low)
     pad = 10 ** max(0.06 * decades, (0.8 - decades) / 2)
+    subs = (1,) if base != 10 or decades > 3 else (1, 3) if decades > 1.6 else (1, 2, 5)
     axes.set_yscale("log")
     axes.set_ylim(low / pad, high * pad)
-    axes.yaxis.set_major_locator(LogLocator(base, subs=(1, 2, 5) if base == 10 and decades < 2.5 else (1,), numticks=12))
+    axes.yaxis.set_major_locator(LogLocator(base, subs=subs, numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(True, color="#E5E5E5", linewidth=0.6)
@@ -173,7 +187,7 @@ def _model(rows: list[Row]) -> Figure:
         name = workload(row) if len(subjects) == 1 else f"{subject(row)}\n{workload(row)}"
         panels.setdefault(name, {})[who(row)] = row
     title, height = f"Whole model: {'; '.join(subjects)}", 1.0 + 0.26 * len(contenders)
-    figure, every = _panels(rows, title, list(panels), 2, height, sharey=True)
+    figure, every = _panels(rows, title, list(panels), 2 if len(panels) <= 4 else 3, height, sharey=True)
     for axes, found in zip(every, panels.values(), strict=True):
         rates = {c: [(row.tokens or 0) / us * 1e6 for us in (_time(row).p80, _time(row).median, _time(row).p20)]
                  for c, row in found.items() if row.status == "ok"}  # fmt: skip
@@ -182,7 +196,7 @@ def _model(rows: list[Row]) -> Figure:
         for y, c in enumerate(contenders):
             if c in rates:
                 slow, middle, fast = rates[c]
-                axes.barh(y, middle, 0.66, color=COLORS[y % len(COLORS)])
+                axes.barh(y, middle, 0.66, color=MINE if c == OURS else VARIANT if c.startswith(OURS) else PEER)
                 axes.errorbar(middle, y, xerr=[[middle - slow], [fast - middle]], color="black", linewidth=1, capsize=2.5)
                 _label(axes, fast, y, number(middle), fontweight="bold")
             else:
@@ -191,6 +205,8 @@ def _model(rows: list[Row]) -> Figure:
             axes.axvline(roofs[0], color=GREY, linestyle="--", linewidth=1.2, zorder=0.5)
             _subtitle(axes, f"dashed: the roofline, {number(roofs[0])} tokens/s")
         axes.set_xlim(0, 1.15 * widest)
+        axes.locator_params(axis="x", nbins=4)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}")
         axes.set_yticks(range(len(contenders)), contenders)
         axes.set_ylim(len(contenders) - 0.4, -0.6)
         axes.set_xlabel("tokens/s (whiskers: p20 to p80)")
@@ -254,10 +270,10 @@ def _roofline(rows: list[Row], machine: list[Row]) -> Figure:
     for row in rows:
         if row.bytes and row.flops and row.gflop_s:
             x, y = points[id(row)] = row.flops / row.bytes, row.gflop_s
-            size, alpha = (34, 1.0) if id(row) in leaders else (20, 0.4)
-            axes.scatter(x, y, s=size, alpha=alpha, linewidths=0, zorder=3, **styles[who(row)])
+            size, alpha, layer = (6.0, 1.0, 4) if id(row) in leaders else (4.5, 0.4, 3)
+            axes.plot(x, y, linestyle="", markersize=size, alpha=alpha, zorder=layer, **styles[who(row)])
     for name, style in styles.items():
-        axes.scatter([], [], s=34, linewidths=0, label=name, **style)
+        axes.plot([], [], linestyle="", label=name, **style)
     xs, ys = [x for x, _ in points.values()] or [1.0], [y for _, y in points.values()] or [1.0]
     roofs = {row.name: row for row in reversed(machine)}  # those of the start count
     read, product = roofs.get("read"), roofs.get(f"matmul {rows[0].dtype}")
@@ -299,6 +315,8 @@ def _write_beside(
     figure: Figure, axes: Axes, texts: dict[str, tuple[float, float]], points: Sequence[tuple[float, float]]
 ) -> None:
     """Each text near its point, where it covers neither a point nor another text; farther away with a line to it."""
+    from matplotlib.patheffects import withStroke
+
     figure.draw_without_rendering()  # from here on the panel stays where it is
     unit = 72 / figure.dpi
     taken = [(x * unit, y * unit, 4.0, 4.0) for x, y in axes.transData.transform(points)]  # centre and half the size, in points
@@ -310,8 +328,9 @@ def _write_beside(
         dx, dy = next((p for p in places if not any(_overlap((x + p[0], y + p[1], *half), t) for t in taken)), places[0])
         taken.append((x + dx, y + dy, *half))
         line = dict(arrowstyle="-", color=GREY, linewidth=0.5, shrinkA=0, shrinkB=2) if math.hypot(dx, dy) > 14 else None
-        where = dict(xytext=(dx, dy), textcoords="offset points", ha="center", va="center", zorder=4)
-        axes.annotate(text, point, fontsize=8, fontweight="bold", arrowprops=line, **where)
+        where = dict(xytext=(dx, dy), textcoords="offset points", ha="center", va="center", zorder=5)
+        written = axes.annotate(text, point, fontsize=8, fontweight="bold", arrowprops=line, **where)
+        written.set_path_effects([withStroke(linewidth=2, foreground="white")])
 
 
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
@@ -324,7 +343,12 @@ def _latency(axis: str, rows: list[Row]) -> Figure:
     panels: dict[str, list[Row]] = {}
     for row in rows:
         panels.setdefault(f"{row.params['op']}, {row.params['series']}", []).append(row)
-    figure, every = _panels(rows, f"Time by {AXES.get(axis, axis)}", list(panels), 3, 2.5)
+    for name, found in list(panels.items()):
+        if len(_styles(found)) > CROWD:
+            del panels[name]
+            for row in found:
+                panels.setdefault(f"{name}, {row.mode}", []).append(row)
+    figure, every = _panels(rows, f"Time of one call by {axis}", list(panels), 3, 2.5)
     styles = _styles(rows)
     for axes, found in zip(every, panels.values(), strict=True):
         found.sort(key=lambda row: row.params["x"])
@@ -359,14 +383,15 @@ def _caches(rows: list[Row]) -> Figure:
     for axes, found in zip(every, panels.values(), strict=True):
         sizes = {c: {row.params["context"]: row.cache_bytes for row in found if row.contender == c} for c in layouts}
         for i, (layout, by_context) in enumerate(sizes.items()):
-            width = 5.5 - 2 * i  # layouts may come to the same size: the later ones are thinner, so that each can be seen
+            width = 3.4 - 1.2 * i  # layouts may come to the same size: the later ones are thinner, so that each can be seen
             line = dict(marker="os^"[i % 3], markersize=width + 2, linewidth=max(width, 1), color=COLORS[i % len(COLORS)])
             axes.plot(list(by_context), list(by_context.values()), label=layout, **line)
         longest = max(row.params["context"] for row in found)
         ends = [terminal.size(b) for by_context in sizes.values() if (b := by_context.get(longest)) is not None]
         _subtitle(axes, f"at {_short(longest)}: {' → '.join(dict.fromkeys(ends))}")
+        wide = max(row.cache_bytes or 0 for row in rows) > 64 * min(row.cache_bytes or 0 for row in rows)
         _log_x(axes, [row.params["context"] for row in rows])
-        _log_y(axes, [row.cache_bytes for row in rows if row.cache_bytes], terminal.size, base=4)
+        _log_y(axes, [row.cache_bytes for row in rows if row.cache_bytes], terminal.size, base=4 if wide else 2)
         axes.set_xlabel("tokens of context")
         axes.set_ylabel("allocated")
     _legend(figure, every)

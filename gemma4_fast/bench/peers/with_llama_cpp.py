@@ -12,7 +12,7 @@ import numpy as np
 
 _ERROR = 4  # ggml's log levels
 _BATCH = 2048  # llama.cpp's default
-_last_error = ""
+_errors: list[str] = []
 
 
 class Unsupported(Exception):
@@ -21,10 +21,15 @@ class Unsupported(Exception):
 
 @llama_cpp.llama_log_callback
 def _log(level: int, text: bytes, _: object) -> None:
-    """Keeps the latest error and drops the rest, some hundred lines for each model."""
-    global _last_error
+    """Keeps the errors and drops the rest, some hundred lines for each model."""
     if level == _ERROR:
-        _last_error = text.decode(errors="replace").strip()
+        _errors.append(text.decode(errors="replace").strip())
+
+
+def _failure(what: str) -> Exception:
+    """With llama.cpp's own words; the first error names the cause, and later ones follow from it."""
+    text = "; ".join([what, *_errors])
+    return MemoryError(text) if "alloc" in text else RuntimeError(text)
 
 
 class Peer:
@@ -42,7 +47,7 @@ class Peer:
             params.main_gpu = int(spec["device"].partition(":")[2] or 0)
         self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), params)
         if not self.model:
-            raise RuntimeError(f"llama.cpp did not load the model: {_last_error}")
+            raise _failure("llama.cpp did not load the model")
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.context: Any = None
         self.batch = 0
@@ -105,7 +110,7 @@ class Peer:
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         if not self.context:
             self.context = None
-            raise RuntimeError(f"llama.cpp made no context: {_last_error}")
+            raise _failure("llama.cpp made no context")
         self.batch, self.memory = batch, llama_cpp.llama_get_memory(self.context)
 
     def _rewind(self, batch: int, length: int) -> bool:
@@ -135,7 +140,7 @@ class Peer:
             n_tokens=batch * count, **{k: ctypes.cast(v.ctypes.data, types[k]) for k, v in fields.items()}
         )
         if code := llama_cpp.llama_decode(self.context, own):
-            raise RuntimeError(f"llama_decode gave {code}: {_last_error}")
+            raise _failure(f"llama_decode gave {code}")
         return [int(self._logits(i).argmax()) for i in last]
 
     def _logits(self, index: int) -> np.ndarray[Any, Any]:
@@ -152,7 +157,8 @@ def gguf_of(spec: dict[str, Any]) -> Path:
     if not file.exists():
         try:
             from gemma4_fast.bench.gguf_file import write_gguf
-        except ImportError as e:
-            raise RuntimeError(f"there is no {file.name}, and this Python cannot write it: {e}") from e
-        write_gguf(checkpoint, file, spec["quantize"])
+
+            write_gguf(checkpoint, file, spec["quantize"])
+        except ModuleNotFoundError as e:
+            raise ModuleNotFoundError(name=f"{e.name}, which writes {file.name},") from e
     return file
