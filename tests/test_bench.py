@@ -484,6 +484,8 @@ class Peer:
         if {fault!r} == "unsupported" and len(ids) > 1:
             raise Unsupported("one at a time")
         return 0.25, [0.5] * (new - 1), [[1] * new for _ in ids]
+    def score(self, variant, ids, top):
+        return [(-1 - i, 0.0) for i in range(top)] if {fault!r} == "other" else []
     def depth(self, variant, ids, new):
         return [0.125] * new, [[1] * new for _ in ids]
 """
@@ -492,7 +494,7 @@ class Peer:
 @pytest.fixture
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers that fail in every way there is, and one that does not."""
-    for name in ("fine", "load", "memory", "killed", "unsupported"):
+    for name in ("fine", "load", "memory", "killed", "unsupported", "other"):
         (tmp_path / f"{name}.py").write_text(PEER.format(fault=name))
         monkeypatch.setitem(model.PEERS, name, (str(tmp_path / f"{name}.py"), ("",), ("",)))
 
@@ -501,12 +503,12 @@ def test_whatever_happens_to_a_peer_is_a_row(run: Run, fakes: None, tmp_path: Pa
     file = tmp_path / "rows.jsonl"
     code, out, err = run(
         "model", "--model", "tiny", "--prompt", "8", "--depth", "16", "--decode", "3", "--batch", "1,2", "--rounds", "2",
-        "--peers", "fine,load,memory,killed,unsupported", "-o", str(file),
+        "--peers", "fine,load,memory,killed,unsupported,other", "-o", str(file),
     )  # fmt: skip
-    assert code == 0, err
+    assert code == 1, err  # one of them runs another model
     made = [r for r in rows.read(file) if r.kind == "model"]
     found = {(r.contender, r.params["phase"], r.params["depth"], r.params["batch"]): r for r in made}
-    assert len(found) == len(made) == 6 * 2 * 3  # contenders, batches, and prefill, decode, decode at depth
+    assert len(found) == len(made) == 7 * 2 * 3  # contenders, batches, and prefill, decode, decode at depth
 
     fine = found["fine", "prefill", False, 2]
     assert fine.time_us == Spread(250000, 250000, 250000, 250000, 2) and fine.tokens == 16 and fine.versions["fine"] == "9.9"
@@ -518,6 +520,7 @@ def test_whatever_happens_to_a_peer_is_a_row(run: Run, fakes: None, tmp_path: Pa
     assert deep.time_us is not None and deep.time_us.median == 125000 and deep.time_us.samples == 6
 
     assert all(r.status == "missing" and "a_module_that_is_not_there" in r.message for r in made if r.contender == "load")
+    assert all(r.status == "wrong" and r.time_us is None for r in made if r.contender == "other")
     assert found["memory", "prefill", False, 1].status == "out of memory"
     assert (
         found["killed", "decode", False, 1].status == "out of memory"

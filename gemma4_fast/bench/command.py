@@ -214,6 +214,7 @@ def everything(args: Namespace, device: torch.device, dtype: torch.dtype) -> int
     for name in ("cache", "model", "ops", "scale"):
         config = [] if name == "cache" else args.config
         parts.append(WORK[name](Namespace(**vars(given), config=config), device, dtype))
+    plots.require()
     pages.mkdir(parents=True, exist_ok=True)
     if file.exists():
         os.replace(file, previous)

@@ -82,8 +82,10 @@ def write_gguf(
 ) -> Path:
     """Writes the checkpoint folder's text model to the file `target` and returns it; memory: one tensor of the result.
 
-    quantize: None for bf16 matrices, "int8" for Q8_0, "int4" for Q4_0, each as llama.cpp's own converter and quantizer
-    choose it: some tensors stay wider. progress(bytes written, bytes in all) is called after each tensor. Needs the package `gguf`.
+    quantize: None for bf16 matrices, "int8" for Q8_0, "int4" for Q4_0; llama.cpp's own converter and quantizer keep some
+    tensors wider, and so does this. progress(bytes written, bytes in all) is called after each tensor.
+
+    ModuleNotFoundError: there is no package `gguf`.
     Unsupported: a model that no file would make llama.cpp run, such as some slices of a published one.
     """
     import gguf
@@ -106,9 +108,8 @@ def write_gguf(
         nbytes = math.prod(shape) // block * size
         writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), nbytes, types[name])
         total += nbytes
-    angles = _rope_factors(config)
-    if angles is not None:
-        writer.add_tensor_info("rope_freqs.weight", angles.shape, angles.dtype, angles.nbytes)
+    factors = _rope_factors(config)
+    writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
 
     try:
         writer.write_header_to_file()
@@ -123,8 +124,7 @@ def write_gguf(
             written += data.nbytes
             if progress is not None:
                 progress(written, total)
-        if angles is not None:
-            writer.write_tensor_data(angles)
+        writer.write_tensor_data(factors)
         writer.close()
         os.replace(temporary, target)
     finally:
@@ -138,8 +138,6 @@ def _refuse(config: Gemma4Config) -> None:
     layers, first = config.layers(), config.first_shared_layer
     if not any(layer.is_sliding for layer in layers):
         raise Unsupported("llama.cpp runs no Gemma 4 without sliding layers")
-    if first < 2:
-        raise Unsupported("llama.cpp runs no Gemma 4 with fewer than two layers that have keys and values themselves")
     if any(layer.kv_donor != first - (2 if layer.is_sliding else 1) for layer in layers[first:]):
         raise Unsupported("llama.cpp shares keys and values only of a sliding layer and the full one right after it")
 
@@ -209,13 +207,11 @@ def _round(x: np.ndarray[Any, Any], unit: np.ndarray[Any, Any], low: int, high: 
     return np.clip(np.rint(np.divide(x, unit, out=np.zeros_like(x), where=unit != 0)), low, high)
 
 
-def _rope_factors(config: Gemma4Config) -> np.ndarray[Any, Any] | None:
-    """[D/2] fp32, for full attention: llama.cpp turns all pairs of columns, by angles that it divides by these."""
-    full = next((layer for layer in config.layers() if not layer.is_sliding), None)
-    if full is None:
-        return None
-    factors = np.full(full.head_dim // 2, 1e30, np.float32)  # a pair that does not turn
-    factors[: full.num_rotary_pairs] = 1
+def _rope_factors(config: Gemma4Config) -> np.ndarray[Any, Any]:
+    """[D/2] fp32, for full attention: llama.cpp turns all pairs of columns there, by angles that it divides by these."""
+    layer = config.layer(config.num_hidden_layers - 1)
+    factors = np.full(layer.head_dim // 2, 1e30, np.float32)  # a pair that does not turn
+    factors[: layer.num_rotary_pairs] = 1
     return factors
 
 

@@ -354,6 +354,11 @@ class ModelBench:
             answer = worker.ask(do="score", variant=c.variant, ids=prompt, new=min(SCORED[1], plan.config.vocab_size))
             if answer["ok"]:
                 self.scores[c] = [(token, p) for token, p in answer["top"]]
+                if _distance(self._our_scores(), self.scores[c]) is None:
+                    self.faults[c] = {
+                        "status": "wrong",
+                        "message": f"runs another model: its likeliest tokens are not {OURS}'s",
+                    }
         if process == OURS and plan.check:
             for c in mine:
                 self.progress(f"checking {c.label}")
@@ -362,6 +367,9 @@ class ModelBench:
                     self.faults[c] = {k: answer[k] for k in ("status", "message")}
                 elif not answer["right"]:
                     self.faults[c] = {"status": "wrong", "message": answer["verdict"]}
+
+    def _our_scores(self) -> list[tuple[int, float]] | None:
+        return next((self.scores[c] for c in self.contenders if c.peer == OURS and c in self.scores), None)
 
     def _stop(self, process: str) -> None:
         if (worker := self.workers.pop(process, None)) is not None:
@@ -444,7 +452,6 @@ class ModelBench:
         plan = self.plan
         dtype = str(plan.dtype).removeprefix("torch.")
         roof = self.roofline.of_samples(self.probes.get(w, {}), plan.dtype)
-        ours = next((self.scores[c] for c in self.contenders if c.peer == OURS and c in self.scores), None)
         at: dict[str, Any] = {
             "model": plan.label, "layers": plan.config.num_hidden_layers, "vocab": plan.config.vocab_size, "batch": w.batch,
             "length": w.length, "new": w.new,
@@ -456,7 +463,7 @@ class ModelBench:
             if result is None:
                 continue
             process = self._process_of(c)
-            notes = [self.notes.get(process, ""), _distance(ours, self.scores.get(c)) if c.peer != OURS else ""]
+            notes = [self.notes.get(process, ""), _distance(self._our_scores(), self.scores.get(c)) if c.peer != OURS else ""]
             fields: dict[str, Any] = dict(
                 dtype=dtype, roofline=roof, peak_bytes=result.peak_bytes, message="; ".join(n for n in notes if n),
                 versions={process: self.versions[process]} if self.versions.get(process) and process != OURS else {},
@@ -509,15 +516,14 @@ def _name(w: Workload) -> str:
     return f"{'depth' if w.depth else 'prompt'} {w.length}, batch {w.batch}"
 
 
-def _distance(ours: list[tuple[int, float]] | None, theirs: list[tuple[int, float]] | None) -> str:
-    """How far the log-probabilities of the likeliest next tokens lie apart: whether it is the same model at all."""
+def _distance(ours: list[tuple[int, float]] | None, theirs: list[tuple[int, float]] | None) -> str | None:
+    """How far the log-probabilities of the likeliest next tokens lie apart; None if it cannot be the same model, as fewer than
+    half of the tokens are the same."""
     if not ours or not theirs:
         return ""
     other = dict(theirs)
     both = [abs(p - other[token]) for token, p in ours if token in other]
-    if len(both) < len(ours) // 2:
-        return f"NOT the same model: only {len(both)} of the {len(ours)} likeliest tokens are {OURS}'s"
-    return f"log-probabilities within {max(both):.2g} of {OURS}'s"
+    return None if 2 * len(both) < len(ours) else f"log-probabilities within {max(both):.2g} of {OURS}'s"
 
 
 def workloads(prompts: Sequence[int], depths: Sequence[int], batches: Sequence[int], new: int) -> Iterator[Workload]:

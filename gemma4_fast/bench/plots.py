@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, without their yellow, and Tol's "muted" ones: the colour-blind can tell both apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255", "#999933", "#000000")
-MARKERS = "osD^vPX*p"
+MARKERS = "osD^v<>ph"
 MINE, VARIANT, PEER = "#0072B2", "#56B4E9", "#A0A0A0"
 PARTS = ("#332288", "#DDCC77", "#117733", "#88CCEE", "#CC6677", "#44AA99", "#882255", "#999933", "#AA4499")
 DARK = ("#332288", "#117733", "#882255", "#AA4499")  # of PARTS: written on in white
@@ -28,8 +28,9 @@ OTHER, GREY = "#DDDDDD", "#555555"
 STYLE = {
     "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "text.parse_math": False, "savefig.dpi": 150,
+    "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.08,
 }  # fmt: skip
-AXES = {
+LABELS = {
     "tokens": "tokens of one call",
     "context": "tokens of context",
     "batch": "sequences of one call",
@@ -67,12 +68,12 @@ def draw(rows: Sequence[Row], folder: str | Path) -> dict[str, Path]:
 
 def _figures(rows: list[Row]) -> Iterator[tuple[str, str, Figure]]:
     """File name, title and picture. Only what is ok is drawn; of the whole model the statuses of the others are written."""
-    good = [row for row in rows if row.status == "ok"]
+    good = [row for row in rows if row.status == "ok" and (row.time_us or row.cache_bytes)]
     ok = {kind: [row for row in good if row.kind == kind] for kind in KINDS}
     if ok["model"]:
         yield "model", "The whole model", _model([row for row in rows if row.kind == "model"])
-    if ok["step"]:
-        yield "decode-step", "One decode step by op", _steps(ok["step"])
+    if steps := [row for row in ok["step"] if row.parts]:
+        yield "decode-step", "One decode step by op", _steps(steps)
     if ok["op"]:
         yield "roofline", "Ops and the roofline", _roofline(ok["op"], ok["roofline"])
     for axis in dict.fromkeys(row.params["axis"] for row in ok["scale"]):
@@ -94,7 +95,6 @@ def _figure(rows: Sequence[Row], title: str, width: float, height: float) -> Fig
     where = "; ".join(filter(None, (hardware(rows[0]), rows[0].dtype if rows[0].dtype not in title else "", commits(rows))))
     lines = [line for text in (title, where) for line in textwrap.wrap(text, round(width * 13))]
     figure = Figure(figsize=(width, height + 0.2 * len(lines)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     figure.suptitle("\n".join(lines), x=0.012, ha="left", fontsize=10, linespacing=1.35)
     return figure
 
@@ -123,7 +123,8 @@ def _subtitle(axes: Axes, text: str) -> None:
 def _styles(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
     """A colour and a marker for each contender; hollow for those that replay a graph."""
     found = {who(row): row for row in rows}
-    order = list(dict.fromkeys(row.contender for row in found.values()))
+    # Backends alone come first, so that they have the same colours with and without contenders like "torch grouped".
+    order = sorted(dict.fromkeys(row.contender for row in found.values()), key=lambda name: " " in name)
     styles = {}
     for name, row in found.items():
         i = order.index(row.contender) % len(COLORS)
@@ -133,10 +134,11 @@ def _styles(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
 
 
 def _legend(figure: Figure, every: Iterable[Axes]) -> None:
-    """One under all panels, with each entry once."""
+    """One under all panels, with each entry once. The figure grows by it."""
     entries = {text: handle for axes in every for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     entries = dict(sorted(entries.items(), key=lambda entry: entry[0] == FLOOR))
     columns = max(1, round(figure.get_figwidth() / (0.55 + 0.075 * max(map(len, entries)))))
+    figure.set_figheight(figure.get_figheight() + 0.18 * math.ceil(len(entries) / columns))
     figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns, frameon=False)
 
 
@@ -190,7 +192,7 @@ def _model(rows: list[Row]) -> Figure:
     figure, every = _panels(rows, title, list(panels), 2 if len(panels) <= 4 else 3, height, sharey=True)
     for axes, found in zip(every, panels.values(), strict=True):
         rates = {c: [(row.tokens or 0) / us * 1e6 for us in (_time(row).p80, _time(row).median, _time(row).p20)]
-                 for c, row in found.items() if row.status == "ok"}  # fmt: skip
+                 for c, row in found.items() if row.status == "ok" and row.time_us}  # fmt: skip
         roofs = [(row.tokens or 0) / row.floors_us[row.bound] * 1e6 for row in found.values() if row.bound]
         widest = max((*roofs[:1], *(fast for _, _, fast in rates.values())), default=1.0)
         for y, c in enumerate(contenders):
@@ -305,7 +307,7 @@ def _list(axes: Axes, fastest: list[Row], styles: dict[str, dict[str, Any]]) -> 
     axes.set_ylim(max(len(lines) + 1, 20), -1)
     for y, (*cells, color) in enumerate([("", "farthest from its roof first", "fastest", "of the roofline", "black"), *lines]):
         for x, cell in zip((0.03, 0.05, 0.6, 0.79), cells, strict=True):
-            style = dict(ha="right" if x == 0.03 else "left", fontweight="normal" if y and x > 0.03 else "bold")
+            style: dict[str, Any] = dict(ha="right" if x == 0.03 else "left", fontweight="normal" if y and x > 0.03 else "bold")
             axes.text(x, y, cell, va="center", fontsize=8, color=color if x in (0.03, 0.6) else "black", **style)
     if len(fastest) > LISTED:
         axes.text(0.05, LISTED + 1, f"and {len(fastest) - LISTED} nearer to it", va="center", fontsize=8, fontstyle="italic")
@@ -328,7 +330,7 @@ def _write_beside(
         dx, dy = next((p for p in places if not any(_overlap((x + p[0], y + p[1], *half), t) for t in taken)), places[0])
         taken.append((x + dx, y + dy, *half))
         line = dict(arrowstyle="-", color=GREY, linewidth=0.5, shrinkA=0, shrinkB=2) if math.hypot(dx, dy) > 14 else None
-        where = dict(xytext=(dx, dy), textcoords="offset points", ha="center", va="center", zorder=5)
+        where: dict[str, Any] = dict(xytext=(dx, dy), textcoords="offset points", ha="center", va="center", zorder=5)
         written = axes.annotate(text, point, fontsize=8, fontweight="bold", arrowprops=line, **where)
         written.set_path_effects([withStroke(linewidth=2, foreground="white")])
 
@@ -348,7 +350,7 @@ def _latency(axis: str, rows: list[Row]) -> Figure:
             del panels[name]
             for row in found:
                 panels.setdefault(f"{name}, {row.mode}", []).append(row)
-    figure, every = _panels(rows, f"Time of one call by {axis}", list(panels), 3, 2.5)
+    figure, every = _panels(rows, f"Time of one call by {axis}", list(panels), 3, 2.4)
     styles = _styles(rows)
     for axes, found in zip(every, panels.values(), strict=True):
         found.sort(key=lambda row: row.params["x"])
@@ -366,7 +368,7 @@ def _latency(axis: str, rows: list[Row]) -> Figure:
             axes.axhline(*floors.values(), linestyle="--", color="black", linewidth=1)
         _log_x(axes, [row.params["x"] for row in found])
         _log_y(axes, [*floors.values(), *(us for row in found for us in (_time(row).p20, _time(row).p80))], microseconds)
-        axes.set_xlabel(AXES.get(axis, axis))
+        axes.set_xlabel(LABELS.get(axis, axis))
         axes.set_ylabel("time of one call")
     _legend(figure, every)
     return figure
@@ -381,10 +383,12 @@ def _caches(rows: list[Row]) -> Figure:
     figure, every = _panels(rows, "KV cache of one sequence", list(panels), 3, 2.4, sharex=True, sharey=True)
     layouts = list(dict.fromkeys(row.contender for row in rows))
     for axes, found in zip(every, panels.values(), strict=True):
-        sizes = {c: {row.params["context"]: row.cache_bytes for row in found if row.contender == c} for c in layouts}
+        sizes = {c: {row.params["context"]: row.cache_bytes or 0 for row in found if row.contender == c} for c in layouts}
         for i, (layout, by_context) in enumerate(sizes.items()):
             width = 3.4 - 1.2 * i  # layouts may come to the same size: the later ones are thinner, so that each can be seen
-            line = dict(marker="os^"[i % 3], markersize=width + 2, linewidth=max(width, 1), color=COLORS[i % len(COLORS)])
+            line: dict[str, Any] = dict(
+                marker="os^"[i % 3], markersize=width + 2, linewidth=max(width, 1), color=COLORS[i % len(COLORS)]
+            )
             axes.plot(list(by_context), list(by_context.values()), label=layout, **line)
         longest = max(row.params["context"] for row in found)
         ends = [terminal.size(b) for by_context in sizes.values() if (b := by_context.get(longest)) is not None]

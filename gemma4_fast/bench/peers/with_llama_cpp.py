@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class Peer:
         for i in range(new - 1):
             tokens.append(self._decode([[t] for t in tokens[-1]], len(ids[0]) + i))
             times.append(time.perf_counter())
-        took = [b - a for a, b in zip(times, times[1:], strict=False)]
+        took = [b - a for a, b in pairwise(times)]
         return took[0], took[1:], [list(row) for row in zip(*tokens, strict=True)]
 
     def depth(self, variant: str, ids: list[list[int]], new: int) -> tuple[list[float], list[list[int]]]:
@@ -81,7 +82,7 @@ class Peer:
         for i in range(new):
             tokens.append(self._decode([[t] for t in tokens[-1]], before + i))
             times.append(time.perf_counter())
-        return [b - a for a, b in zip(times, times[1:], strict=False)], [list(row) for row in zip(*tokens[1:], strict=True)]
+        return [b - a for a, b in pairwise(times)], [list(row) for row in zip(*tokens[1:], strict=True)]
 
     def score(self, variant: str, ids: list[list[int]], top: int) -> list[tuple[int, float]]:
         self._use(len(ids))
@@ -134,18 +135,18 @@ class Peer:
         wanted = np.zeros(batch * count, np.int8)
         last = np.arange(1, batch + 1) * count - 1
         wanted[last] = 1
-        fields = dict(token=token, pos=position, n_seq_id=ones, seq_id=pointers, logits=wanted)
+        fields: dict[str, np.ndarray[Any, Any]] = dict(token=token, pos=position, n_seq_id=ones, seq_id=pointers, logits=wanted)
         types = dict(llama_cpp.llama_batch._fields_)
         own = llama_cpp.llama_batch(
             n_tokens=batch * count, **{k: ctypes.cast(v.ctypes.data, types[k]) for k, v in fields.items()}
         )
         if code := llama_cpp.llama_decode(self.context, own):
             raise _failure(f"llama_decode gave {code}")
-        return [int(self._logits(i).argmax()) for i in last]
+        return [int(self._logits(i).argmax()) for i in last.tolist()]
 
     def _logits(self, index: int) -> np.ndarray[Any, Any]:
         """[V] fp32, in llama.cpp's own memory, of the token at `index` of the latest batch."""
-        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, int(index)), (self.vocab,))
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, index), (self.vocab,))
 
 
 def gguf_of(spec: dict[str, Any]) -> Path:
