@@ -280,6 +280,7 @@ class ModelBench:
             stack.callback(self._stop_all)
             self.scratch = scratch
             self.path = self._checkpoint()
+            self._gguf()
             stack.callback(self._write_rest)  # Ctrl-C too keeps what was measured
             together = self._fit_together()
             if together:
@@ -314,6 +315,17 @@ class ModelBench:
         model = Gemma4.dummy(plan.config, dtype=plan.dtype, device=plan.device, seed=plan.seed)
         model.save_pretrained(self.scratch / "checkpoint")
         return self.scratch / "checkpoint"
+
+    def _gguf(self) -> None:
+        """The file for llama.cpp, written here where it can be: its interpreter need not have what that takes."""
+        plan = self.plan
+        if self.path is None or plan.dtype != torch.bfloat16 or not {"llama.cpp", "llama-bench"} & set(self._peers()):
+            return
+        with contextlib.suppress(ModuleNotFoundError):  # gguf; then the peer's own process looks for it, and tells
+            from gemma4_fast.bench.gguf_file import write_gguf
+
+            self.progress("writing the weights to a GGUF file")
+            write_gguf(self.path, self.scratch / f"{self.path.resolve().name}-{plan.quantize or 'bf16'}.gguf", plan.quantize)
 
     def _fit_together(self) -> bool:
         plan = self.plan

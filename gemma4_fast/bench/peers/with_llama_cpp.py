@@ -12,7 +12,7 @@ import llama_cpp
 import numpy as np
 
 _ERROR = 4  # ggml's log levels
-_BATCH = 2048  # llama.cpp's default
+_BATCH, _UBATCH = 2048, 512  # llama.cpp's defaults
 _errors: list[str] = []
 
 
@@ -73,7 +73,7 @@ class Peer:
         """Over the prompt's own keys and values: all but its last token, whose step is the first that is timed."""
         self._use(len(ids))
         before = len(ids[0]) - 1
-        if self._kept != ids or not self._rewind(len(ids), before):
+        if self._kept != ids or not self._rewind(len(ids), before, new):
             llama_cpp.llama_memory_clear(self.memory, False)
             if before:
                 self._decode([row[:-1] for row in ids], 0)
@@ -105,7 +105,8 @@ class Peer:
         params = llama_cpp.llama_context_default_params()
         length = -(-self.spec["max_len"] // 256) * 256  # the cache of a sequence is padded so
         params.n_seq_max, params.n_ctx = batch, batch * length
-        params.n_batch = max(_BATCH, batch * length)  # what one call takes; it runs in parts of n_ubatch, by default 512
+        params.n_batch = max(_BATCH, batch * length)  # what one call takes; it runs in parts of n_ubatch
+        params.n_ubatch = _UBATCH
         params.n_threads = params.n_threads_batch = self.spec["threads"]
         params.swa_full = False  # the library's default is True, that of llama.cpp's programs is False
         self.context = llama_cpp.llama_init_from_model(self.model, params)
@@ -114,15 +115,13 @@ class Peer:
             raise _failure("llama.cpp made no context")
         self.batch, self.memory = batch, llama_cpp.llama_get_memory(self.context)
 
-    def _rewind(self, batch: int, length: int) -> bool:
-        """Drops what follows the first `length` tokens. False if the windows of sliding layers, which keep little more
-        than they need, no longer have all that came before."""
-        window = self.spec["config"]["sliding_window"]
-        for s in range(batch):
-            llama_cpp.llama_memory_seq_rm(self.memory, s, length, -1)
-            if llama_cpp.llama_memory_seq_pos_min(self.memory, s) > max(0, length + 1 - window):
-                return False
-        return True
+    def _rewind(self, batch: int, length: int, new: int) -> bool:
+        """Drops the `new` tokens that an earlier call put after the first `length`. False if that cannot be done."""
+        # The cache of a sliding layer has room for _UBATCH tokens beside its window, and new ones take the place of the
+        # oldest. Each call begins in the first cell that is free, so that all calls together take at most 2 * new cells.
+        if 2 * new > _UBATCH:
+            return False
+        return all(llama_cpp.llama_memory_seq_rm(self.memory, s, length, -1) for s in range(batch))
 
     def _decode(self, ids: list[list[int]], start: int) -> list[int]:
         """Runs ids [B][T], at positions from `start`, and gives the likeliest next token [B] of each sequence."""
