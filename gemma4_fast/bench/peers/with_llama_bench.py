@@ -16,6 +16,8 @@ class Unsupported(Exception):
 class Peer:
     """Each call runs the program anew: it loads the model, warms up (the prompt, and one new token) and measures once."""
 
+    elsewhere = True
+
     def load(self, spec: dict[str, Any]) -> dict[str, Any]:
         program = shutil.which("llama-bench")
         if program is None:
@@ -27,7 +29,7 @@ class Peer:
         if device != "cpu" and found["backends"] == "CPU":
             raise Unsupported("this build of llama.cpp has no GPU support")
         note = "its own random tokens; no sampling; steps are averages"
-        return {"version": f"{found['build_number']} ({found['build_commit']})", "variants": [""], "note": note}
+        return {"version": f"{found['build_number']} ({found['build_commit']})", "note": note}
 
     def prompt(self, variant: str, ids: list[list[int]], new: int) -> tuple[float, list[float], list[list[int]]]:
         """first_s is the prompt's run without the choice of a token; the new tokens have a run of their own, as one that

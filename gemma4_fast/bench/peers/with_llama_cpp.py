@@ -54,7 +54,7 @@ class Peer:
         self.batch = 0
         self._kept: list[list[int]] | None = None
         kind = {None: "bf16", "int8": "Q8_0", "int4": "Q4_0"}[spec["quantize"]]
-        return {"version": llama_cpp.__version__, "variants": [""], "note": f"{kind} weights, fp16 cache"}
+        return {"version": llama_cpp.__version__, "note": f"{kind} weights, fp16 cache"}
 
     def prompt(self, variant: str, ids: list[list[int]], new: int) -> tuple[float, list[float], list[list[int]]]:
         self._use(len(ids))

@@ -106,7 +106,9 @@ def answer(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
         found = {"right": right, "verdict": verdict}
     else:
         raise ValueError(f"unknown request {what!r}")
-    if counting:
+    if getattr(peer, "elsewhere", False):  # in a process of its own, whose memory this one does not see
+        found["peak_bytes"] = None
+    elif counting:
         found["peak_bytes"] = cuda.max_memory_reserved()
     return {"ok": True, **found}
 
