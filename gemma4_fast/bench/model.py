@@ -321,10 +321,11 @@ class ModelBench:
         plan = self.plan
         if self.path is None or plan.dtype != torch.bfloat16 or not {"llama.cpp", "llama-bench"} & set(self._peers()):
             return
-        with contextlib.suppress(ModuleNotFoundError):  # gguf; then the peer's own process looks for it, and tells
-            from gemma4_fast.bench.gguf_file import write_gguf
+        from gemma4_fast.bench.gguf_file import Unsupported, write_gguf
 
-            self.progress("writing the weights to a GGUF file")
+        self.progress("writing the weights to a GGUF file")
+        # Where that fails the peer's own process tries it again, and tells.
+        with contextlib.suppress(ModuleNotFoundError, Unsupported, OSError):
             write_gguf(self.path, self.scratch / f"{self.path.resolve().name}-{plan.quantize or 'bf16'}.gguf", plan.quantize)
 
     def _fit_together(self) -> bool:
