@@ -19,7 +19,7 @@ import torch
 from gemma4_fast import ops
 from gemma4_fast.arguments import parser
 from gemma4_fast.bench import command, compare, memory, model, rows, scale, timing
-from gemma4_fast.bench.machine import label
+from gemma4_fast.bench.machine import available_bytes, label, memory_limit
 from gemma4_fast.bench.ops import BlockMaker, Case, OpBench
 from gemma4_fast.bench.recorder import Recorder, fault
 from gemma4_fast.bench.rows import Row, Spread
@@ -615,3 +615,10 @@ def threads_stay() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone can tell and limit it")
+def test_asking_for_more_memory_than_there_is_raises() -> None:
+    with memory_limit(CPU), pytest.raises(RuntimeError, match="allocate memory"):
+        torch.ones(available_bytes() or 0, dtype=torch.int16)  # twice of it
+    assert torch.ones(1000).sum() == 1000

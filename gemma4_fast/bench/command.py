@@ -166,8 +166,8 @@ def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> mod
             config = config.slice(num_layers=args.layers, vocab_size=args.vocab)
         else:
             free = available_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-            processes = 1 + len({p for p in peers if p not in ("torch.compile", "llama-bench")})
-            config = model.fitting(config, dtype, int((free or 8 << 30) * 0.6 / processes))
+            room = model.room_for(len(model.processes(peers)), free or 8 << 30)
+            config = model.fitting(config, dtype, room)
     asked = list(model.workloads(args.prompt, args.depth, args.batch, args.decode))
     for w in asked:
         if w.length + w.new * (args.rounds + 2) > config.max_position_embeddings:

@@ -101,19 +101,28 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"device": str(device), "machine": machine(device), "versions": terminal.versions(), "commit": commit()}
 
 
-@contextmanager
-def memory_limit(device: torch.device) -> Iterator[None]:
-    """Inside, on a CPU, asking for more memory than there is raises, where Linux would end some process instead."""
-    free, used = available_bytes(), _first("/proc/self/status", "VmData")
-    if device.type != "cpu" or free is None or used is None:
-        yield
-        return
+def limit_memory(pid: int) -> tuple[int, int] | None:
+    """From now on this process gets an error if it asks for more memory than there is free at the moment, where Linux would
+    end some process instead. Returns the limits there were; None, and nothing is done, where that cannot be."""
+    free, used = available_bytes(), _first(f"/proc/{pid}/status", "VmData")
+    if free is None or used is None:
+        return None
     import resource
 
-    before = resource.getrlimit(resource.RLIMIT_DATA)
+    before = resource.prlimit(pid, resource.RLIMIT_DATA)
     limit = (int(used.split()[0]) << 10) + free
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if before[1] < 0 else min(limit, before[1]), before[1]))
+    resource.prlimit(pid, resource.RLIMIT_DATA, (limit if before[1] < 0 else min(limit, before[1]), before[1]))
+    return before
+
+
+@contextmanager
+def memory_limit(device: torch.device) -> Iterator[None]:
+    """Inside, on a CPU, this process has `limit_memory`."""
+    before = limit_memory(os.getpid()) if device.type == "cpu" else None
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
+        if before is not None:
+            import resource
+
+            resource.prlimit(0, resource.RLIMIT_DATA, before)

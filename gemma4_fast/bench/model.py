@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from gemma4_fast import ops, terminal
-from gemma4_fast.bench.machine import available_bytes
+from gemma4_fast.bench.machine import available_bytes, limit_memory
 from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.bench.timing import Roofline, Stopwatch, rotated
 from gemma4_fast.cache import KVCache
@@ -116,6 +116,17 @@ def weight_bytes(config: Gemma4Config, dtype: torch.dtype, quantize: str | None 
     return round(count * (QUANTIZED[quantize] if quantize else dtype.itemsize))
 
 
+def room_for(processes: int, free: int) -> int:
+    """Bytes of weights that each of so many processes may hold at once."""
+    return int((0.95 * free / processes - _SPARE) / 1.15)
+
+
+def processes(peers: Sequence[str]) -> list[str]:
+    """What runs beside each other: torch.compile shares transformers' process, and llama-bench lives for one call."""
+    shared = {"llama-bench"} | ({"torch.compile"} if "transformers" in peers else set())
+    return [OURS, *(p for p in peers if p not in shared)]
+
+
 def fitting(config: Gemma4Config, dtype: torch.dtype, room: int) -> Gemma4Config:
     """The model, or the largest of a half, a fifth and fewer of its layers (and of its vocabulary) whose weights fit."""
     n = config.num_hidden_layers
@@ -179,7 +190,8 @@ def floor(config: Gemma4Config, dtype: torch.dtype, quantize: str | None, batch:
 class Worker:
     """A contender's process. `ask` never raises for what goes wrong in there: the answer says so."""
 
-    def __init__(self, peer: str, python: str, scratch: Path) -> None:
+    def __init__(self, peer: str, python: str, scratch: Path, device: torch.device) -> None:
+        self.device = device
         here = Path(__file__).resolve().parent
         self.log = open(scratch / f"{peer}.log", "ab")  # noqa: SIM115  closed by stop
         root = str(here.parent.parent)
@@ -196,6 +208,9 @@ class Worker:
     def ask(self, **request: Any) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
         self._reset_peak()
+        if self.device.type == "cpu":
+            with contextlib.suppress(OSError):  # it has ended
+                limit_memory(self.process.pid)
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
@@ -332,7 +347,7 @@ class ModelBench:
         plan = self.plan
         free = available_bytes() if plan.device.type == "cpu" else torch.cuda.mem_get_info(plan.device)[0]
         each = weight_bytes(plan.config, plan.dtype, plan.quantize)
-        return free is None or len(self._processes()) * (each * 1.15 + _SPARE) <= free * 0.95
+        return free is None or each <= room_for(len(processes(plan.peers)), free)
 
     # ---- workers
     def _start(self, process: str) -> None:
@@ -342,7 +357,7 @@ class ModelBench:
         if not mine:
             return
         self.progress(f"loading {process}")
-        self.workers[process] = worker = Worker(process, plan.pythons.get(process, sys.executable), self.scratch)
+        self.workers[process] = worker = Worker(process, plan.pythons.get(process, sys.executable), self.scratch, plan.device)
         answer = worker.ask(
             do="load",
             path=None if self.path is None else str(self.path),

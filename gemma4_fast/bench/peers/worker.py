@@ -64,21 +64,6 @@ def fault(e: BaseException) -> dict[str, Any]:
     return {"ok": False, "status": "failed", "message": f"{type(e).__name__}: {text}"}
 
 
-def limit_memory(spec: dict[str, Any]) -> None:
-    """So that asking for more than there is raises in here, instead of ending some process of the machine."""
-    if spec.get("device") != "cpu" or not spec.get("memory_bytes"):
-        return
-    try:
-        import resource
-
-        with open("/proc/self/status") as f:
-            used = next(int(line.split()[1]) << 10 for line in f if line.startswith("VmData"))
-        limit = used + spec["memory_bytes"]
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    except (ImportError, OSError, StopIteration):  # not Linux
-        return
-
-
 def answer(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
     what, variant = request.pop("do"), request.get("variant", "")
     cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
@@ -86,7 +71,6 @@ def answer(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
     if counting:
         cuda.reset_peak_memory_stats()
     if what == "load":
-        limit_memory(request)
         found = peer.load(request)
     elif what == "prompt":
         first, steps, tokens = peer.prompt(variant, request["ids"], request["new"])
