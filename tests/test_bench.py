@@ -622,3 +622,16 @@ def test_asking_for_more_memory_than_there_is_raises() -> None:
     with memory_limit(CPU), pytest.raises(RuntimeError, match="allocate memory"):
         torch.ones(available_bytes() or 0, dtype=torch.int16)  # twice of it
     assert torch.ones(1000).sum() == 1000
+
+
+def test_the_readmes_figures_are_rows(run: Run) -> None:
+    root = Path(__file__).resolve().parent.parent
+    files = sorted(map(str, (root / "bench" / "results").glob("*/standard.jsonl")))
+    code, out, _ = run("report", "--markdown", *files)
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    start, end = "standard.jsonl; held by a test -->\n", "<!-- end -->"
+    assert code == 0 and readme[readme.index(start) + len(start) : readme.index(end)].strip() == out.strip()
+    for row in (row for file in files for row in rows.read(file)):
+        assert row.machine["cpu"] and row.commit and row.versions["torch"]
+        if row.command:
+            parser(COMMANDS).parse_args(shlex.split(row.command)[1:])
