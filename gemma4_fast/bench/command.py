@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,13 +39,17 @@ def run(args: Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device, dtype = parse_device(args.device), parse_dtype(args.dtype)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events and graphs are made on the current one
     if args.bench == "all":
         return everything(args, device, dtype)
     work = WORK[args.bench](args, device, dtype)  # what is wrong with the arguments is said here, before any work
     _check_targets(args)
     code, made = measured(args, device, work, args.output, args.append)
     present(made, args)
-    if code == 0 and args.bench == "scale" and args.write:
+    if args.bench == "scale" and args.write:
+        if code:
+            raise ValueError("no crossover is written from a run that was stopped, or had a wrong result")
         _write_crossovers(made)
     return code
 
@@ -52,11 +59,25 @@ def measured(args: Namespace, device: torch.device, work: Work, output: Path | N
     stdout = sys.stdout if args.json else None
     with Recorder(device, output, append=append, stdout=stdout) as recorder, memory_limit(device), _progress(args.quiet) as say:
         try:
-            work(say, recorder.add)
+            with _terminated_like_ctrl_c():
+                work(say, recorder.add)
         except KeyboardInterrupt:
             terminal.note(f"gemma4-fast: stopped; the {len(recorder.rows)} rows that were done are kept")
             return 130, recorder.rows
     return int(any(row.status == "wrong" for row in recorder.rows)), recorder.rows
+
+
+@contextlib.contextmanager
+def _terminated_like_ctrl_c() -> Iterator[None]:
+    """Inside, SIGTERM too ends the work in order: rows kept, processes ended, temporary files removed."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -76,7 +97,7 @@ def _progress(quiet: bool) -> Iterator[Say]:
 # ---------------------------------------------------------------- what is measured
 def _common(args: Namespace, device: torch.device, dtype: torch.dtype) -> str:
     """The options that every row's command has."""
-    return f"--dtype {str(dtype).removeprefix('torch.')} --device {device.type} --threads {torch.get_num_threads()}"
+    return f"--dtype {str(dtype).removeprefix('torch.')} --device {device} --threads {torch.get_num_threads()}"
 
 
 def _names(wanted: Sequence[str], known: Sequence[str], what: str) -> list[str]:
@@ -86,8 +107,11 @@ def _names(wanted: Sequence[str], known: Sequence[str], what: str) -> list[str]:
     return list(wanted) or list(known)
 
 
-def _between_rooflines(device: torch.device, dtype: torch.dtype, inner: Callable[[Roofline, Say, Add], None]) -> Work:
+def _between_rooflines(
+    args: Namespace, device: torch.device, dtype: torch.dtype, inner: Callable[[Roofline, Say, Add], None]
+) -> Work:
     """The machine's own figures, what `inner` measures, and the machine's figures again."""
+    command = f"ops --op rms_norm {_common(args, device, dtype)}"  # the shortest that measures them
 
     def work(say: Say, add: Add) -> None:
         roofline = Roofline(device)
@@ -95,7 +119,7 @@ def _between_rooflines(device: torch.device, dtype: torch.dtype, inner: Callable
         for when in ("start", "end"):
             say(f"the roofline at the {when}: reading, copying, multiplying")
             for row in roofline.rows(when, dtypes):
-                add(row, "")
+                add(row, command)
             if when == "start":
                 inner(roofline, say, add)
 
@@ -113,7 +137,7 @@ def _cases(cases: list[op_rows.Case], args: Namespace, device: torch.device, dty
             for row, command in bench.run(case):
                 add(row, command)
 
-    return _between_rooflines(device, dtype, inner)
+    return _between_rooflines(args, device, dtype, inner)
 
 
 def op_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:
@@ -167,7 +191,7 @@ def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> mod
         else:
             free = available_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
             room = model.room_for(len(model.processes(peers)), free or 8 << 30)
-            config = model.fitting(config, dtype, room)
+            config = model.fitting(config, dtype, int(0.9 * room))  # a little less will be free when they start
     asked = list(model.workloads(args.prompt, args.depth, args.batch, args.decode))
     for w in asked:
         if w.length + w.new * (args.rounds + 2) > config.max_position_embeddings:
@@ -190,7 +214,7 @@ def model_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Wor
     options += f" --backend {','.join(plan.backends)}" if plan.backends else ""
     options += "" if plan.check else " --check off"
     return _between_rooflines(
-        device, dtype, lambda roofline, say, add: model.ModelBench(plan, roofline, add, options, say).run()
+        args, device, dtype, lambda roofline, say, add: model.ModelBench(plan, roofline, add, options, say).run()
     )  # fmt: skip
 
 
@@ -202,35 +226,57 @@ WORK: dict[str, Callable[[Namespace, torch.device, torch.dtype], Work]] = {
 }
 
 
+class _Over(Exception):
+    """The time of the standard report is over."""
+
+
 def everything(args: Namespace, device: torch.device, dtype: torch.dtype) -> int:
-    """The standard report of this machine: all four, into results/<machine>/, beside what was there before."""
+    """The standard report of this machine: all four, into results/<machine>/, beside what was there before.
+
+    When the minutes are over, what is left is not begun. The whole-model part comes last, as it takes what there is.
+    """
     folder = args.results / label(machine(device))
     file, previous, pages = folder / "standard.jsonl", folder / "standard.previous.jsonl", folder / "report"
+    part = folder / "standard.part.jsonl"
     given = Namespace(
         **{k: v for k, v in vars(args).items() if k != "config"}, op=[], case=[], axis=[], points=None, context=None, depth=[],
         layers=None, vocab=None, model=None, quantize=None, check="quick", batch=[1], prompt=[128, 512], decode=32, rounds=3,
     )  # fmt: skip
     parts = []
-    for name in ("cache", "model", "ops", "scale"):
+    for name in ("cache", "ops", "scale", "model"):
         config = [] if name == "cache" else args.config
         parts.append(WORK[name](Namespace(**vars(given), config=config), device, dtype))
     plots.require()
     pages.mkdir(parents=True, exist_ok=True)
-    if file.exists():
-        os.replace(file, previous)
+    part.unlink(missing_ok=True)
+    deadline = time.monotonic() + 60 * args.minutes
 
     def work(say: Say, add: Add) -> None:
-        for part in parts:
-            part(say, add)
+        def say_in_time(text: str) -> None:
+            if time.monotonic() > deadline:
+                raise _Over
+            say(text)
 
-    code, made = measured(args, device, work, file, append=False)
+        for inner in parts:
+            try:
+                inner(say_in_time, add)
+            except _Over:
+                terminal.note(f"bench: {args.minutes} minutes are over; what was left is not measured (--minutes gives more)")
+                return
+
+    code, made = measured(args, device, work, part, append=False)
+    if code == 130:
+        terminal.note(f"rows: {part}")
+        return code
+    if file.exists():
+        os.replace(file, previous)
+    os.replace(part, file)
     if not args.json:
         show.tables(made, show.console())
-    if made:
-        rows.write_csv(made, pages / "rows.csv")
-        html.write(made, pages / "index.html", plots.draw(made, pages))
+    rows.write_csv(made, pages / "rows.csv")
+    html.write(made, pages / "index.html", plots.draw(made, pages))
     terminal.note(f"rows: {file}\nreport: {pages / 'index.html'}")
-    if previous.exists() and code != 130:
+    if previous.exists():
         found = comparing.compare(rows.read(previous), made, 0.05)
         terminal.note("beside the run before:\n" + comparing.text(found, 0.05))
     return code

@@ -16,6 +16,7 @@ from gemma4_fast.bench.show import memory, spread, who
 from gemma4_fast.tables import render
 
 WORSE = ("slower", "larger", "broken")
+ENOUGH, FEW = 5, 1.1  # samples below which a spread says little, and the factor by which it is then widened
 _SOME = 64 << 20  # bytes of memory that a process may take more or less from run to run
 
 
@@ -90,7 +91,8 @@ def _time(a: Row, b: Row, threshold: float) -> Change:
     old, new = a.time_us, b.time_us
     if old.median <= 0 or new.median <= 0 or old.p20 <= 0 or new.p20 <= 0:
         return Change(a, b, "time", "same")
-    ratio, low, high = new.median / old.median, new.p20 / old.p80, new.p80 / old.p20
+    few = FEW if min(old.samples, new.samples) < ENOUGH else 1.0
+    ratio, low, high = new.median / old.median, new.p20 / old.p80 / few, new.p80 / old.p20 * few
     drift = _drift(a, b)
     verdict = "same"
     if ratio / max(1.0, drift) > 1 + threshold and low > max(1.0, drift):

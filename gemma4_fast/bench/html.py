@@ -121,7 +121,7 @@ def write(rows: Sequence[Row], path: str | Path, pictures: Mapping[str, Path]) -
 def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """What is the same for all rows of a machine."""
     machine = rows[0].machine
-    times = sorted(row.started for row in rows if row.started)
+    times = sorted(row.finished for row in rows if row.finished)
     memory = [show.memory(machine.get(name)) for name in ("gpu_memory_bytes", "memory_bytes") if machine.get(name)]
     return [
         ("machine", hardware(rows[0])),

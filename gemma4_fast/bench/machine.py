@@ -48,13 +48,21 @@ def _cpu_mhz() -> float | None:
 
 
 def available_bytes() -> int | None:
-    """Memory that a process may take now without pushing others out; None where the system does not tell."""
+    """Memory that a process may take now without pushing others out, its container's limit included; None where the system
+    does not tell."""
     text = _first("/proc/meminfo", "MemAvailable")
-    return None if text is None else int(text.split()[0]) << 10
+    if text is None:
+        return None
+    free = int(text.split()[0]) << 10
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return free
+    return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The hardware as a row records it. Clocks and load are those of this moment."""
+    """The hardware as a row records it, without what changes (see `clocks`)."""
     features = native.cpu_features()
     found: dict[str, Any] = {
         "cpu": cpu_name(),
@@ -64,8 +72,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpu_flags": sorted(n for n, there in features.items() if there)
         if features is not None
         else [torch.backends.cpu.get_cpu_capability()],
-        "cpu_mhz": _cpu_mhz(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
     }
     if (total := _first("/proc/meminfo", "MemTotal")) is not None:
@@ -73,10 +79,18 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         found |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory, "gpu_arch": f"{gpu.major}.{gpu.minor}"}
-        query = "clocks.sm,clocks.mem,power.limit,driver_version"
-        uuid = str(getattr(gpu, "uuid", device.index or 0))
-        if (text := _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", f"GPU-{uuid}")) is not None:
-            names = "gpu_clock", "gpu_memory_clock", "gpu_power_limit", "gpu_driver"
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def clocks(device: torch.device) -> dict[str, Any]:
+    """What changes while a benchmark runs: clocks and load, at this moment."""
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    found: dict[str, Any] = {"cpu_mhz": _cpu_mhz(), "load_average": load}
+    if device.type == "cuda":
+        uuid = f"GPU-{getattr(torch.cuda.get_device_properties(device), 'uuid', '')}"
+        query = "--query-gpu=clocks.sm,clocks.mem,power.draw,power.limit,driver_version"
+        if (text := _output("nvidia-smi", query, "--format=csv,noheader", "-i", uuid)) is not None:
+            names = "gpu_clock", "gpu_memory_clock", "gpu_power", "gpu_power_limit", "gpu_driver"
             found |= dict(zip(names, text.split(", "), strict=False))
     return {k: v for k, v in found.items() if v is not None}
 

@@ -52,8 +52,8 @@ def measure(
     allocated, read, where = 0, 0, str(device)
     lens = torch.full((batch,), context, dtype=torch.int32)
     for layer in layers:
-        shape = batch * context * layer.num_kv_heads * layer.head_dim * dtype.itemsize * 2
-        on = device if shape <= _LARGE else torch.device("meta")
+        size = batch * context * layer.num_kv_heads * layer.head_dim * dtype.itemsize * 2
+        on = device if size <= _LARGE else torch.device("meta")
         cache = allocate(layer, batch, context, dtype, on)
         if layer.kv_donor is None:
             allocated += sum(t.untyped_storage().nbytes() for t in (cache.k, cache.v) if t is not None)
@@ -80,5 +80,5 @@ def rows(
                 else:
                     changed = [change(layer) for layer in layers]
                     row.cache_bytes, row.read_bytes, where = measure(changed, context, dtype, device)
-                    row.params["allocated_on"] = where
-                yield row, f"cache --config {member} --context {context} --dtype {short}"
+                    row.message = "" if where == str(device) else "large layers by the books of the meta device"
+                yield row, f"cache --config {member} --context {context} --dtype {short} --device {device}"

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ import torch
 
 from gemma4_fast import ops, terminal
 from gemma4_fast.bench.machine import available_bytes, limit_memory
+from gemma4_fast.bench.recorder import fault
 from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.bench.timing import Roofline, Stopwatch, rotated
 from gemma4_fast.cache import KVCache
@@ -45,6 +47,7 @@ PEERS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 FROM_FILES = ("vllm", "llama.cpp", "llama-bench")  # these load checkpoints; the others can make dummy weights themselves
 ROUNDS = 5
 PATIENCE = 30.0  # seconds that all turns of one contender with one workload may take together
+LIMIT = 600.0  # seconds after which a process that does not answer is ended
 SCORED = 16, 20  # tokens of the prompt whose next token's log-probabilities are compared, and how many of the likeliest
 _SPARE = 1 << 30  # bytes that a process needs beside its weights
 # Bytes a weight takes: quantized ones with an fp16 scale for each 32 (Q8_0, Q4_0).
@@ -187,6 +190,12 @@ def floor(config: Gemma4Config, dtype: torch.dtype, quantize: str | None, batch:
 
 
 # ---------------------------------------------------------------- processes
+def _visible(device: torch.device) -> str:
+    """What CUDA_VISIBLE_DEVICES must be for a process that shall see this GPU alone."""
+    seen, index = os.environ.get("CUDA_VISIBLE_DEVICES"), device.index or 0
+    return seen.split(",")[index] if seen else str(index)
+
+
 class Worker:
     """A contender's process. `ask` never raises for what goes wrong in there: the answer says so."""
 
@@ -195,6 +204,8 @@ class Worker:
         here = Path(__file__).resolve().parent
         self.log = open(scratch / f"{peer}.log", "ab")  # noqa: SIM115  closed by stop
         root = str(here.parent.parent)
+        # A CPU row must not use a GPU on the quiet, as llama.cpp would for long prompts. Otherwise it sees one GPU, its own.
+        seen = "" if device.type == "cpu" else _visible(device)
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
         self.process = subprocess.Popen(
             [python, str(here / "peers" / "worker.py"), str(here / "peers" / PEERS[peer][0])],
@@ -202,7 +213,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": seen, "HIP_VISIBLE_DEVICES": seen},
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -211,20 +222,32 @@ class Worker:
         if self.device.type == "cpu":
             with contextlib.suppress(OSError):  # it has ended
                 limit_memory(self.process.pid)
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            self.process.kill()
+
+        timer = threading.Timer(LIMIT, end)
+        timer.daemon = True
+        timer.start()
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        timer.cancel()
         if not line:
-            return self._ended()
+            return self._ended(late.is_set())
         answer: dict[str, Any] = json.loads(line)
-        answer.setdefault("peak_bytes", self._peak())
+        answer.setdefault("peak_bytes", self._peak() if self.device.type == "cpu" else None)
         return answer
 
-    def _ended(self) -> dict[str, Any]:
+    def _ended(self, late: bool) -> dict[str, Any]:
         code = self.process.wait()
+        if late:
+            return {"ok": False, "status": "failed", "message": f"no answer within {LIMIT:.0f} s"}
         self.log.flush()
         last = Path(self.log.name).read_bytes()[-4000:].decode(errors="replace").strip().splitlines()[-1:]
         if code == -9:
@@ -262,6 +285,7 @@ class Result:
     first_us: list[float] = field(default_factory=list)
     steps_us: list[float] = field(default_factory=list)
     warm_s: float = 0.0  # that the uncounted run took
+    tokens: list[list[int]] | None = None  # of that run, which all contenders do on the same prompts
     peak_bytes: int | None = None
     fault: dict[str, Any] | None = None
 
@@ -308,7 +332,7 @@ class ModelBench:
 
     def _processes(self) -> list[str]:
         """torch.compile's contender shares transformers' process, if that is there."""
-        return [p for p in self._peers() if p != "torch.compile" or "transformers" not in self._peers()]
+        return [p for p in self._peers() if self._process_of(Contender(p, "")) == p]
 
     def _process_of(self, c: Contender) -> str:
         return "transformers" if c.peer == "torch.compile" and "transformers" in self._peers() else c.peer
@@ -327,8 +351,15 @@ class ModelBench:
             }  # fmt: skip
             return None
         self.progress("writing the weights to a checkpoint")
-        model = Gemma4.dummy(plan.config, dtype=plan.dtype, device=plan.device, seed=plan.seed)
-        model.save_pretrained(self.scratch / "checkpoint")
+        try:
+            model = Gemma4.dummy(plan.config, dtype=plan.dtype, device=plan.device, seed=plan.seed)
+            model.save_pretrained(self.scratch / "checkpoint")
+        except (MemoryError, OSError, RuntimeError) as e:
+            self.faults |= {c: fault(e) for c in self.contenders if c.peer in FROM_FILES}
+            return None
+        del model
+        if plan.device.type == "cuda":
+            torch.cuda.empty_cache()  # the contenders' processes need it
         return self.scratch / "checkpoint"
 
     def _gguf(self) -> None:
@@ -340,7 +371,7 @@ class ModelBench:
 
         self.progress("writing the weights to a GGUF file")
         # Where that fails the peer's own process tries it again, and tells.
-        with contextlib.suppress(ModuleNotFoundError, Unsupported, OSError):
+        with contextlib.suppress(ModuleNotFoundError, Unsupported, OSError, MemoryError, RuntimeError):
             write_gguf(self.path, self.scratch / f"{self.path.resolve().name}-{plan.quantize or 'bf16'}.gguf", plan.quantize)
 
     def _fit_together(self) -> bool:
@@ -364,7 +395,7 @@ class ModelBench:
             config=plan.config.to_dict(),
             dtype=str(plan.dtype).removeprefix("torch."),
             quantize=plan.quantize,
-            device=str(plan.device),
+            device="cpu" if plan.device.type == "cpu" else "cuda:0",  # the only one it sees
             threads=torch.get_num_threads(),
             seed=plan.seed,
             max_len=max(w.length + (2 + plan.rounds) * w.new for w in plan.workloads),
@@ -412,7 +443,7 @@ class ModelBench:
         for process in self._processes():
             self._start(process)
         for w in self.plan.workloads:
-            for round_ in range(self.plan.rounds + 1):  # the first warms up, and its tokens are compared
+            for round_ in range(self.plan.rounds + 1):  # the first warms up
                 self.progress(f"{_name(w)}: round {round_} of {self.plan.rounds}")
                 for c in rotated(self.contenders, round_):
                     self._probe(w)
@@ -427,6 +458,8 @@ class ModelBench:
                 for w in self.plan.workloads:
                     for c in [c for c in self.contenders if self._process_of(c) == process]:
                         self.progress(f"round {round_ + 1} of {self.plan.rounds}, {c.label}: {_name(w)}")
+                        if self._out_of_patience(w, c, round_ + 1):
+                            continue
                         self._probe(w)
                         self._turn(w, c, 0)  # each start needs a warm-up of its own
                         self._turn(w, c, round_ + 1)
@@ -443,14 +476,15 @@ class ModelBench:
         samples["product"].append(self.stopwatch.seconds(product) * 1e6)
 
     def _turn(self, w: Workload, c: Contender, round_: int) -> None:
-        """Round 0 is not counted."""
+        """Round 0 is not counted. It runs twice if it was slow, as the first of them may have compiled something."""
         result = self.results.setdefault((w, c), Result(fault=self.faults.get(c)))
         process = self._process_of(c)
         if result.fault is not None or process not in self.workers:
-            result.fault = result.fault or {"status": "failed", "message": "its process has ended"}
+            ended = {"status": "failed", "message": "its process has ended"}
+            result.fault = result.fault or self.faults.get(c, ended)
             return
-        if round_ > 1 and round_ * result.warm_s > PATIENCE:
-            return  # a contender this slow has fewer turns
+        if self._out_of_patience(w, c, round_):
+            return
         ids = w.ids(self.plan.config.vocab_size, round_)
         start = time.perf_counter()
         answer = self.workers[process].ask(do="depth" if w.depth else "prompt", variant=c.variant, ids=ids, new=w.new)
@@ -461,13 +495,22 @@ class ModelBench:
                 self._start(process)
             return
         if round_ == 0:
+            slow = result.warm_s == 0 and (time.perf_counter() - start) * self.plan.rounds > PATIENCE
             result.warm_s = time.perf_counter() - start
+            result.tokens = answer["tokens"] or None
+            if slow:
+                self._turn(w, c, 0)
             return
         if answer.get("first_s") is not None:
             result.first_us.append(answer["first_s"] * 1e6)
         result.steps_us += [s * 1e6 for s in answer["steps_s"]]
         if answer["peak_bytes"] is not None:
             result.peak_bytes = max(result.peak_bytes or 0, answer["peak_bytes"])
+
+    def _out_of_patience(self, w: Workload, c: Contender, round_: int) -> bool:
+        """Whether a contender this slow has had its turns. The first is always had."""
+        result = self.results.get((w, c))
+        return result is not None and round_ > 1 and round_ * result.warm_s > PATIENCE
 
     # ---- rows
     def _write_rest(self) -> None:
@@ -486,12 +529,21 @@ class ModelBench:
         }  # fmt: skip
         if plan.quantize:
             at["quantize"] = plan.quantize
+        ours = next((r.tokens for c in self.contenders if (r := self.results.get((w, c))) and r.tokens), None)
         for c in self.contenders:
             result = self.results.get((w, c))
             if result is None:
                 continue
             process = self._process_of(c)
-            notes = [self.notes.get(process, ""), _distance(self._our_scores(), self.scores.get(c)) if c.peer != OURS else ""]
+            notes = [self.notes.get(process, "")]
+            if c.variant == "compile":
+                notes.append("default mode, static cache, grouped_mm experts")
+            if c.peer != OURS:
+                notes.append(_distance(self._our_scores(), self.scores.get(c)) or f"not compared with {OURS}")
+            if (
+                c.peer != OURS and plan.path is not None and not w.depth
+            ):  # dummy weights repeat the last token, whoever runs them
+                notes.append(_agreement(ours, result.tokens))
             fields: dict[str, Any] = dict(
                 dtype=dtype, roofline=roof, peak_bytes=result.peak_bytes, message="; ".join(n for n in notes if n),
                 versions={process: self.versions[process]} if self.versions.get(process) and process != OURS else {},
@@ -546,12 +598,25 @@ def _name(w: Workload) -> str:
 
 def _distance(ours: list[tuple[int, float]] | None, theirs: list[tuple[int, float]] | None) -> str | None:
     """How far the log-probabilities of the likeliest next tokens lie apart; None if it cannot be the same model, as fewer than
-    half of the tokens are the same."""
+    half of the tokens are the same, or half of them differ by more than a nat. Empty if one of the two is not known."""
     if not ours or not theirs:
         return ""
     other = dict(theirs)
-    both = [abs(p - other[token]) for token, p in ours if token in other]
-    return None if 2 * len(both) < len(ours) else f"log-probabilities within {max(both):.2g} of {OURS}'s"
+    both = sorted(abs(p - other[token]) for token, p in ours if token in other)
+    if 2 * len(both) < len(ours) or both[len(both) // 2] > 1.0:
+        return None
+    return f"log-probabilities within {both[-1]:.2g} of {OURS}'s"
+
+
+def _agreement(ours: list[list[int]] | None, theirs: list[list[int]] | None) -> str:
+    """How far greedy decoding agrees, in the sequence where it parts first."""
+    if not ours or not theirs:
+        return ""
+    same = min(
+        next((i for i, (a, b) in enumerate(zip(x, y, strict=False)) if a != b), len(x))
+        for x, y in zip(ours, theirs, strict=True)
+    )
+    return f"greedy tokens agree: {same} of {len(ours[0])}"
 
 
 def workloads(prompts: Sequence[int], depths: Sequence[int], batches: Sequence[int], new: int) -> Iterator[Workload]:

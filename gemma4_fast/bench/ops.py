@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,8 @@ from torch import Tensor
 from gemma4_fast import ops
 from gemma4_fast.bench.recorder import fault
 from gemma4_fast.bench.rows import Row, Spread
-from gemma4_fast.bench.timing import Roofline, Rotation, Stopwatch, captured, turns
-from gemma4_fast.ops.accuracy import Judge
+from gemma4_fast.bench.timing import Call, Roofline, Rotation, Stopwatch, captured, turns
+from gemma4_fast.ops.accuracy import Judge, Verdict
 from gemma4_fast.ops.table import Maker, Op
 
 _BLOCK = 1_000_003  # a prime, so that the noise does not come round at the same column of any matrix
@@ -48,6 +49,7 @@ class Case:
     params: dict[str, Any] = field(default_factory=dict)
     tokens: int | None = None
     judged: Callable[[Maker], dict[str, Any]] | None = None
+    judged_at: str = ""  # what those are, for people
     rivals: Mapping[str, Op] = field(default_factory=dict)  # other ways to the same result: a contender each, per backend
     command: str = ""
 
@@ -112,66 +114,83 @@ class OpBench:
 
     def run(self, case: Case) -> list[tuple[Row, str]]:
         """The rows of one case, and the command that makes each again. Whatever a backend raises is its row's result."""
+        rows: list[Row] = []
         try:
-            with torch.inference_mode(), torch.cuda.device(self.device if self.device.type == "cuda" else -1):
-                rows = self._run(case)
+            with torch.inference_mode():
+                self._run(case, rows)
         except Exception as e:  # noqa: BLE001  inputs that do not fit, for one
-            rows = [self._row(case, name, **fault(e)) for name in self._serving(case)]
+            told = {row.contender for row in rows}
+            rows += [self._row(case, name, **fault(e)) for name in self._functions(case) if name not in told]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # a fault that stays ends the run here, where it is told as what it is
         base = f"{'scale' if case.kind == 'scale' else 'ops'} {case.command}"
         return [(row, f"{base} --backend {row.contender.split()[0]} {self.options}".rstrip()) for row in rows]
 
-    def _serving(self, case: Case) -> dict[str, str | None]:
-        return serving(case.op, self.device, self.dtype, self.backends)
-
     def _row(self, case: Case, contender: str, **fields: Any) -> Row:
         dtype = str(self.dtype).removeprefix("torch.")
-        return Row(
-            case.kind, case.name, contender, dtype=dtype, params=case.params, tokens=case.tokens, **fields
-        )  # fmt: skip
+        return Row(case.kind, case.name, contender, dtype=dtype, params=case.params, tokens=case.tokens, **fields)
 
-    def _run(self, case: Case) -> list[Row]:
-        args = case.make(BlockMaker(self.dtype, self.device, self.seed))
-        cost = case.op.cost(*args.values())
-        asked = self._serving(case)
-        rows = [self._row(case, b, status="unsupported", message=why) for b, why in asked.items() if why is not None]
-        functions = {
+    def _functions(self, case: Case) -> dict[str, Callable[..., Any]]:
+        """By contender: each backend, or each of the rival ways on each backend."""
+        return {
             f"{backend} {name}".rstrip(): bound_to(op, backend)
-            for backend, why in asked.items()
+            for backend, why in serving(case.op, self.device, self.dtype, self.backends).items()
             if why is None
             for name, op in (case.rivals or {"": case.op}).items()
         }
+
+    def _run(self, case: Case, rows: list[Row]) -> None:
+        args = case.make(BlockMaker(self.dtype, self.device, self.seed))
+        cost = case.op.cost(*args.values())
+        for backend, why in serving(case.op, self.device, self.dtype, self.backends).items():
+            if why is not None:
+                rows.append(self._row(case, backend, status="unsupported", message=why))
+        functions = self._functions(case)
         right: dict[str, dict[str, float]] = {}
-        judge = self._judge(case, args)
+        judge: Judge | None = self._judge(case, args)
+        assert judge is not None
         for contender, fn in functions.items():
             try:
                 verdict = judge(fn)
             except Exception as e:  # noqa: BLE001  a kernel that does not run has this row
                 rows.append(self._row(case, contender, **fault(e)))
                 continue
-            found = {"max": verdict.error, "allowed": verdict.allowed}
             if verdict.ok:
-                right[contender] = found
+                right[contender] = {"max": verdict.error, "allowed": verdict.allowed}
             else:
-                finite = {k: v for k, v in found.items() if math.isfinite(v)}
-                rows.append(self._row(case, contender, status="wrong", message=verdict.message, error=finite))
-        del judge
+                rows.append(self._wrong(case, contender, "eager", verdict))
         if not right:
-            return rows
+            return
+        if self.device.type != "cuda" or case.judged is not None:
+            judge = None  # its truth is as large as the inputs
         rotation = Rotation(args, cost.bytes, self.device)
-        calls = {(name, "eager"): rotation.call(functions[name]) for name in right}
+        calls: dict[tuple[str, str], Call] = {}
         repeats: dict[tuple[str, str], int] = {}
+        for name in right:
+            rotation.warm(functions[name])
+            calls[name, "eager"] = rotation.call(functions[name])
         if self.device.type == "cuda":
-            count = max(len(rotation.copies), 8)  # calls in one replay: all copies, so that they are cold here too
             for name in right:
+                # One replay runs on all copies, so that they are cold here too.
+                many = [
+                    functools.partial(functions[name], *copy) for copy in (rotation.copies * 8)[: max(8, len(rotation.copies))]
+                ]
                 try:
-                    calls[name, "graph"] = captured([rotation.call(functions[name])] * count)
-                    repeats[name, "graph"] = count
+                    replay, out = captured(many)
+                    verdict = self._replayed(judge, replay, out)
                 except Exception as e:  # noqa: BLE001  it waits for the device, say
                     rows.append(self._row(case, name, mode="graph", **fault(e)))
+                    continue
+                if verdict.ok:
+                    calls[name, "graph"], repeats[name, "graph"] = replay, len(many)
+                else:
+                    rows.append(self._wrong(case, name, "graph", verdict))
+        judge = None
         named = {f"{name} {mode}": call for (name, mode), call in calls.items()}
         probes = self.roofline.probes(cost.flops, cost.bytes, self.dtype)
         samples = turns(named, self.stopwatch, self.seconds * len(named), probes)
         roof = self.roofline.of_samples(samples, self.dtype)
+        remark = f"judged at {case.judged_at}" if case.judged is not None else ""
         for name, mode in calls:
             took = [us / repeats.get((name, mode), 1) for us in samples[f"{name} {mode}"]]
             rows.append(
@@ -185,9 +204,25 @@ class OpBench:
                     roofline=roof,
                     cold=rotation.cold,
                     error=right[name],
+                    message=remark,
                 )
             )
-        return rows
+
+    def _wrong(self, case: Case, contender: str, mode: str, verdict: Verdict) -> Row:
+        found = {k: v for k, v in (("max", verdict.error), ("allowed", verdict.allowed)) if math.isfinite(v)}
+        return self._row(case, contender, mode=mode, status="wrong", message=verdict.message, error=found)
+
+    @staticmethod
+    def _replayed(judge: Judge | None, replay: Call, out: Any) -> Verdict:
+        """Whether a replay writes what it should, over outputs that were spoilt before. Caches are judged in the eager call."""
+        outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None]
+        for o in outs:
+            o.fill_(float("nan") if o.dtype.is_floating_point else -7)
+        replay()
+        torch.cuda.synchronize()
+        if judge is None:
+            return Verdict(all(bool(o.isfinite().all()) for o in outs), "a replay leaves outputs unwritten")
+        return judge.of(outs + judge.truth_of_mutated(len(outs)))
 
     def _judge(self, case: Case, args: Mapping[str, Any]) -> Judge:
         """Truth in fp64; for half precision of a size that fourfold would not fit, in fp32."""

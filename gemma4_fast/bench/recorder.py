@@ -11,7 +11,7 @@ from typing import TextIO
 import torch
 
 from gemma4_fast.bench import rows
-from gemma4_fast.bench.machine import environment
+from gemma4_fast.bench.machine import clocks, environment
 from gemma4_fast.bench.rows import Row
 from gemma4_fast.errors import UnsupportedError, out_of_memory
 
@@ -30,7 +30,7 @@ class Recorder:
         self.rows: list[Row] = []
         self._file = None if output is None else open(output, "a", encoding="utf-8")  # noqa: SIM115  closed with the recorder
         self._stdout = stdout
-        self._environment = environment(device)
+        self._device, self._environment = device, environment(device)
 
     def __enter__(self) -> Recorder:
         return self
@@ -41,8 +41,10 @@ class Recorder:
 
     def add(self, row: Row, command: str = "") -> Row:
         """command: what makes this row again, without the program's name."""
-        started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        own = {**self._environment, "versions": {**self._environment["versions"], **row.versions}, "started": started}
+        own = dict(self._environment)
+        own["machine"] = {**own["machine"], **clocks(self._device)}
+        own["versions"] = {**own["versions"], **row.versions}
+        own["finished"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         row = dataclasses.replace(row, command=f"gemma4-fast bench {command}" if command else row.command, **own)
         self.rows.append(row)
         for stream in (self._file, self._stdout):

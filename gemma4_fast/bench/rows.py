@@ -62,7 +62,7 @@ class Row:
     cache_bytes: int | None = None  # allocated
     read_bytes: int | None = None  # of the cache, for one decoded token
     command: str = ""
-    started: str = ""
+    finished: str = ""
     machine: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str | None] = field(default_factory=dict)
     commit: str | None = None

@@ -100,6 +100,7 @@ def _case(axis: str, a: Axis, x: int) -> Case:
         params={"axis": axis, "series": a.series, "op": a.op.name, "x": x},
         tokens=a.tokens(x),
         judged=make(JUDGED_CONTEXT) if axis == "context" and x > JUDGED_CONTEXT else None,
+        judged_at=f"{axis} {JUDGED_CONTEXT}",
         rivals=a.rivals,
         command=f"--axis {axis} --points {x}",
     )
@@ -118,11 +119,15 @@ def crossovers(rows: Sequence[Row]) -> dict[str, int]:
     for mode in ("eager", "graph"):  # the second counts where there is one: a model replays graphs
         for where in [w for w, path, m in times if m == mode and path == "moe_decode"]:
             decode, grouped = times[where, "moe_decode", mode], times.get((where, "grouped", mode), {})
-            both = sorted(decode.keys() & grouped.keys())
-            lost = [x for x in both if decode[x].median > EQUAL * grouped[x].median and decode[x].p20 > grouped[x].p80]
-            if both:
-                found[where] = max((x for x in both if not lost or x < lost[0]), default=0)
+            points = sorted(grouped)
+            lost = [x for x in points if x not in decode or _slower(decode[x], grouped[x])]
+            if points:
+                found[where] = max((x for x in points if not lost or x < lost[0]), default=0)
     return found
+
+
+def _slower(a: Spread, b: Spread) -> bool:
+    return a.median > EQUAL * b.median and a.p20 > b.p80
 
 
 def write_crossovers(found: Mapping[str, int], file: Path | None = None) -> Path:

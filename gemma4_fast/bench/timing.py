@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gemma4_fast.bench.machine import available_bytes
 from gemma4_fast.bench.rows import Row, Spread
+from gemma4_fast.errors import UnsupportedError
 
 Call = Callable[[], Any]
 T = TypeVar("T")
@@ -28,14 +31,18 @@ RATE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last cache before memory: a GPU's L2, a processor's L3 (32 MiB where the system does not tell)."""
+    """Size of the last caches before memory: a GPU's L2; of the L3s that this process's processors have, the sum (32 MiB where
+    the system does not tell)."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    sizes = [0]
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text().strip()
-        sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]] if text[-1:] in "KM" else int(text))
-    return max(sizes) or 32 << 20
+    found: dict[tuple[int, str], int] = {}  # (level, the processors that share it)
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(1)
+    for cpu in cpus:
+        for index in Path(f"/sys/devices/system/cpu/cpu{cpu}/cache").glob("index*"):
+            level, shared, size = ((index / name).read_text().strip() for name in ("level", "shared_cpu_list", "size"))
+            found[int(level), shared] = int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] if size[-1:] in "KM" else int(size)
+    last = max((level for level, _ in found), default=0)
+    return sum(size for (level, _), size in found.items() if level == last) or 32 << 20
 
 
 class Stopwatch:
@@ -62,12 +69,16 @@ class Stopwatch:
 class Rotation:
     """Copies of a call's arguments, handed out in turn, so that none is in a cache when its turn comes.
 
-    touched: bytes that one call reads. `cold` says whether the copies, at most `limit` of them, exceed twice the cache.
+    touched: bytes that one call reads. `cold` says whether the copies (at most `limit` of them, in at most a quarter of the
+    free memory) exceed twice the cache.
     """
 
     def __init__(self, args: Mapping[str, Any], touched: int, device: torch.device, limit: int = 8192) -> None:
         whole = 2 * cache_bytes(device)
-        count = min(limit, max(1, -(-whole // max(1, touched))))
+        one = sum(v.nbytes for v in args.values() if isinstance(v, Tensor))
+        free = available_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+        room = limit if free is None else max(1, free // 4 // max(1, one))
+        count = min(limit, room, max(1, -(-whole // max(1, touched))))
         self.cold = count * touched >= whole
         self.copies = [tuple(args.values())]
         for _ in range(count - 1):
@@ -78,21 +89,43 @@ class Rotation:
         """fn on the next copy, whoever had the one before."""
         return lambda: fn(*next(self._turn))
 
+    def warm(self, fn: Callable[..., Any], seconds: float = 1.0) -> None:
+        """fn on every copy, for at most so long: what a backend makes once for each weight is made before the clock runs."""
+        start = time.perf_counter()
+        for args in self.copies:
+            fn(*args)
+            if time.perf_counter() - start > seconds:
+                return
 
-def captured(calls: Sequence[Call]) -> Call:
-    """One CUDA graph of all the calls; RuntimeError if one of them waits for the device."""
+
+def captured(calls: Sequence[Call]) -> tuple[Call, Any]:
+    """One CUDA graph of all the calls, and what the last of them returns, which each replay writes anew.
+
+    The calls have run before. UnsupportedError if one of them waits for the device, which a graph cannot.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        calls[0]()
+    except RuntimeError as e:
+        raise UnsupportedError(f"waits for the device, so no graph can hold it: {str(e).splitlines()[0]}") from e
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # a first run outside: compiles, and fills what is kept between calls
-        for call in calls[:3]:
+    graph, out = torch.cuda.CUDAGraph(), None
+    with torch.cuda.stream(side):  # torch.cuda.graph would leave its own stream current if the capture's end raised
+        for call in calls:  # on this stream too, whose memory is its own
             call()
+        torch.cuda.synchronize()
+        graph.capture_begin()
+        try:
+            for call in calls:
+                out = call()
+        finally:
+            graph.capture_end()
     torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph.replay
+    return graph.replay, out
 
 
 def turns(

@@ -67,7 +67,10 @@ class Judge:
 
     def __call__(self, fn: Callable[..., Any]) -> Verdict:
         with nan_poison():
-            got = outputs(self.op, fn, self.args)
+            return self.of(outputs(self.op, fn, self.args))
+
+    def of(self, got: list[Tensor]) -> Verdict:
+        """Of outputs that are there already."""
         if len(got) != len(self.truth):
             return Verdict(False, f"{len(got)} outputs, expected {len(self.truth)}")
         worst = Verdict(True)
@@ -78,6 +81,11 @@ class Judge:
             if verdict.error * worst.allowed >= worst.error * verdict.allowed:
                 worst = verdict
         return worst
+
+    def truth_of_mutated(self, returned: int) -> list[Tensor]:
+        """The right values of what is written in place, in the dtype that it has: to stand in where only the returned outputs
+        are judged."""
+        return [t.to(p.dtype) for t, p in zip(self.truth[returned:], self.plain[returned:], strict=True)]
 
     def _one(self, got: Tensor, plain: Tensor, truth: Tensor) -> Verdict:
         if got.shape != plain.shape or got.dtype != plain.dtype:

@@ -28,7 +28,7 @@ class Peer:
         found = self._run(1, 0, 0)
         if device != "cpu" and found["backends"] == "CPU":
             raise Unsupported("this build of llama.cpp has no GPU support")
-        note = "its own random tokens; no sampling; steps are averages"
+        note = "its own random tokens; no sampling; a step is the average of a run"
         return {"version": f"{found['build_number']} ({found['build_commit']})", "note": note}
 
     def prompt(self, variant: str, ids: list[list[int]], new: int) -> tuple[float, list[float], list[list[int]]]:
@@ -38,11 +38,11 @@ class Peer:
         length = len(ids[0])
         first = self._run(length, 0, 0)["avg_ns"] / 1e9
         step = self._run(0, new - 1, length)["avg_ns"] / 1e9 / (new - 1) if new > 1 else 0.0
-        return first, [step] * (new - 1), []
+        return first, [step] if new > 1 else [], []
 
     def depth(self, variant: str, ids: list[list[int]], new: int) -> tuple[list[float], list[list[int]]]:
         _one(ids)
-        return [self._run(0, new, len(ids[0]))["avg_ns"] / 1e9 / new] * new, []
+        return [self._run(0, new, len(ids[0]))["avg_ns"] / 1e9 / new], []
 
     def _run(self, prompt: int, new: int, depth: int) -> dict[str, Any]:
         """What it says of one test: `prompt` tokens at once or `new` tokens one by one, after `depth` tokens."""

@@ -46,9 +46,9 @@ class Peer:
 
     def prompt(self, variant: str, ids: list[list[int]], new: int) -> tuple[float, list[float], list[list[int]]]:
         self._use(variant)
-        session = Session(self.model, ids, max_new_tokens=new, stop_token_ids=())
         tokens: list[list[int]] = [[] for _ in ids]
         times = [time.perf_counter()]
+        session = Session(self.model, ids, max_new_tokens=new, stop_token_ids=())
         for step in session.run():
             times.append(time.perf_counter())
             for token in step:
@@ -76,8 +76,12 @@ class Peer:
         for _ in range(new):
             with model.running():
                 step = model.model.step([1] * batch, cache, decode=True)
-                last = model.logits(model.model(last, step, cache), argmax=True)
-            out.append(last.tolist())
+                hidden = model.model(last, step, cache)
+                last = model.logits(hidden, argmax=True)
+                tokens, finite = torch.stack((last, hidden.isfinite().all(-1).long())).tolist()  # as generate does
+            if not all(finite):
+                raise FloatingPointError("the model's activations are not finite")
+            out.append(tokens)
             times.append(time.perf_counter())
         return [b - a for a, b in itertools.pairwise(times)], [list(row) for row in zip(*out, strict=True)]
 
@@ -88,19 +92,19 @@ class Peer:
         return list(zip(tokens.tolist(), values.tolist(), strict=True))
 
     def step(self, variant: str, ids: list[list[int]], new: int) -> tuple[list[float], dict[str, list[float]]]:
-        """Seconds of each decode step after this prompt, and of the ops in it, by name; the rest is "between ops"."""
-        self.prompt(variant, ids, 2)  # what is compiled or kept on first use
+        """Seconds of each decode step after this prompt; and in as many further steps of the ops, by name, each one waited
+        for. What is left of those steps is "between ops"."""
+        _, steps, _ = self.prompt(variant, ids, new + 1)
         session = Session(self.model, ids, max_new_tokens=new + 1, stop_token_ids=())
         run = session.run()
         next(run)
-        steps: list[float] = []
         parts: dict[str, list[float]] = {}
         for _ in range(new):
             with _timed_ops(self.model.device) as by_op:
                 start = time.perf_counter()
                 next(run)
-                steps.append(time.perf_counter() - start)
-            by_op["between ops"] = steps[-1] - sum(by_op.values())
+                took = time.perf_counter() - start
+            by_op["between ops"] = took - sum(by_op.values())
             for name, seconds in by_op.items():
                 parts.setdefault(name, []).append(seconds)
         return steps, parts

@@ -57,6 +57,8 @@ class Peer:
             return
         self._kept, self._variant = None, variant
         if variant == "compile":
+            if hasattr(self.model, "set_experts_implementation"):
+                self.model.set_experts_implementation("grouped_mm")  # the default, whatever contender ran before
             self.model.forward = torch.compile(self._eager)
             return
         self.model.forward = self._eager

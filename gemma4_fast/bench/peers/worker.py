@@ -22,7 +22,7 @@ A contender is a file with a class `Peer`:
     prompt(variant, ids, new) -> first_s, steps_s, tokens
                             Greedy, no stop token. ids [B][P] were never seen before. first_s: seconds from the call to the
                             first new token of every sequence; steps_s [new - 1]: seconds of each further token; tokens
-                            [B][new].
+                            [B][new], or [] from one that does not tell them. steps_s may hold one average instead.
     depth(variant, ids, new) -> steps_s, tokens
                             The same ids [B][P] each time: the state they leave may be kept from call to call, and need not
                             be theirs (the fastest way to a full cache will do). steps_s [new]: seconds of each new token.
@@ -69,6 +69,7 @@ def answer(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
     cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
     counting = cuda is not None and cuda.is_available() and cuda.is_initialized()
     if counting:
+        cuda.empty_cache()  # blocks that an earlier turn left would count for this one
         cuda.reset_peak_memory_stats()
     if what == "load":
         found = peer.load(request)
