@@ -476,7 +476,7 @@ class ModelBench:
         samples["product"].append(self.stopwatch.seconds(product) * 1e6)
 
     def _turn(self, w: Workload, c: Contender, round_: int) -> None:
-        """Round 0 is not counted. It runs twice if it was slow, as the first of them may have compiled something."""
+        """Round 0 is not counted. One that compiles runs it twice if it was slow: the second tells how patient to be."""
         result = self.results.setdefault((w, c), Result(fault=self.faults.get(c)))
         process = self._process_of(c)
         if result.fault is not None or process not in self.workers:
@@ -495,7 +495,7 @@ class ModelBench:
                 self._start(process)
             return
         if round_ == 0:
-            slow = result.warm_s == 0 and (time.perf_counter() - start) * self.plan.rounds > PATIENCE
+            slow = c.variant == "compile" and result.warm_s == 0 and (time.perf_counter() - start) * self.plan.rounds > PATIENCE
             result.warm_s = time.perf_counter() - start
             result.tokens = answer["tokens"] or None
             if slow:
