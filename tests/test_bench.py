@@ -217,6 +217,14 @@ def test_compare_knows_noise_from_change() -> None:
     assert verdicts([a], [timed(us=90.0, roofline={"gb_s": 50.0 * 1.12})]) == ["same"]
 
 
+def test_compare_takes_the_machines_own_noise_off() -> None:
+    steady = [timed(name=f"other {i}", roofline={"gb_s": 50.0}) for i in range(10)]
+    shaky = [timed(name=f"other {i}", roofline={"gb_s": 50.0 - 3 * i}) for i in range(10)]
+    assert "slower" in verdicts([*steady, timed()], [*steady, timed(us=130.0)])
+    assert "slower" not in verdicts([*shaky, timed()], [*shaky, timed(us=130.0)])
+    assert "slower" in verdicts([*shaky, timed()], [*shaky, timed(us=300.0)])
+
+
 def test_compare_tells_of_what_broke_and_of_memory() -> None:
     a = timed()
     broken = Row("op", "linear/odd", "torch", status="wrong")

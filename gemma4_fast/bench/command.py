@@ -346,6 +346,7 @@ def compare(args: Namespace) -> int:
                 "threshold": args.threshold,
                 "worse": len(found.worse),
                 "machines_differ_in": list(found.machines),
+                "machine_noise": found.noise,
                 "changes": [c.to_dict() for c in found.changes],
                 "only_in_a": [row.name for row in found.only_a],
                 "only_in_b": [row.name for row in found.only_b],

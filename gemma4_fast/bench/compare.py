@@ -1,13 +1,14 @@
 """Two files of rows, row by row: what became slower or faster beyond the noise that the rows themselves state.
 
 A row is slower if its median is slower by more than the threshold, and its fastest fifth (p20) is beyond the other's slowest
-(p80), and both still hold after the drift of the machine is taken off: rows carry the machine's own rate (its roofline),
-measured between their samples.
+(p80), and both still hold after the drift and the noise of the machine are taken off. Rows carry the machine's own rates (its
+roofline), measured between their samples: the ratio of the two is the drift, and how far they vary over all rows the noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from gemma4_fast.tables import render
 
 WORSE = ("slower", "larger", "broken")
 ENOUGH, FEW = 5, 1.1  # samples below which a spread says little, and the factor by which it is then widened
+RATES = {"memory": "gb_s", "compute": "gflop_s"}
 _SOME = 64 << 20  # bytes of memory that a process may take more or less from run to run
 
 
@@ -45,6 +47,7 @@ class Comparison:
     only_a: tuple[Row, ...]
     only_b: tuple[Row, ...]
     machines: tuple[str, ...]  # what differs between the two machines
+    noise: dict[str, float]  # by bound: p80 / p20 of the machine's own rate over all rows
 
     @property
     def worse(self) -> tuple[Change, ...]:
@@ -55,7 +58,8 @@ def compare(before: Sequence[Row], after: Sequence[Row], threshold: float = 0.05
     """threshold: 0.05 is five percent. Of rows that were measured twice in one file the last counts. The roofline's own
     rows are the machine's, and never a regression."""
     a, b = ({row.key: row for row in rows if row.kind != "roofline"} for rows in (before, after))
-    changes = [change for key in a if key in b for change in _changes(a[key], b[key], threshold)]
+    noise = {bound: _noise([*before, *after], rate) for bound, rate in RATES.items()}
+    changes = [change for key in a if key in b for change in _changes(a[key], b[key], threshold, noise)]
     names = ("cpu", "threads", "gpu", "omp_wait_policy")
     differing = tuple(
         f"{n}: {before[-1].machine.get(n)} / {after[-1].machine.get(n)}"
@@ -63,16 +67,25 @@ def compare(before: Sequence[Row], after: Sequence[Row], threshold: float = 0.05
         if before[-1].machine.get(n) != after[-1].machine.get(n)
     )
     return Comparison(
-        tuple(changes), tuple(a[k] for k in a if k not in b), tuple(b[k] for k in b if k not in a), differing
+        tuple(changes), tuple(a[k] for k in a if k not in b), tuple(b[k] for k in b if k not in a), differing, noise
     )  # fmt: skip
 
 
-def _changes(a: Row, b: Row, threshold: float) -> list[Change]:
+def _noise(rows: Sequence[Row], rate: str) -> float:
+    """p80 / p20 of one of the machine's own rates; 1 where too few rows have it."""
+    rates = [row.roofline[rate] for row in rows if row.roofline and row.roofline.get(rate)]
+    if len(rates) < ENOUGH:
+        return 1.0
+    fifths = statistics.quantiles(rates, n=5, method="inclusive")
+    return fifths[-1] / fifths[0]
+
+
+def _changes(a: Row, b: Row, threshold: float, noise: Mapping[str, float]) -> list[Change]:
     if a.status != b.status and "ok" in (a.status, b.status):
         return [Change(a, b, "status", "broken" if a.status == "ok" else "mended")]
     found = []
     if a.time_us is not None and b.time_us is not None:
-        found.append(_time(a, b, threshold))
+        found.append(_time(a, b, threshold, noise))
     for what, name in (("cache", "cache_bytes"), ("read", "read_bytes"), ("peak memory", "peak_bytes")):
         old, new = getattr(a, name), getattr(b, name)
         if not old or not new:
@@ -86,25 +99,26 @@ def _changes(a: Row, b: Row, threshold: float) -> list[Change]:
     return found
 
 
-def _time(a: Row, b: Row, threshold: float) -> Change:
+def _time(a: Row, b: Row, threshold: float, noise: Mapping[str, float]) -> Change:
     assert a.time_us is not None and b.time_us is not None
     old, new = a.time_us, b.time_us
     if old.median <= 0 or new.median <= 0 or old.p20 <= 0 or new.p20 <= 0:
         return Change(a, b, "time", "same")
     few = FEW if min(old.samples, new.samples) < ENOUGH else 1.0
     ratio, low, high = new.median / old.median, new.p20 / old.p80 / few, new.p80 / old.p20 * few
-    drift = _drift(a, b)
+    drift, unsteady = _drift(a, b), noise[b.bound or "memory"]
+    most, least = max(drift, unsteady), min(drift, 1 / unsteady)
     verdict = "same"
-    if ratio / max(1.0, drift) > 1 + threshold and low > max(1.0, drift):
+    if ratio / most > 1 + threshold and low > most:
         verdict = "slower"
-    elif ratio / min(1.0, drift) < 1 / (1 + threshold) and high < min(1.0, drift):
+    elif ratio / least < 1 / (1 + threshold) and high < least:
         verdict = "faster"
     return Change(a, b, "time", verdict, ratio, low, high, drift)
 
 
 def _drift(a: Row, b: Row) -> float:
     """How many times slower the machine was in b, by the rate that bounds this row."""
-    name = {"memory": "gb_s", "compute": "gflop_s"}.get(b.bound or "", "gb_s")
+    name = RATES[b.bound or "memory"]
     old, new = ((row.roofline or {}).get(name) for row in (a, b))
     return old / new if old and new else 1.0
 
@@ -134,4 +148,6 @@ def text(found: Comparison, threshold: float, every: bool = False) -> str:
     for rows, which in ((found.only_a, "A"), (found.only_b, "B")):
         if rows:
             notes += f"only in {which}: {len(rows)} rows, such as {rows[0].name} ({who(rows[0])})\n"
+    steady = ", ".join(f"{bound} {ratio:.2f}x" for bound, ratio in found.noise.items())
+    notes += f"the machine's own rates varied by (p80 / p20 over all rows): {steady}; what lies within that is noise\n"
     return f"{table}{notes}{said} (threshold {100 * threshold:g}%)"

@@ -47,6 +47,9 @@ PEERS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 FROM_FILES = ("vllm", "llama.cpp", "llama-bench")  # these load checkpoints; the others can make dummy weights themselves
 ROUNDS = 5
 PATIENCE = 30.0  # seconds that all turns of one contender with one workload may take together
+REST = (
+    0.3  # seconds before each turn: OpenMP's threads spin for a while after their work, and would take the cores from the next
+)
 LIMIT = 600.0  # seconds after which a process that does not answer is ended
 SCORED = 16, 20  # tokens of the prompt whose next token's log-probabilities are compared, and how many of the likeliest
 _SPARE = 1 << 30  # bytes that a process needs beside its weights
@@ -472,8 +475,10 @@ class ModelBench:
     def _probe(self, w: Workload) -> None:
         read, (product, _, _) = self.roofline.read, self.roofline.product(self.plan.dtype)
         samples = self.probes.setdefault(w, {"read": [], "product": []})
-        samples["read"].append(self.stopwatch.seconds(read) * 1e6)
-        samples["product"].append(self.stopwatch.seconds(product) * 1e6)
+        time.sleep(REST)
+        for name, call in (("read", read), ("product", product)):
+            samples[name].append(min(self.stopwatch.seconds(call) for _ in range(3)) * 1e6)  # the first wakes the threads
+        time.sleep(REST)
 
     def _turn(self, w: Workload, c: Contender, round_: int) -> None:
         """Round 0 is not counted. One that compiles runs it twice if it was slow: the second tells how patient to be."""
