@@ -106,7 +106,8 @@ def _time(a: Row, b: Row, threshold: float, noise: Mapping[str, float]) -> Chang
         return Change(a, b, "time", "same")
     few = FEW if min(old.samples, new.samples) < ENOUGH else 1.0
     ratio, low, high = new.median / old.median, new.p20 / old.p80 / few, new.p80 / old.p20 * few
-    drift, unsteady = _drift(a, b), noise[b.bound or "memory"]
+    drift = _drift(a, b)
+    unsteady = max(noise.values())  # of both, as a row far from its roof is bound by neither
     most, least = max(drift, unsteady), min(drift, 1 / unsteady)
     verdict = "same"
     if ratio / most > 1 + threshold and low > most:
