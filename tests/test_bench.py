@@ -229,6 +229,7 @@ def test_compare_tells_of_what_broke_and_of_memory() -> None:
     a = timed()
     broken = Row("op", "linear/odd", "torch", status="wrong")
     assert verdicts([a], [broken]) == ["broken"] and verdicts([broken], [a]) == ["mended"]
+    assert verdicts([Row("op", "linear/odd", "torch", status="failed")], [broken]) == ["broken"]
     small, large = (Row("cache", "x", "this package", cache_bytes=n) for n in (100, 120))
     assert verdicts([small], [large]) == ["larger"] and verdicts([large], [small]) == ["smaller"]
     little = [timed(kind="model", peak_bytes=n << 20) for n in (100, 140)]
@@ -320,6 +321,8 @@ def test_ctrl_c_keeps_what_is_done(run: Run, tmp_path: Path, monkeypatch: pytest
         (("scale", "--axis", "experts", "--points", "4"), "no point is left"),
         (("cache", "--config", "27b"), "unknown config"),
         (("report", "missing.jsonl"), "missing.jsonl"),
+        (("cache", "-o", "same", "--csv", "same"), "the same one"),
+        (("cache", "--csv", "."), "is a folder"),
     ],
 )
 def test_mistakes_are_told_before_any_work(run: Run, argv: tuple[str, ...], what: str) -> None:

@@ -293,9 +293,15 @@ def _write_crossovers(made: Sequence[Row]) -> None:
 # ---------------------------------------------------------------- what becomes of the rows
 def _check_targets(args: Namespace) -> None:
     """ValueError, before any work, for a file that could not be written at its end."""
-    for target in (args.output, args.csv, args.html):
-        if target is not None and not target.resolve().parent.is_dir():
+    targets = [target for target in (args.output, args.csv, args.html) if target is not None]
+    for target in targets:
+        if not target.resolve().parent.is_dir():
             raise ValueError(f"{target}: there is no folder {target.parent}")
+        if target.is_dir():
+            raise ValueError(f"{target} is a folder, and a file is to be written")
+    taken = [target.resolve() for target in [*targets, *getattr(args, "files", [])]]
+    if len(set(taken)) < len(taken):
+        raise ValueError("two of the files are the same one; what is written must not replace another")
     if args.plot is not None and args.plot.exists() and not args.plot.is_dir():
         raise ValueError(f"--plot takes a folder, and {args.plot} is a file")
     if args.plot is not None or args.html is not None:

@@ -8,6 +8,7 @@ roofline), measured between their samples: the ratio of the two is the drift, an
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -58,7 +59,11 @@ def compare(before: Sequence[Row], after: Sequence[Row], threshold: float = 0.05
     """threshold: 0.05 is five percent. Of rows that were measured twice in one file the last counts. The roofline's own
     rows are the machine's, and never a regression."""
     a, b = ({row.key: row for row in rows if row.kind != "roofline"} for rows in (before, after))
-    noise = {bound: _noise([*before, *after], rate) for bound, rate in RATES.items()}
+    # Rates of other dtypes or threads are other rates, so the noise is that of the commonest kind of row.
+    kinds = Counter((row.dtype, row.machine.get("threads")) for row in [*before, *after] if row.roofline)
+    most = kinds.most_common(1)[0][0] if kinds else None
+    alike = [row for row in [*before, *after] if (row.dtype, row.machine.get("threads")) == most]
+    noise = {bound: _noise(alike, rate) for bound, rate in RATES.items()}
     changes = [change for key in a if key in b for change in _changes(a[key], b[key], threshold, noise)]
     names = ("cpu", "threads", "gpu", "omp_wait_policy")
     differing = tuple(
@@ -81,8 +86,8 @@ def _noise(rows: Sequence[Row], rate: str) -> float:
 
 
 def _changes(a: Row, b: Row, threshold: float, noise: Mapping[str, float]) -> list[Change]:
-    if a.status != b.status and "ok" in (a.status, b.status):
-        return [Change(a, b, "status", "broken" if a.status == "ok" else "mended")]
+    if a.status != b.status and {"ok", "wrong"} & {a.status, b.status}:
+        return [Change(a, b, "status", "mended" if b.status == "ok" or a.status == "wrong" else "broken")]
     found = []
     if a.time_us is not None and b.time_us is not None:
         found.append(_time(a, b, threshold, noise))

@@ -243,7 +243,17 @@ class Worker:
         timer.cancel()
         if not line:
             return self._ended(late.is_set())
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+            if not isinstance(answer, dict) or "ok" not in answer:
+                raise ValueError
+        except ValueError:
+            self.process.kill()  # what it says next would be taken for the answer to another question
+            return {
+                "ok": False,
+                "status": "failed",
+                "message": f"its process answered {line.strip()[:80]!r}, which is no answer",
+            }
         answer.setdefault("peak_bytes", self._peak() if self.device.type == "cpu" else None)
         return answer
 

@@ -250,9 +250,7 @@ MOE_DECODE = register(
 
 # By device type and backend of moe_decode: the largest number of tokens up to which it is not slower than the grouped path,
 # for E = 128, K = 8, I = 704. `gemma4-fast bench scale --write` measures and writes this.
-CROSSOVER: dict[str, int] = {
-    "cpu torch": 128,
-}
+CROSSOVER: dict[str, int] = {}
 
 
 def moe_crossover(device: torch.device, dtype: torch.dtype) -> int:

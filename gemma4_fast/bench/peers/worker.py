@@ -53,7 +53,7 @@ def fault(e: BaseException) -> dict[str, Any]:
     """What went wrong, in the words a row uses."""
     text = " ".join(str(e).split())[:300]
     # By name: a peer's file is loaded beside this one, and has its own way to the class.
-    if type(e).__name__ == "Unsupported":
+    if type(e).__name__ in ("Unsupported", "UnsupportedError"):
         return {"ok": False, "status": "unsupported", "message": text}
     if isinstance(e, ModuleNotFoundError):
         return {"ok": False, "status": "missing", "message": f"{e.name} is not installed"}
