@@ -18,7 +18,7 @@ from gemma4_fast import ops, terminal
 from gemma4_fast.bench import compare as comparing
 from gemma4_fast.bench import html, markdown, memory, model, plots, rows, scale, show
 from gemma4_fast.bench import ops as op_rows
-from gemma4_fast.bench.machine import available_bytes, label, machine, memory_limit
+from gemma4_fast.bench.machine import free_bytes, label, machine, memory_limit
 from gemma4_fast.bench.recorder import Recorder
 from gemma4_fast.bench.rows import Row
 from gemma4_fast.bench.timing import RATE_DTYPES, Roofline
@@ -189,7 +189,7 @@ def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> mod
         if args.layers or args.vocab:
             config = config.slice(num_layers=args.layers, vocab_size=args.vocab)
         else:
-            free = available_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+            free = free_bytes(device)
             room = model.room_for(len(model.processes(peers)), free or 8 << 30)
             config = model.fitting(config, dtype, int(0.9 * room))  # a little less will be free when they start
     asked = list(model.workloads(args.prompt, args.depth, args.batch, args.decode))

@@ -61,6 +61,11 @@ def available_bytes() -> int | None:
     return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Memory to be had on this device now: a GPU's own, or `available_bytes`."""
+    return available_bytes() if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0])
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """The hardware as a row records it, without what changes (see `clocks`)."""
     features = native.cpu_features()

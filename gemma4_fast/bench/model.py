@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from gemma4_fast import ops, terminal
-from gemma4_fast.bench.machine import available_bytes, limit_memory
+from gemma4_fast.bench.machine import free_bytes, limit_memory
 from gemma4_fast.bench.recorder import fault
 from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.bench.timing import Roofline, Stopwatch, rotated
@@ -47,9 +47,7 @@ PEERS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 FROM_FILES = ("vllm", "llama.cpp", "llama-bench")  # these load checkpoints; the others can make dummy weights themselves
 ROUNDS = 5
 PATIENCE = 30.0  # seconds that all turns of one contender with one workload may take together
-REST = (
-    0.3  # seconds before each turn: OpenMP's threads spin for a while after their work, and would take the cores from the next
-)
+REST = 0.3  # seconds before each turn: OpenMP's threads spin for a while after their work, on the cores of the next
 LIMIT = 600.0  # seconds after which a process that does not answer is ended
 SCORED = 16, 20  # tokens of the prompt whose next token's log-probabilities are compared, and how many of the likeliest
 _SPARE = 1 << 30  # bytes that a process needs beside its weights
@@ -334,8 +332,7 @@ class ModelBench:
             self.path = self._checkpoint()
             self._gguf()
             stack.callback(self._write_rest)  # Ctrl-C too keeps what was measured
-            together = self._fit_together()
-            if together:
+            if self._fit_together():
                 self._side_by_side()
             else:
                 self._one_at_a_time()
@@ -389,7 +386,7 @@ class ModelBench:
 
     def _fit_together(self) -> bool:
         plan = self.plan
-        free = available_bytes() if plan.device.type == "cpu" else torch.cuda.mem_get_info(plan.device)[0]
+        free = free_bytes(plan.device)
         each = weight_bytes(plan.config, plan.dtype, plan.quantize)
         return free is None or each <= room_for(len(processes(plan.peers)), free)
 
@@ -413,7 +410,7 @@ class ModelBench:
             seed=plan.seed,
             max_len=max(w.length + (2 + plan.rounds) * w.new for w in plan.workloads),
             max_batch=max(w.batch for w in plan.workloads),
-            memory_bytes=available_bytes() if plan.device.type == "cpu" else torch.cuda.mem_get_info(plan.device)[0],
+            memory_bytes=free_bytes(plan.device),
             cache_dir=str(self.scratch),
         )
         if not answer["ok"]:
@@ -555,10 +552,8 @@ class ModelBench:
                 notes.append("default mode, static cache, grouped_mm experts")
             if c.peer != OURS:
                 notes.append(_distance(self._our_scores(), self.scores.get(c)) or f"not compared with {OURS}")
-            if (
-                c.peer != OURS and plan.path is not None and not w.depth
-            ):  # dummy weights repeat the last token, whoever runs them
-                notes.append(_agreement(ours, result.tokens))
+                if plan.path is not None and not w.depth:  # dummy weights repeat the last token, whoever runs them
+                    notes.append(_agreement(ours, result.tokens))
             fields: dict[str, Any] = dict(
                 dtype=dtype, roofline=roof, peak_bytes=result.peak_bytes, message="; ".join(n for n in notes if n),
                 versions={process: self.versions[process]} if self.versions.get(process) and process != OURS else {},

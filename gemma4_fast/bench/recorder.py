@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
@@ -52,10 +51,6 @@ class Recorder:
                 stream.write(rows.line(row) + "\n")
                 stream.flush()  # whatever ends this run, what is done is kept
         return row
-
-    def extend(self, made: Iterable[Row], command: str = "") -> None:
-        for row in made:
-            self.add(row, command)
 
 
 def fault(e: BaseException) -> dict[str, str]:

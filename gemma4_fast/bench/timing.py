@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gemma4_fast.bench.machine import available_bytes
+from gemma4_fast.bench.machine import free_bytes
 from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.errors import UnsupportedError
 
@@ -76,7 +76,7 @@ class Rotation:
     def __init__(self, args: Mapping[str, Any], touched: int, device: torch.device, limit: int = 8192) -> None:
         whole = 2 * cache_bytes(device)
         one = sum(v.nbytes for v in args.values() if isinstance(v, Tensor))
-        free = available_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+        free = free_bytes(device)
         room = limit if free is None else max(1, free // 4 // max(1, one))
         count = min(limit, room, max(1, -(-whole // max(1, touched))))
         self.cold = count * touched >= whole
