@@ -250,7 +250,9 @@ MOE_DECODE = register(
 
 # By device type and backend of moe_decode: the largest number of tokens up to which it is not slower than the grouped path,
 # for E = 128, K = 8, I = 704. `gemma4-fast bench scale --write` measures and writes this.
-CROSSOVER: dict[str, int] = {}
+CROSSOVER: dict[str, int] = {
+    "cpu torch": 128,
+}
 
 
 def moe_crossover(device: torch.device, dtype: torch.dtype) -> int:
