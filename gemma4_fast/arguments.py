@@ -7,12 +7,13 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from gemma4_fast import __version__
 
 PROGRAM = "gemma4-fast"
 SEEDS = 2**63  # below this
+MOST_THREADS = 4096
 Command = Callable[[Namespace], int]
 
 
@@ -35,6 +36,27 @@ def count(text: str) -> int:
 def counts(text: str) -> list[int]:
     """Several of those, as in "1,8,4K"."""
     return list(dict.fromkeys(count(part.strip()) for part in text.split(",")))
+
+
+def threads(text: str) -> int:
+    value = count(text)
+    if value > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_THREADS}, got {text!r}")
+    return value
+
+
+def path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a file or folder, got an empty one")
+    return Path(text)
+
+
+class Several(argparse.Action):
+    """An option that may be repeated: the values of each time are added, without doubles, and replace the default."""
+
+    def __call__(self, parser: Any, namespace: Namespace, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, list(dict.fromkeys([*([] if before is self.default else before), *values])))
 
 
 def names(text: str) -> list[str]:
@@ -138,12 +160,12 @@ def _bench(command: Callable[..., Parser]) -> None:
     _peers(p)
     p.add_argument("--config", metavar="M", default="26b-a4b", help="member for the model benchmark (default 26b-a4b)")
     p.add_argument("--minutes", metavar="M", type=count, default=10, help="after which nothing more is begun (default 10)")
-    p.add_argument("--results", metavar="DIR", type=Path, default=Path("bench/results"),
+    p.add_argument("--results", metavar="DIR", type=path, default=Path("bench/results"),
                    help="folder that gets a folder for this machine (default bench/results)")  # fmt: skip
 
     p = kind("ops", "each op of the table, on every backend that serves here and on torch")
-    p.add_argument("--op", metavar="OP", type=names, default=[], help="only these ops, as in linear,moe")
-    p.add_argument("--case", metavar="C", type=names, default=[],
+    p.add_argument("--op", metavar="OP", type=names, action=Several, default=[], help="only these ops, as in linear,moe")
+    p.add_argument("--case", metavar="C", type=names, action=Several, default=[],
                    help="only these cases (default: those at true shapes; all: the small test cases too)")  # fmt: skip
     _where(p)
     _cases(p)
@@ -159,10 +181,15 @@ def _bench(command: Callable[..., Parser]) -> None:
     p.add_argument("--vocab", metavar="V", type=count, help="keep so many tokens of the vocabulary")
     p.add_argument("--model", metavar="PATH", help="a checkpoint instead (folder or hub id)")
     p.add_argument("--quantize", choices=("int8", "int4"), help="weights in 8 or 4 bits")
-    p.add_argument("--prompt", metavar="P", type=counts, default=[128, 512], help="prompt lengths (default 128,512)")
+    p.add_argument("--prompt", metavar="P", type=counts, action=Several, default=[],
+                   help="prompt lengths (default 128,512; none if --depth is given)")  # fmt: skip
     p.add_argument("--decode", metavar="N", type=count, default=64, help="tokens after each (default 64)")
-    p.add_argument("--batch", metavar="B", type=counts, default=[1], help="sequences at a time, as in 1,4,16 (default 1)")
-    p.add_argument("--depth", metavar="D", type=counts, default=[], help="also decode after so many tokens, as in 8K,32K")
+    p.add_argument(
+        "--batch", metavar="B", type=counts, action=Several, default=[1], help="sequences at a time, as in 1,4,16 (default 1)"
+    )
+    p.add_argument(
+        "--depth", metavar="D", type=counts, action=Several, default=[], help="also decode after so many tokens, as in 8K,32K"
+    )
     p.add_argument("--rounds", metavar="R", type=count, default=5, help="times that each contender's turn comes (default 5)")
     p.add_argument("--check", choices=("quick", "off"), default="quick", help="self-check before anything is timed")
     _where(p)
@@ -171,16 +198,20 @@ def _bench(command: Callable[..., Parser]) -> None:
     _targets(p)
 
     p = kind("scale", "time against tokens, context, batch and experts hit; where moe should change its path")
-    p.add_argument("--axis", metavar="A", type=names, default=[], help="tokens, context, batch, experts (default: all)")
-    p.add_argument("--points", metavar="N", type=counts, help="points on the axis, as in 1,8,64 (default: by device)")
+    p.add_argument(
+        "--axis", metavar="A", type=names, action=Several, default=[], help="tokens, context, batch, experts (default: all)"
+    )
+    p.add_argument(
+        "--points", metavar="N", type=counts, action=Several, help="points on the axis, as in 1,8,64 (default: by device)"
+    )
     p.add_argument("--write", action="store_true", help="write the measured crossover into gemma4_fast/ops/moe.py")
     _where(p)
     _cases(p)
     _targets(p)
 
     p = kind("cache", "bytes of KV cache, and of it what one decoded token reads, for every member")
-    p.add_argument("--config", metavar="M", type=names, default=[], help="only these members, or gemma3-27b")
-    p.add_argument("--context", metavar="N", type=counts, help="tokens (default 1K to 256K)")
+    p.add_argument("--config", metavar="M", type=names, action=Several, default=[], help="only these members, or gemma3-27b")
+    p.add_argument("--context", metavar="N", type=counts, action=Several, help="tokens (default 1K to 256K)")
     _where(p)
     _targets(p)
 
@@ -193,9 +224,9 @@ def _bench(command: Callable[..., Parser]) -> None:
     _debug(p)
 
     p = kind("report", "tables, pictures and pages from rows that were saved")
-    p.add_argument("files", metavar="ROWS.jsonl", nargs="+", type=Path)
-    p.add_argument("--markdown", action="store_true", help="the README's performance table")
-    _targets(p)
+    p.add_argument("files", metavar="ROWS.jsonl", nargs="+", type=path)
+    p.add_argument("--markdown", action="store_true", help="the README's performance table, instead of all tables")
+    _pages(p)
     _debug(p)
 
 
@@ -203,7 +234,7 @@ def _where(p: Parser) -> None:
     g = p.add_argument_group("where")
     g.add_argument("--dtype", metavar="T", default="bfloat16", help="bfloat16 (default), float16, float32, float64")
     g.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    g.add_argument("--threads", metavar="N", type=count, help="CPU threads (default: PyTorch's choice)")
+    g.add_argument("--threads", metavar="N", type=threads, help="CPU threads (default: PyTorch's choice)")
     g.add_argument("--seed", metavar="S", type=seed, default=0, help="of inputs and dummy weights (default 0)")
     g.add_argument("--quiet", action="store_true", help="no progress on stderr")
     if not any("--json" in a.option_strings for a in p._actions):
@@ -222,7 +253,7 @@ def _cases(p: Parser) -> None:
 
 def _peers(p: Parser) -> None:
     p.add_argument(
-        "--peers", metavar="P", type=names, default=[],
+        "--peers", metavar="P", type=names, action=Several, default=[],
         help="what runs beside this package: transformers, torch.compile, vllm, llama.cpp, llama-bench",
     )  # fmt: skip
     p.add_argument("--peer-python", metavar="PEER=PROGRAM", action="append", default=[],
@@ -230,14 +261,19 @@ def _peers(p: Parser) -> None:
 
 
 def _targets(p: Parser) -> None:
-    g = p.add_argument_group("what becomes of the rows")
-    g.add_argument("-o", "--output", metavar="FILE", type=Path, help="JSON lines, one row at a time as it is done")
+    g = _pages(p)
+    g.add_argument("-o", "--output", metavar="FILE", type=path, help="JSON lines, one row at a time as it is done")
     g.add_argument("--append", action="store_true", help="to a file that is there already")
-    g.add_argument("--csv", metavar="FILE", type=Path, help="the same as a table for spreadsheets")
-    g.add_argument("--plot", metavar="DIR", type=Path, help="pictures (PNG)")
-    g.add_argument("--html", metavar="FILE", type=Path, help="tables and pictures on one page that needs nothing else")
+
+
+def _pages(p: Parser) -> argparse._ArgumentGroup:
+    g = p.add_argument_group("what becomes of the rows")
+    g.add_argument("--csv", metavar="FILE", type=path, help="a table for spreadsheets")
+    g.add_argument("--plot", metavar="DIR", type=path, help="pictures (PNG)")
+    g.add_argument("--html", metavar="FILE", type=path, help="tables and pictures on one page that needs nothing else")
     if not any("--json" in a.option_strings for a in p._actions):
         g.add_argument("--json", action="store_true", help="rows as JSON lines on stdout")
+    return g
 
 
 def _model(p: Parser) -> None:
@@ -246,7 +282,7 @@ def _model(p: Parser) -> None:
     g.add_argument("--backend", metavar="B", help="auto (default), cuda, triton, cpu, torch, reference; or several: cpu,torch")
     g.add_argument("--dtype", metavar="T", help="bfloat16, float16, float32, float64 (default: the checkpoint's)")
     g.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    g.add_argument("--threads", metavar="N", type=count, help="CPU threads (default: PyTorch's choice)")
+    g.add_argument("--threads", metavar="N", type=threads, help="CPU threads (default: PyTorch's choice)")
     g.add_argument("--json", action="store_true", help="machine-readable output")
     g.add_argument("--debug", action="store_true", help="show where an error comes from")
 

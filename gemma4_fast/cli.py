@@ -7,6 +7,7 @@ one line, 130 Ctrl-C. Only errors that a caller can cause are told so; any other
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import os
 import re
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from gemma4_fast.tokenizer import Tokenizer
 
 
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a disk's own refusals, which name no file
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (default: the process's own); returns the exit code."""
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
@@ -51,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, UnsupportedError, FloatingPointError) as e:  # CheckpointError is a ValueError
         return told(f"error: {e}", debug)
     except OSError as e:
-        if e.filename is None:
+        if e.filename is None and e.errno not in WRITING:
             raise
-        return told(f"error: {e.filename}: {e.strerror}", debug)
+        return told(f"error: {e.filename}: {e.strerror}" if e.filename is not None else f"error: {e.strerror}", debug)
     except (MemoryError, RuntimeError) as e:
         if (what := machine_fault(e)) is None:
             raise

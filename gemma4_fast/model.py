@@ -235,6 +235,10 @@ def parse_device(device: torch.device | str | None) -> torch.device:
         raise ValueError(f"unknown device {device!r}: {str(e).splitlines()[0]}") from e
     if found.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {str(device)!r}")
+    if found.type == "cpu":
+        if found.index:
+            raise ValueError(f"device {str(device)!r} is not there: the processor is one device, cpu")
+        return torch.device("cpu")
     if found.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (found.index or 0) >= count:

@@ -73,7 +73,10 @@ def resolve(
         return tiny_path()
     if not text:
         raise CheckpointError("the path of the checkpoint is empty")
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as e:
+        raise CheckpointError(f"{text!r}: there is no such user") from e
     if path.is_dir():
         return path
     if path.exists():

@@ -5,8 +5,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -18,7 +23,7 @@ import torch
 
 from gemma4_fast import ops
 from gemma4_fast.arguments import parser
-from gemma4_fast.bench import command, compare, memory, model, rows, scale, timing
+from gemma4_fast.bench import command, compare, memory, model, plan, process, rows, scale, timing
 from gemma4_fast.bench.machine import available_bytes, label, memory_limit
 from gemma4_fast.bench.ops import BlockMaker, Case, OpBench
 from gemma4_fast.bench.recorder import Recorder, fault
@@ -86,17 +91,25 @@ def timed(contender: str = "torch", us: float = 100.0, spread: float = 0.02, **f
     return Row(contender=contender, time_us=time_us, **fields)
 
 
+def cached(size: int) -> Row:
+    return Row("cache", "e2b at 1K", "this package", params={"model": "e2b", "context": 1024}, cache_bytes=size)
+
+
 # ---------------------------------------------------------------- rows
 def test_a_row_survives_its_file(tmp_path: Path) -> None:
     row = timed(
         params={"x": 3}, machine={"cpu": "some", "cpu_flags": ["avx2"]}, versions={"torch": "2"}, cold=False, flops=5000
     )
-    (tmp_path / "rows.jsonl").write_text(rows.line(row) + "\n\n" + rows.line(Row("cache", "a", "b", cache_bytes=7)) + "\n")
+    (tmp_path / "rows.jsonl").write_text(rows.line(row) + "\n\n" + rows.line(cached(7)) + "\n")
     back, other = rows.read(tmp_path / "rows.jsonl")
     assert back == row and other.cache_bytes == 7
     data = json.loads(rows.line(row))
     assert data["gb_s"] == 0.01 and data["gflop_s"] == 0.05 and data["bound"] == "memory"
     assert data["percent_of_roofline"] == pytest.approx(100 * (1000 / 50e9) / 100e-6, abs=1e-3)
+
+
+def with_fields(**fields: Any) -> str:
+    return json.dumps({"schema": 1, "kind": "op", "name": "x", "contender": "y", **fields})
 
 
 @pytest.mark.parametrize(
@@ -107,8 +120,23 @@ def test_a_row_survives_its_file(tmp_path: Path) -> None:
         ('{"schema": 2}', "schema 1"),
         ('{"schema": 1, "kind": "op", "name": "x"}', "contender must be text"),
         ('{"schema": 1, "kind": "ops", "name": "x", "contender": "y"}', "kind must be one of"),
-        ('{"schema": 1, "kind": "op", "name": "x", "contender": "y", "time_us": {"median": 1}}', "time_us"),
-        ('{"schema": 1, "kind": "op", "name": "x", "contender": "y", "status": "fine"}', "status must be"),
+        (with_fields(time_us={"median": 1}), "time_us must be an object of median, p20"),
+        (with_fields(time_us=dict(median=0, p20=1, p80=1, min=1, samples=1)), "positive"),
+        (with_fields(time_us=dict(median=1e-300, p20=1, p80=1, min=1, samples=1)), "positive"),
+        (with_fields(status="fine"), "status must be"),
+        (with_fields(params=[1]), "params must be an object"),
+        (with_fields(machine="a"), "machine must be"),
+        (with_fields(machine={"cpu_flags": 5}), "machine must be"),
+        (with_fields(versions={"torch": 2}), "versions must be"),
+        (with_fields(roofline={"gb_s": -1}), "positive numbers"),
+        (with_fields(roofline={"gb_s": float("nan")}), "positive numbers"),
+        (with_fields(roofline={"gb_s": 5e-324}), "positive numbers"),
+        (with_fields(bytes=10**400), "bytes must be"),
+        (with_fields(tokens=True), "tokens must be"),
+        (with_fields(commit=7), "commit must be"),
+        (with_fields(kind="scale", params={"axis": "tokens"}), "params.series of a scale row"),
+        (with_fields(kind="model", params={"model": "x", "layers": "2"}), "params.layers of a model row"),
+        (with_fields(kind=[]), "kind must be one of"),
     ],
 )
 def test_a_file_that_holds_no_rows_says_where(tmp_path: Path, line: str, what: str) -> None:
@@ -231,14 +259,22 @@ def test_compare_tells_of_what_broke_and_of_memory() -> None:
     broken = Row("op", "linear/odd", "torch", status="wrong")
     assert verdicts([a], [broken]) == ["broken"] and verdicts([broken], [a]) == ["mended"]
     assert verdicts([Row("op", "linear/odd", "torch", status="failed")], [broken]) == ["broken"]
-    small, large = (Row("cache", "x", "this package", cache_bytes=n) for n in (100, 120))
+    small, large = cached(100), cached(120)
     assert verdicts([small], [large]) == ["larger"] and verdicts([large], [small]) == ["smaller"]
     little = [timed(kind="model", peak_bytes=n << 20) for n in (100, 140)]
     assert verdicts(little[:1], little[1:]) == ["same"]
     much = [timed(kind="model", peak_bytes=n << 30) for n in (1, 2)]
     assert verdicts(much[:1], much[1:]) == ["same", "larger"]
-    found = compare.compare([a], [timed("cpu")], 0.05)
-    assert not found.changes and len(found.only_a) == len(found.only_b) == 1 and not found.worse
+    found = compare.compare([a, timed("x")], [a, timed("cpu")], 0.05)
+    assert len(found.changes) == len(found.only_a) == len(found.only_b) == 1 and not found.worse
+    with pytest.raises(ValueError, match="no row in common: A has 1, such as op linear/odd"):
+        compare.compare([a], [timed("cpu")])
+
+
+def test_runs_with_several_numbers_of_threads_are_not_mixed() -> None:
+    one, two = (timed(us=us, machine={"threads": n}) for n, us in ((1, 200.0), (2, 100.0)))
+    assert verdicts([one, two], [two, one]) == ["same", "same"]
+    assert verdicts([one], [two]) == ["faster"]  # two machines
 
 
 def test_compare_on_the_command_line(run: Run, tmp_path: Path) -> None:
@@ -324,6 +360,16 @@ def test_ctrl_c_keeps_what_is_done(run: Run, tmp_path: Path, monkeypatch: pytest
         (("report", "missing.jsonl"), "missing.jsonl"),
         (("cache", "-o", "same", "--csv", "same"), "the same one"),
         (("cache", "--csv", "."), "is a folder"),
+        (("cache", "--csv", ""), "name of a file"),
+        (("cache", "--plot", ""), "name of a file"),
+        (("cache", "--html", "/dev/null"), "no plain file"),
+        (("cache", "--append", "-o", __file__), "no file of rows"),
+        (("cache", "--threads", "99999999999"), "at most"),
+        (("cache", "--device", "cpu:5"), "is not there"),
+        (("report", "missing.jsonl", "-o", "x"), "unrecognized"),
+        (("model", "--peer-python", "vllm=/bin/true"), "not among --peers"),
+        (("model", "--peers", "vllm", "--peer-python", f"vllm={__file__}"), "no program"),
+        (("model", "--model", "~nobody-of-this-name/x"), "no such user"),
     ],
 )
 def test_mistakes_are_told_before_any_work(run: Run, argv: tuple[str, ...], what: str) -> None:
@@ -339,6 +385,49 @@ def test_a_file_that_is_there_is_not_overwritten(run: Run, tmp_path: Path) -> No
     code, _, err = run(*options)
     assert code == 2 and "--append" in err and file.read_text() == before
     assert run(*options, "--append")[0] == 0 and file.read_text().startswith(before)
+
+
+def test_what_is_appended_begins_a_line(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(rows.line(timed()))
+    assert run("cache", "--config", "e2b", "--context", "1K", "--quiet", "--append", "-o", str(file))[0] == 0
+    assert len(rows.read(file)) > 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_full_disk_loses_the_file_alone(run: Run, tmp_path: Path) -> None:
+    options = ("cache", "--config", "e2b", "--context", "1K,2K", "--quiet")
+    code, out, err = run(*options, "--append", "-o", "/dev/full")
+    assert code == 2 and "e2b at 2K" in out and err.count("No space left") == 1
+    code, out, err = run(*options, "--csv", "/dev/full")
+    assert code == 2 and "e2b at 2K" in out and "No space left" in err and len(err.splitlines()) == 1
+
+
+def test_a_reader_that_had_enough_does_not_cost_the_files(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(rows.line(timed(name=f"row {i}")) + "\n" for i in range(2000)))
+    script = "import sys; from gemma4_fast.cli import main; sys.exit(main())"
+    arguments = ["bench", "report", str(file), "--csv", str(tmp_path / "rows.csv")]
+    with subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
+        assert p.stdout is not None and p.stderr is not None
+        p.stdout.close()
+        assert p.stderr.read() == b""
+    assert p.returncode == 141 and len((tmp_path / "rows.csv").read_text().splitlines()) == 2001
+
+
+def test_a_page_replaces_what_a_link_leads_to(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(rows.line(timed()) + "\n")
+    (tmp_path / "page.html").symlink_to(tmp_path / "real.html")
+    assert run("report", str(tmp_path / "rows.jsonl"), "--html", str(tmp_path / "page.html"))[0] == 0
+    assert (tmp_path / "page.html").is_symlink() and "linear/odd" in (tmp_path / "real.html").read_text()
+
+
+def test_options_that_are_repeated_add_up() -> None:
+    args = parser(COMMANDS).parse_args(["bench", "ops", "--op", "linear,moe", "--op", "moe,rms_norm"])
+    assert args.op == ["linear", "moe", "rms_norm"]
+    args = parser(COMMANDS).parse_args(["bench", "model", "--prompt", "8", "--prompt", "16"])
+    assert args.prompt == [8, 16]
+    assert parser(COMMANDS).parse_args(["bench", "model", "--batch", "4"]).batch == [4]
 
 
 def test_report_shows_saved_rows(run: Run, tmp_path: Path) -> None:
@@ -458,24 +547,24 @@ def test_cache_is_measured_alike_with_and_without_memory(monkeypatch: pytest.Mon
 
 # ---------------------------------------------------------------- whole models
 def test_floor_is_the_published_arithmetic() -> None:
-    need = model.floor(PRESETS["26b-a4b"], torch.bfloat16, None, batch=1, new=1, before=0)
+    need = plan.floor(PRESETS["26b-a4b"], torch.bfloat16, None, batch=1, new=1, before=0)
     assert need.bytes == pytest.approx(7.64e9, rel=2e-3)  # 3.82 B parameters a token
     assert need.flops == pytest.approx(2 * 3.82e9, rel=2e-3)
-    eight = model.floor(PRESETS["26b-a4b"], torch.bfloat16, None, batch=8, new=1, before=0)
+    eight = plan.floor(PRESETS["26b-a4b"], torch.bfloat16, None, batch=8, new=1, before=0)
     hit = 128 * (1 - (1 - 8 / 128) ** 8)  # 52 experts in expectation
     assert eight.bytes - need.bytes == pytest.approx((hit - 8) * 3 * 704 * 2816 * 2 * 30, rel=1e-3)
-    deep = model.floor(PRESETS["26b-a4b"], torch.bfloat16, None, batch=1, new=1, before=131072)
+    deep = plan.floor(PRESETS["26b-a4b"], torch.bfloat16, None, batch=1, new=1, before=131072)
     # V alone in the five full layers, K and V of the window in the others
     assert deep.bytes - need.bytes == 5 * 131072 * 2 * 512 * 2 + 25 * 1024 * 2 * 8 * 256 * 2
 
 
 def test_fitting_cuts_what_does_not_fit() -> None:
     config = PRESETS["26b-a4b"]
-    assert model.fitting(config, torch.bfloat16, 60 << 30) == config
-    cut = model.fitting(config, torch.bfloat16, 12 << 30)
+    assert plan.fitting(config, torch.bfloat16, 60 << 30) == config
+    cut = plan.fitting(config, torch.bfloat16, 12 << 30)
     assert cut.num_hidden_layers == 6 and cut.vocab_size == 262144 // 5
     with pytest.raises(ValueError, match="not even one layer"):
-        model.fitting(config, torch.bfloat16, 1 << 20)
+        plan.fitting(config, torch.bfloat16, 1 << 20)
 
 
 PEER = """
@@ -493,6 +582,13 @@ class Peer:
             raise MemoryError("too much")
         if {fault!r} == "killed":
             os.kill(os.getpid(), 9)
+        if {fault!r} == "liar":
+            return float("nan"), [0.5] * (new - 1), [[1] * new for _ in ids]
+        if {fault!r} == "slow":
+            import pathlib, subprocess
+            child = subprocess.Popen(["sleep", "600"])
+            pathlib.Path({folder!r}, "pids").write_text(f"{{os.getpid()}} {{child.pid}} ")
+            time.sleep(600)
         if {fault!r} == "unsupported" and len(ids) > 1:
             raise Unsupported("one at a time")
         return 0.25, [0.5] * (new - 1), [[1] * new for _ in ids]
@@ -506,21 +602,21 @@ class Peer:
 @pytest.fixture
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers that fail in every way there is, and one that does not."""
-    for name in ("fine", "load", "memory", "killed", "unsupported", "other"):
-        (tmp_path / f"{name}.py").write_text(PEER.format(fault=name))
-        monkeypatch.setitem(model.PEERS, name, (str(tmp_path / f"{name}.py"), ("",), ("",)))
+    for name in ("fine", "load", "memory", "killed", "unsupported", "other", "liar", "slow"):
+        (tmp_path / f"{name}.py").write_text(PEER.format(fault=name, folder=str(tmp_path)))
+        monkeypatch.setitem(plan.PEERS, name, (str(tmp_path / f"{name}.py"), ("",), ("",)))
 
 
 def test_whatever_happens_to_a_peer_is_a_row(run: Run, fakes: None, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     code, out, err = run(
         "model", "--model", "tiny", "--prompt", "8", "--depth", "16", "--decode", "3", "--batch", "1,2", "--rounds", "2",
-        "--peers", "fine,load,memory,killed,unsupported,other", "-o", str(file),
+        "--peers", "fine,load,memory,killed,unsupported,other,liar", "-o", str(file),
     )  # fmt: skip
     assert code == 1, err  # one of them runs another model
     made = [r for r in rows.read(file) if r.kind == "model"]
     found = {(r.contender, r.params["phase"], r.params["depth"], r.params["batch"]): r for r in made}
-    assert len(found) == len(made) == 7 * 2 * 3  # contenders, batches, and prefill, decode, decode at depth
+    assert len(found) == len(made) == 8 * 2 * 3  # contenders, batches, and prefill, decode, decode at depth
 
     fine = found["fine", "prefill", False, 2]
     assert fine.time_us == Spread(250000, 250000, 250000, 250000, 2) and fine.tokens == 16 and fine.versions["fine"] == "9.9"
@@ -532,6 +628,8 @@ def test_whatever_happens_to_a_peer_is_a_row(run: Run, fakes: None, tmp_path: Pa
         and decode.message.startswith("a fake; not compared")
     )
     deep = found["fine", "decode", True, 1]
+    again = command.model_plan(parser(COMMANDS).parse_args(shlex.split(deep.command)[1:]), CPU, torch.bfloat16)
+    assert [(w.length, w.depth, w.batch) for w in again.workloads] == [(16, True, 1)]  # and nothing else
     assert deep.time_us is not None and deep.time_us.median == 125000 and deep.time_us.samples == 6
 
     assert all(r.status == "missing" and "a_module_that_is_not_there" in r.message for r in made if r.contender == "load")
@@ -544,11 +642,58 @@ def test_whatever_happens_to_a_peer_is_a_row(run: Run, fakes: None, tmp_path: Pa
     assert found["killed", "decode", True, 1].status == "ok"  # a new process took over
     assert found["unsupported", "prefill", False, 1].status == "ok"
     assert found["unsupported", "prefill", False, 2].message == "one at a time"
+    assert found["liar", "prefill", False, 1].status == "failed" and "no answer" in found["liar", "prefill", False, 1].message
     ours = found["gemma4-fast", "decode", False, 1]
     assert ours.status == "ok" and ours.peak_bytes and ours.bytes
-    assert "this command" not in out and "fine" in out
+    assert "fine" in out
     (step, *_) = [r for r in rows.read(file) if r.kind == "step"]
     assert step.parts is not None and {"moe", "linear", "gqa_decode", "between ops"} <= set(step.parts)
+
+
+def gone(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+SLOW = ("model", "--model", "tiny", "--prompt", "8", "--decode", "2", "--rounds", "1", "--check", "off", "--peers", "slow")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked for in /proc")
+def test_a_peer_that_does_not_answer_is_ended_with_its_children(
+    run: Run, fakes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = process.Worker.ask
+
+    def ask(self: process.Worker, **request: Any) -> dict[str, Any]:
+        monkeypatch.setattr(process, "LIMIT", 1.0 if request["do"] == "prompt" and "slow" in self.log.name else 600.0)
+        return inner(self, **request)
+
+    monkeypatch.setattr(process.Worker, "ask", ask)
+    code, out, err = run(*SLOW, "--json", "--quiet")
+    made = [Row.from_dict(json.loads(line)) for line in out.splitlines()]
+    late = [r for r in made if r.contender == "slow"]
+    assert code == 0 and late and all(r.status == "failed" and r.message == "no answer within 1 s" for r in late), err
+    assert [r for r in made if r.kind == "model" and r.contender == "gemma4-fast" and r.status == "ok"]
+    assert all(gone(pid) for pid in (tmp_path / "pids").read_text().split())
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked for in /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_the_run_ends_its_processes(run: Run, fakes: None, tmp_path: Path, number: signal.Signals) -> None:
+    pids = tmp_path / "pids"
+
+    def end() -> None:
+        while not (pids.exists() and pids.read_text().endswith(" ")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    code, _, err = run(*SLOW)
+    thread.join()
+    assert code == 130 and "were done are kept" in err and all(gone(pid) for pid in pids.read_text().split())
 
 
 def test_peers_that_do_not_fit_together_run_one_at_a_time(
@@ -565,14 +710,14 @@ def test_peers_that_do_not_fit_together_run_one_at_a_time(
 
 
 def test_a_model_that_fails_its_self_check_is_not_timed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = model.Worker.ask
+    inner = process.Worker.ask
 
-    def doubted(self: model.Worker, **request: Any) -> dict[str, Any]:
+    def doubted(self: process.Worker, **request: Any) -> dict[str, Any]:
         assert request["do"] not in ("prompt", "depth", "step"), "timed although it is wrong"
         answer = inner(self, **request)
         return {**answer, "right": False, "verdict": "linear is wrong"} if request["do"] == "check" else answer
 
-    monkeypatch.setattr(model.Worker, "ask", doubted)
+    monkeypatch.setattr(process.Worker, "ask", doubted)
     code, out, _ = run("model", "--model", "tiny", "--prompt", "8", "--decode", "2", "--rounds", "1", "--quiet")
     assert code == 1 and "wrong: linear is wrong" in out
 
@@ -609,6 +754,7 @@ def test_faults_become_statuses() -> None:
     assert fault(MemoryError())["status"] == "out of memory"
     assert fault(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))["status"] == "out of memory"
     assert fault(ops.table.UnsupportedError("no kernel"))["status"] == "unsupported"
+    assert fault(ModuleNotFoundError(name="gguf")) == {"status": "missing", "message": "gguf is not installed"}
     assert fault(KeyError("x")) == {"status": "failed", "message": "KeyError: 'x'"}
 
 
@@ -647,6 +793,7 @@ def test_the_readmes_figures_are_rows(run: Run) -> None:
     start, end = "standard.jsonl; held by a test -->\n", "<!-- end -->"
     assert code == 0 and readme[readme.index(start) + len(start) : readme.index(end)].strip() == out.strip()
     for row in (row for file in files for row in rows.read(file)):
-        assert row.machine["cpu"] and row.commit and row.versions["torch"]
+        assert row.machine["cpu"] and row.versions["torch"]
+        assert row.commit and not row.commit.endswith("+")  # what was measured is what is committed
         if row.command:
             parser(COMMANDS).parse_args(shlex.split(row.command)[1:])

@@ -13,7 +13,8 @@ from family import MEMBERS
 from transformers import Gemma4TextConfig
 
 from gemma4_fast import Gemma4, Gemma4Config
-from gemma4_fast.bench.gguf_file import Unsupported, _q6_k, gguf_name, write_gguf
+from gemma4_fast.bench.gguf_file import _q6_k, gguf_name, write_gguf
+from gemma4_fast.errors import UnsupportedError
 
 gguf = pytest.importorskip("gguf")
 Type = gguf.GGMLQuantizationType
@@ -203,5 +204,5 @@ def test_interrupted(tmp_path: Path) -> None:
 def test_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
     """llama.cpp would abort the process that loads them."""
     saved(small("e2b", **change), tmp_path / "model")
-    with pytest.raises(Unsupported, match=words):
+    with pytest.raises(UnsupportedError, match=words):
         write_gguf(tmp_path / "model", tmp_path / "model.gguf")

@@ -30,7 +30,17 @@ def made(kind: str, name: str, contender: str = "torch", us: float | None = None
 
 
 def model(contender: str, us: float | None, phase: str = "decode", status: str = "ok", **params: Any) -> Row:
-    at = {"model": "26b-a4b", "layers": 2, "vocab": 8192, "batch": 1, "length": 128, "phase": phase, "depth": False, **params}
+    at = {
+        "model": "26b-a4b",
+        "layers": 2,
+        "vocab": 8192,
+        "batch": 1,
+        "prompt_len": 128,
+        "new_tokens": 32,
+        "phase": phase,
+        "depth": False,
+        **params,
+    }
     cost: dict[str, Any] = dict(tokens=128 if phase == "prefill" else 1, bytes=10**9, roofline={"gb_s": 100.0})
     return made("model", f"{phase} 128, batch 1", contender, us, status=status, params=at, **cost)
 
@@ -53,7 +63,7 @@ def rows() -> list[Row]:
              params={"axis": "context", "series": "full", "op": "gqa_decode", "x": 4096}),
         model("gemma4-fast", 20_000.0), model("peer", 10_000.0), model("large", None, status=OUT),
         made("step", "decode step", "gemma4-fast", 100.0, parts={"moe": 60.0, "linear": 39.0, "rms_norm": 1.0},
-             params={"model": "26b-a4b", "layers": 2, "vocab": 8192, "batch": 1, "length": 128}),
+             params={"model": "26b-a4b", "layers": 2, "vocab": 8192, "batch": 1, "prompt_len": 128}),
         *(
             made("cache", f"e2b at {context}", layout, cache_bytes=size * context, params={"model": "e2b", "context": context})
             for context in (1024, 131072) for layout, size in (("K+V of every token", 4096), ("this package", 1024))
@@ -190,7 +200,7 @@ def test_the_table_bolds_the_best_and_names_what_failed() -> None:
     assert subject == "26b-a4b, 2 of 30 layers, bfloat16: decode after 128, batch 1"
     assert cells == ["50 (41.7–55.6), 50%", "**100 (83.3–111)**", "out of memory"]
     assert "A CPU with $ and _, 2 threads, 16 GiB of memory; gemma4-fast 1.2.3; commit 0123456789ab" in text
-    assert "26b-a4b with 8,192 of its 262,144 words" in text
+    assert "26b-a4b with 8,192 of its 262,144 tokens" in text
     assert "| e2b, bfloat16 | 512 MiB | 128 MiB |" in text
 
 

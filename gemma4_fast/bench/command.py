@@ -19,12 +19,14 @@ from gemma4_fast.bench import compare as comparing
 from gemma4_fast.bench import html, markdown, memory, model, plots, rows, scale, show
 from gemma4_fast.bench import ops as op_rows
 from gemma4_fast.bench.machine import free_bytes, label, machine, memory_limit
+from gemma4_fast.bench.plan import OURS, PEERS, Plan, fitting, processes, room_for, workloads
 from gemma4_fast.bench.recorder import Recorder
 from gemma4_fast.bench.rows import Row
 from gemma4_fast.bench.timing import RATE_DTYPES, Roofline
 from gemma4_fast.config import PRESETS, Gemma4Config
 from gemma4_fast.model import parse_device, parse_dtype
 
+PROMPTS = [128, 512]  # tokens
 Say = Callable[[str], None]
 Add = Callable[[Row, str], object]
 Work = Callable[[Say, Add], None]
@@ -55,7 +57,8 @@ def run(args: Namespace) -> int:
 
 
 def measured(args: Namespace, device: torch.device, work: Work, output: Path | None, append: bool) -> tuple[int, list[Row]]:
-    """Does the work -> exit code, and the rows. Ctrl-C keeps those that are done (130); a wrong result is 1."""
+    """Does the work -> exit code, and the rows. Ctrl-C keeps those that are done (130); a wrong result is 1, and a file that
+    could not be written 2."""
     stdout = sys.stdout if args.json else None
     with Recorder(device, output, append=append, stdout=stdout) as recorder, memory_limit(device), _progress(args.quiet) as say:
         try:
@@ -64,20 +67,25 @@ def measured(args: Namespace, device: torch.device, work: Work, output: Path | N
         except KeyboardInterrupt:
             terminal.note(f"gemma4-fast: stopped; the {len(recorder.rows)} rows that were done are kept")
             return 130, recorder.rows
+    if recorder.failed:
+        return 2, recorder.rows
     return int(any(row.status == "wrong" for row in recorder.rows)), recorder.rows
 
 
 @contextlib.contextmanager
 def _terminated_like_ctrl_c() -> Iterator[None]:
-    """Inside, SIGTERM too ends the work in order: rows kept, processes ended, temporary files removed."""
-    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Inside, SIGTERM and a closed terminal too end the work in order: rows kept, processes ended, temporary files removed."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other can set a handler
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                before[number] = signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -165,15 +173,17 @@ def cache_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Wor
     return work
 
 
-def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> model.Plan:
+def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> Plan:
     """The run that `bench model` asks for. ValueError for what cannot be."""
-    peers = tuple(_names(args.peers, [p for p in model.PEERS if p != model.OURS], "peer")) if args.peers else ()
+    peers = tuple(_names(args.peers, [p for p in PEERS if p != OURS], "peer")) if args.peers else ()
     pythons = {}
     for item in args.peer_python:
         peer, _, python = item.partition("=")
-        if not Path(python).is_file():
+        if not (Path(python).is_file() and os.access(python, os.X_OK)):
             raise ValueError(f"--peer-python takes PEER=PROGRAM, and there is no program {python!r}")
-        pythons[_names([peer], list(model.PEERS), "peer")[0]] = python
+        if peer not in peers:
+            raise ValueError(f"--peer-python names {peer!r}, which is not among --peers")
+        pythons[peer] = python
     path = None
     if args.model is not None:
         from gemma4_fast.weights import resolve
@@ -190,14 +200,15 @@ def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> mod
             config = config.slice(num_layers=args.layers, vocab_size=args.vocab)
         else:
             free = free_bytes(device)
-            room = model.room_for(len(model.processes(peers)), free or 8 << 30)
-            config = model.fitting(config, dtype, int(0.9 * room))  # a little less will be free when they start
-    asked = list(model.workloads(args.prompt, args.depth, args.batch, args.decode))
+            room = room_for(len(processes(peers)), free or 8 << 30)
+            config = fitting(config, dtype, int(0.9 * room))  # a little less will be free when they start
+    prompts = args.prompt or ([] if args.depth else PROMPTS)
+    asked = list(workloads(prompts, args.depth, args.batch, args.decode))
     for w in asked:
         if w.length + w.new * (args.rounds + 2) > config.max_position_embeddings:
             limit = config.max_position_embeddings
             raise ValueError(f"{w.length} tokens and {args.rounds} rounds of {w.new} exceed this model's {limit} positions")
-    return model.Plan(
+    return Plan(
         config, name, dtype, device, asked, peers, ops.parse_backend(args.backend), path, args.quantize, args.rounds,
         args.check != "off", args.seed, pythons,
     )  # fmt: skip
@@ -240,7 +251,7 @@ def everything(args: Namespace, device: torch.device, dtype: torch.dtype) -> int
     part = folder / "standard.part.jsonl"
     given = Namespace(
         **{k: v for k, v in vars(args).items() if k != "config"}, op=[], case=[], axis=[], points=None, context=None, depth=[],
-        layers=None, vocab=None, model=None, quantize=None, check="quick", batch=[1], prompt=[128, 512], decode=32, rounds=3,
+        layers=None, vocab=None, model=None, quantize=None, check="quick", batch=[1], prompt=PROMPTS, decode=32, rounds=3,
     )  # fmt: skip
     parts = []
     for name in ("cache", "ops", "scale", "model"):
@@ -265,20 +276,28 @@ def everything(args: Namespace, device: torch.device, dtype: torch.dtype) -> int
                 return
 
     code, made = measured(args, device, work, part, append=False)
-    if code == 130:
+    if code in (2, 130):
         terminal.note(f"rows: {part}")
+        if code == 2 and not args.json:  # they are not in the file
+            show.tables(made, show.console())
         return code
     if file.exists():
         os.replace(file, previous)
     os.replace(part, file)
-    if not args.json:
-        show.tables(made, show.console())
-    rows.write_csv(made, pages / "rows.csv")
-    html.write(made, pages / "index.html", plots.draw(made, pages))
+    try:
+        rows.write_csv(made, pages / "rows.csv")
+        html.write(made, pages / "index.html", plots.draw(made, pages))
+    finally:
+        if not args.json:
+            show.tables(made, show.console())
     terminal.note(f"rows: {file}\nreport: {pages / 'index.html'}")
     if previous.exists():
-        found = comparing.compare(rows.read(previous), made, 0.05)
-        terminal.note("beside the run before:\n" + comparing.text(found, 0.05))
+        try:
+            found = comparing.compare(rows.read(previous), made, 0.05)
+        except ValueError as e:  # of another schema, or nothing in common: no reason to fail
+            terminal.note(f"not compared with the run before: {e}")
+        else:
+            terminal.note("beside the run before:\n" + comparing.text(found, 0.05))
     return code
 
 
@@ -293,12 +312,14 @@ def _write_crossovers(made: Sequence[Row]) -> None:
 # ---------------------------------------------------------------- what becomes of the rows
 def _check_targets(args: Namespace) -> None:
     """ValueError, before any work, for a file that could not be written at its end."""
-    targets = [target for target in (args.output, args.csv, args.html) if target is not None]
+    targets = [target for target in (getattr(args, "output", None), args.csv, args.html) if target is not None]
     for target in targets:
         if not target.resolve().parent.is_dir():
             raise ValueError(f"{target}: there is no folder {target.parent}")
         if target.is_dir():
             raise ValueError(f"{target} is a folder, and a file is to be written")
+    if args.html is not None and args.html.exists() and not args.html.is_file():
+        raise ValueError(f"{args.html} is no plain file, and a page replaces what is there")
     taken = [target.resolve() for target in [*targets, *getattr(args, "files", [])]]
     if len(set(taken)) < len(taken):
         raise ValueError("two of the files are the same one; what is written must not replace another")
@@ -309,14 +330,20 @@ def _check_targets(args: Namespace) -> None:
 
 
 def present(made: Sequence[Row], args: Namespace) -> None:
-    """Tables on stdout (unless that has the JSON lines), and the files that were asked for."""
+    """The files that were asked for, and tables on stdout (unless that has the JSON lines). Whatever becomes of the one, the
+    other is not lost by it."""
     if not made:
         return
-    if not args.json:
-        show.tables(made, show.console())
-        found = scale.crossovers(made)
-        for where, x in found.items():
-            print(f"moe_decode is the faster or equal path up to {x} tokens on {where}")
+    try:
+        _write_files(made, args)
+    finally:
+        if not args.json:
+            show.tables(made, show.console())
+            for where, x in scale.crossovers(made).items():
+                print(f"moe_decode is the faster or equal path up to {x} tokens on {where}")
+
+
+def _write_files(made: Sequence[Row], args: Namespace) -> None:
     if args.csv is not None:
         rows.write_csv(made, args.csv)
     drawn = {}
@@ -334,7 +361,9 @@ def report(args: Namespace) -> int:
     made = [row for file in args.files for row in rows.read(file)]
     _check_targets(args)
     if args.markdown:
-        print(markdown.performance(made), end="")
+        table = markdown.performance(made)
+        _write_files(made, args)
+        print(table, end="")
         return 0
     if args.json:
         for row in made:

@@ -57,8 +57,16 @@ class Comparison:
 
 def compare(before: Sequence[Row], after: Sequence[Row], threshold: float = 0.05) -> Comparison:
     """threshold: 0.05 is five percent. Of rows that were measured twice in one file the last counts. The roofline's own
-    rows are the machine's, and never a regression."""
-    a, b = ({row.key: row for row in rows if row.kind != "roofline"} for rows in (before, after))
+    rows are the machine's, and never a regression. ValueError if the two have no row in common."""
+    # Runs with several numbers of threads in one file are different rows; machines that differ in it are compared all the same.
+    several = any(len({row.machine.get("threads") for row in rows}) > 1 for rows in (before, after))
+
+    def by_key(rows: Sequence[Row]) -> dict[object, Row]:
+        return {(row.key, row.machine.get("threads") if several else None): row for row in rows if row.kind != "roofline"}
+
+    a, b = by_key(before), by_key(after)
+    if not set(a) & set(b):
+        raise ValueError(f"no row in common: A has {_example(a)}, and B has {_example(b)}")
     # Rates of other dtypes or threads are other rates, so the noise is that of the commonest kind of row.
     kinds = Counter((row.dtype, row.machine.get("threads")) for row in [*before, *after] if row.roofline)
     most = kinds.most_common(1)[0][0] if kinds else None
@@ -74,6 +82,13 @@ def compare(before: Sequence[Row], after: Sequence[Row], threshold: float = 0.05
     return Comparison(
         tuple(changes), tuple(a[k] for k in a if k not in b), tuple(b[k] for k in b if k not in a), differing, noise
     )  # fmt: skip
+
+
+def _example(rows: Mapping[object, Row]) -> str:
+    if not rows:
+        return "none but the machine's own"
+    row = next(iter(rows.values()))
+    return f"{len(rows)}, such as {row.kind} {row.name} ({who(row)}, {row.dtype}, {row.device})"
 
 
 def _noise(rows: Sequence[Row], rate: str) -> float:
@@ -149,7 +164,7 @@ def text(found: Comparison, threshold: float, every: bool = False) -> str:
     columns = ("", "row", "with", "", "A", "B", "B / A", "by the spreads", "machine slower by")
     table = render(columns, lines) if lines else ""
     counts = {v: sum(c.verdict == v for c in found.changes) for v in dict.fromkeys(c.verdict for c in found.changes)}
-    said = ", ".join(f"{n} {v}" for v, n in counts.items()) or "no row in common"
+    said = ", ".join(f"{n} {v}" for v, n in counts.items()) or "nothing in common that was measured"
     notes = "".join(f"the machines differ in {m}\n" for m in found.machines)
     for rows, which in ((found.only_a, "A"), (found.only_b, "B")):
         if rows:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gemma4_fast import weights
 from gemma4_fast.config import Gemma4Config
+from gemma4_fast.errors import UnsupportedError
 from gemma4_fast.model import Gemma4
 
 if TYPE_CHECKING:
@@ -65,10 +66,6 @@ _LAYER = {
 _CHUNK = 2**20  # elements that are widened to fp32 at once
 
 
-class Unsupported(ValueError):
-    """A model that llama.cpp does not run, whatever file it is given. (peers/worker.py knows the class by its name.)"""
-
-
 def gguf_name(name: str) -> str:
     """What llama.cpp calls the tensor that transformers calls `name`."""
     if not name.startswith("model.layers."):
@@ -86,7 +83,7 @@ def write_gguf(
     tensors wider, and so does this. progress(bytes written, bytes in all) is called after each tensor.
 
     ModuleNotFoundError: there is no package `gguf`.
-    Unsupported: a model that no file would make llama.cpp run, such as some slices of a published one.
+    UnsupportedError: a model that no file would make llama.cpp run, such as some slices of a published one.
     """
     import gguf
 
@@ -137,9 +134,9 @@ def _refuse(config: Gemma4Config) -> None:
     """llama.cpp has the published models' layer patterns in its code, and aborts the process for others."""
     layers, first = config.layers(), config.first_shared_layer
     if not any(layer.is_sliding for layer in layers):
-        raise Unsupported("llama.cpp runs no Gemma 4 without sliding layers")
+        raise UnsupportedError("llama.cpp runs no Gemma 4 without sliding layers")
     if any(layer.kv_donor != first - (2 if layer.is_sliding else 1) for layer in layers[first:]):
-        raise Unsupported("llama.cpp shares keys and values only of a sliding layer and the full one right after it")
+        raise UnsupportedError("llama.cpp shares keys and values only of a sliding layer and the full one right after it")
 
 
 def _rows(name: str, t: Tensor, config: Gemma4Config) -> int:

@@ -99,7 +99,7 @@ below. Their times are not taken.</p>{% endif %}
 
 def write(rows: Sequence[Row], path: str | Path, pictures: Mapping[str, Path]) -> None:
     """The page. Without pictures it draws its own, if matplotlib is there. The file changes only when it is complete."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one, and what it leads to is replaced
     with tempfile.TemporaryDirectory() as folder:
         if not pictures and importlib.util.find_spec("matplotlib") is not None:
             pictures = plots.draw(rows, folder)

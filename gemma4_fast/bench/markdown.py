@@ -53,7 +53,7 @@ def workload(row: Row) -> str:
     """What of it was measured: "prefill 128, batch 1"."""
     p = row.params
     before = "" if p["phase"] == "prefill" else "at depth " if p["depth"] else "after "
-    return f"{p['phase']} {before}{p['length']:,}, batch {p['batch']}"
+    return f"{p['phase']} {before}{p['prompt_len']:,}, batch {p['batch']}"
 
 
 def best(rows: Iterable[Row]) -> Row | None:
@@ -110,7 +110,7 @@ def _vocabulary(row: Row) -> str:
     """Of a model that was cut, what is left of the vocabulary."""
     name, vocab = row.params["model"], row.params["vocab"]
     whole = PRESETS[name].vocab_size if name in PRESETS else vocab
-    return "" if vocab == whole else f"{name} with {vocab:,} of its {whole:,} words"
+    return "" if vocab == whole else f"{name} with {vocab:,} of its {whole:,} tokens"
 
 
 def _caches(rows: list[Row]) -> str:

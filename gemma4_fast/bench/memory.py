@@ -41,23 +41,21 @@ def members() -> dict[str, tuple[Sequence[LayerConfig], int]]:
     return {**known, GEMMA3: (gemma3_layers(), 131072)}
 
 
-def measure(
-    layers: Sequence[LayerConfig], context: int, dtype: torch.dtype, device: torch.device, batch: int = 1
-) -> tuple[int, int, str]:
-    """Bytes allocated, bytes that one decode step reads, and what they were allocated on: the device, or in part "meta".
+def measure(layers: Sequence[LayerConfig], context: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int, str]:
+    """Of one sequence: bytes allocated, bytes that a decode step reads, and where: the device, or in part "meta".
 
     Each layer's tensors are made on the device; large ones on the meta device, which keeps the books of the same allocation
     without its memory (a test holds the two equal). Layers that share KV allocate nothing and read their donor's.
     """
     allocated, read, where = 0, 0, str(device)
-    lens = torch.full((batch,), context, dtype=torch.int32)
+    lens = torch.full((1,), context, dtype=torch.int32)
     for layer in layers:
-        size = batch * context * layer.num_kv_heads * layer.head_dim * dtype.itemsize * 2
+        size = context * layer.num_kv_heads * layer.head_dim * dtype.itemsize * 2
         on = device if size <= _LARGE else torch.device("meta")
-        cache = allocate(layer, batch, context, dtype, on)
+        cache = allocate(layer, 1, context, dtype, on)
         if layer.kv_donor is None:
             allocated += sum(t.untyped_storage().nbytes() for t in (cache.k, cache.v) if t is not None)
-        q = torch.empty(batch, layer.num_q_heads, layer.head_dim, dtype=dtype, device="meta")
+        q = torch.empty(1, layer.num_q_heads, layer.head_dim, dtype=dtype, device="meta")
         read += GQA_DECODE.cost(q, cache.k, cache.v, lens, layer.window).bytes - 2 * q.nbytes
         where = where if on == device else "meta"
     return allocated, read, where

@@ -8,287 +8,45 @@ them one after another anew (the rows say so).
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import random
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gemma4_fast import ops, terminal
-from gemma4_fast.bench.machine import free_bytes, limit_memory
+from gemma4_fast import terminal
+from gemma4_fast.bench.gguf_file import write_gguf
+from gemma4_fast.bench.machine import free_bytes
+from gemma4_fast.bench.plan import (
+    FROM_FILES,
+    GGUF,
+    OURS,
+    PEERS,
+    Contender,
+    Plan,
+    Workload,
+    floor,
+    processes,
+    room_for,
+    weight_bytes,
+)
+from gemma4_fast.bench.process import Worker
 from gemma4_fast.bench.recorder import fault
 from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.bench.timing import Roofline, Stopwatch, rotated
-from gemma4_fast.cache import KVCache
-from gemma4_fast.config import Gemma4Config
-from gemma4_fast.layers import model_ops
+from gemma4_fast.errors import UnsupportedError
 from gemma4_fast.model import Gemma4
 
-OURS = "gemma4-fast"
-# Peer -> the file that runs it, and the variants that are contenders of their own (for models with experts, and without).
-PEERS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    OURS: ("with_ours.py", ("",), ("",)),
-    "transformers": ("with_transformers.py", ("grouped_mm", "eager", "batched_mm"), ("",)),
-    "torch.compile": ("with_transformers.py", ("compile",), ("compile",)),
-    "vllm": ("with_vllm.py", ("",), ("",)),
-    "llama.cpp": ("with_llama_cpp.py", ("",), ("",)),
-    "llama-bench": ("with_llama_bench.py", ("",), ("",)),
-}
-FROM_FILES = ("vllm", "llama.cpp", "llama-bench")  # these load checkpoints; the others can make dummy weights themselves
-ROUNDS = 5
 PATIENCE = 30.0  # seconds that all turns of one contender with one workload may take together
 REST = 0.3  # seconds before each turn: OpenMP's threads spin for a while after their work, on the cores of the next
-LIMIT = 600.0  # seconds after which a process that does not answer is ended
 SCORED = 16, 20  # tokens of the prompt whose next token's log-probabilities are compared, and how many of the likeliest
-_SPARE = 1 << 30  # bytes that a process needs beside its weights
-# Bytes a weight takes: quantized ones with an fp16 scale for each 32 (Q8_0, Q4_0).
-QUANTIZED = {"int8": 34 / 32, "int4": 18 / 32}
 
 
-# ---------------------------------------------------------------- what is asked
-@dataclass(frozen=True)
-class Workload:
-    """A batch of prompts and the tokens after them. depth: only the tokens count, after a context of `length`."""
-
-    batch: int
-    length: int
-    new: int
-    depth: bool = False
-
-    def ids(self, vocab: int, round_: int) -> list[list[int]]:
-        """[B][length]: new ones for each round, so that no prefix cache knows them; at depth always the same."""
-        seed = f"{self.batch} {self.length} {0 if self.depth else round_}"
-        draw = random.Random(seed)
-        return [[draw.randrange(min(10, vocab - 1), vocab) for _ in range(self.length)] for _ in range(self.batch)]
-
-
-@dataclass(frozen=True)
-class Contender:
-    peer: str
-    variant: str
-
-    @property
-    def label(self) -> str:
-        return self.peer if not self.variant or self.variant == "compile" else f"{self.peer} {self.variant}"
-
-
-@dataclass
-class Plan:
-    """One run. `path`: a checkpoint; None for dummy weights. `pythons`: interpreters of peers that have one of their own."""
-
-    config: Gemma4Config
-    label: str
-    dtype: torch.dtype
-    device: torch.device
-    workloads: list[Workload]
-    peers: tuple[str, ...] = ()
-    backends: tuple[str, ...] = ()
-    path: Path | None = None
-    quantize: str | None = None
-    rounds: int = ROUNDS
-    check: bool = True
-    seed: int = 0
-    pythons: dict[str, str] = field(default_factory=dict)
-
-    def contenders(self) -> list[Contender]:
-        variants = self.backends or ("", *self._baseline())
-        found = [Contender(OURS, v) for v in variants]
-        for peer in self.peers:
-            _, experts, dense = PEERS[peer]
-            found += [Contender(peer, v) for v in (experts if self.config.enable_moe_block else dense)]
-        return found
-
-    def _baseline(self) -> tuple[str, ...]:
-        """The torch backend is a contender too where the automatic choice is something else."""
-        chosen = {ops.decide(name, self.device, self.dtype)[0] for name in model_ops(self.config)}
-        return ("torch",) if chosen - {"torch", "composed"} else ()
-
-
-def weight_bytes(config: Gemma4Config, dtype: torch.dtype, quantize: str | None = None) -> int:
-    with torch.device("meta"):
-        count = sum(p.numel() for p in Gemma4(config).parameters())
-    return round(count * (QUANTIZED[quantize] if quantize else dtype.itemsize))
-
-
-def room_for(processes: int, free: int) -> int:
-    """Bytes of weights that each of so many processes may hold at once."""
-    return int((0.95 * free / processes - _SPARE) / 1.15)
-
-
-def processes(peers: Sequence[str]) -> list[str]:
-    """What runs beside each other: torch.compile shares transformers' process, and llama-bench lives for one call."""
-    shared = {"llama-bench"} | ({"torch.compile"} if "transformers" in peers else set())
-    return [OURS, *(p for p in peers if p not in shared)]
-
-
-def fitting(config: Gemma4Config, dtype: torch.dtype, room: int) -> Gemma4Config:
-    """The model, or the largest of a half, a fifth and fewer of its layers (and of its vocabulary) whose weights fit."""
-    n = config.num_hidden_layers
-    period = next(i + 1 for i, t in enumerate(config.layer_types) if t == "full_attention")
-    for layers in sorted({n, n // 2, max(period, n // 5), 2, 1}, reverse=True):
-        cut = config if layers == n else config.slice(num_layers=layers, vocab_size=config.vocab_size * layers // n)
-        if weight_bytes(cut, dtype) <= room:
-            return cut
-    raise ValueError(
-        f"not even one layer fits: it takes {terminal.size(weight_bytes(cut, dtype))}, and there is room for "
-        f"{terminal.size(room)} per contender; name fewer --peers, or a smaller --config"
-    )
-
-
-# ---------------------------------------------------------------- the floor
-@dataclass(frozen=True)
-class Floor:
-    bytes: int
-    flops: int
-
-
-def floor(config: Gemma4Config, dtype: torch.dtype, quantize: str | None, batch: int, new: int, before: int) -> Floor:
-    """What a pass over `new` tokens of each sequence, after `before` others, must read and multiply.
-
-    Of the experts those that are hit, in expectation over uniform routing; of the cache what this package's layout holds;
-    logits of one token a sequence. Sources: facts of the architecture alone, no measurement.
-    """
-    with torch.device("meta"):
-        model = Gemma4(config)
-    tokens = batch * new
-    missed = (1 - config.top_k_experts / config.num_experts) ** tokens if config.enable_moe_block else 0.0
-    share = config.top_k_experts / config.num_experts if config.enable_moe_block else 0.0
-    read = flops = 0.0
-    for name, p in model.named_parameters():
-        if name.endswith("embed_tokens_per_layer.weight"):
-            read += tokens * p.shape[1]
-        elif name == "lm_head.weight" or (name.endswith("embed_tokens.weight") and config.tie_word_embeddings):
-            read += p.numel()
-            flops += 2 * batch * p.numel()
-        elif name.endswith("embed_tokens.weight"):
-            read += tokens * p.shape[1]
-        elif ".experts." in name:
-            read += (1 - missed) * p.numel()
-            flops += 2 * tokens * share * p.numel()
-        else:
-            read += p.numel()
-            flops += 2 * tokens * p.numel() if p.dim() > 1 else 0
-    moved = read * (QUANTIZED[quantize] if quantize else dtype.itemsize)
-    cache = KVCache(config, 1, before + new, dtype, device="meta")
-    for layer in config.layers():
-        seen = sum(min(before + i + 1, layer.window or before + i + 1) for i in range(new))
-        flops += 4 * batch * seen * layer.num_q_heads * layer.head_dim
-        kept = cache.layer(layer.index)
-        rows = min(before, layer.window or before)
-        per_row = layer.num_kv_heads * layer.head_dim * dtype.itemsize * (1 if kept.k is None else 2)
-        moved += batch * rows * per_row
-    return Floor(round(moved), round(flops))
-
-
-# ---------------------------------------------------------------- processes
-def _visible(device: torch.device) -> str:
-    """What CUDA_VISIBLE_DEVICES must be for a process that shall see this GPU alone."""
-    seen, index = os.environ.get("CUDA_VISIBLE_DEVICES"), device.index or 0
-    return seen.split(",")[index] if seen else str(index)
-
-
-class Worker:
-    """A contender's process. `ask` never raises for what goes wrong in there: the answer says so."""
-
-    def __init__(self, peer: str, python: str, scratch: Path, device: torch.device) -> None:
-        self.device = device
-        here = Path(__file__).resolve().parent
-        self.log = open(scratch / f"{peer}.log", "ab")  # noqa: SIM115  closed by stop
-        root = str(here.parent.parent)
-        # A CPU row must not use a GPU on the quiet, as llama.cpp would for long prompts. Otherwise it sees one GPU, its own.
-        seen = "" if device.type == "cpu" else _visible(device)
-        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-        self.process = subprocess.Popen(
-            [python, str(here / "peers" / "worker.py"), str(here / "peers" / PEERS[peer][0])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": seen, "HIP_VISIBLE_DEVICES": seen},
-        )
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self._reset_peak()
-        if self.device.type == "cpu":
-            with contextlib.suppress(OSError):  # it has ended
-                limit_memory(self.process.pid)
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            self.process.kill()
-
-        timer = threading.Timer(LIMIT, end)
-        timer.daemon = True
-        timer.start()
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        timer.cancel()
-        if not line:
-            return self._ended(late.is_set())
-        try:
-            answer: dict[str, Any] = json.loads(line)
-            if not isinstance(answer, dict) or "ok" not in answer:
-                raise ValueError
-        except ValueError:
-            self.process.kill()  # what it says next would be taken for the answer to another question
-            return {
-                "ok": False,
-                "status": "failed",
-                "message": f"its process answered {line.strip()[:80]!r}, which is no answer",
-            }
-        answer.setdefault("peak_bytes", self._peak() if self.device.type == "cpu" else None)
-        return answer
-
-    def _ended(self, late: bool) -> dict[str, Any]:
-        code = self.process.wait()
-        if late:
-            return {"ok": False, "status": "failed", "message": f"no answer within {LIMIT:.0f} s"}
-        self.log.flush()
-        last = Path(self.log.name).read_bytes()[-4000:].decode(errors="replace").strip().splitlines()[-1:]
-        if code == -9:
-            return {"ok": False, "status": "out of memory", "message": "killed by the system, most likely for its memory"}
-        return {"ok": False, "status": "failed", "message": f"ended with exit code {code}: {''.join(last)[:200]}"}
-
-    def _peak(self) -> int | None:
-        with contextlib.suppress(OSError, StopIteration):
-            text = Path(f"/proc/{self.process.pid}/status").read_text()
-            return int(next(line.split()[1] for line in text.splitlines() if line.startswith("VmHWM"))) << 10
-        return None
-
-    def _reset_peak(self) -> None:
-        with contextlib.suppress(OSError):
-            Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
-
-    def stop(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            assert self.process.stdin is not None
-            self.process.stdin.write('{"do": "quit"}\n')
-            self.process.stdin.close()
-        try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.log.close()
-
-
-# ---------------------------------------------------------------- the run
 @dataclass
 class Result:
     """What one contender did with one workload."""
@@ -330,7 +88,7 @@ class ModelBench:
             stack.callback(self._stop_all)
             self.scratch = scratch
             self.path = self._checkpoint()
-            self._gguf()
+            self.gguf = self._gguf()
             stack.callback(self._write_rest)  # Ctrl-C too keeps what was measured
             if self._fit_together():
                 self._side_by_side()
@@ -356,33 +114,41 @@ class ModelBench:
         free = shutil.disk_usage(self.scratch).free
         if need > free:
             message = f"its files need {terminal.size(need)} of disk, and there are {terminal.size(free)}"
-            self.faults |= {
-                c: {"status": "failed", "message": message} for c in self.contenders if c.peer in FROM_FILES
-            }  # fmt: skip
+            self._rule_out(FROM_FILES, {"status": "failed", "message": message})
             return None
         self.progress("writing the weights to a checkpoint")
         try:
             model = Gemma4.dummy(plan.config, dtype=plan.dtype, device=plan.device, seed=plan.seed)
             model.save_pretrained(self.scratch / "checkpoint")
         except (MemoryError, OSError, RuntimeError) as e:
-            self.faults |= {c: fault(e) for c in self.contenders if c.peer in FROM_FILES}
+            self._rule_out(FROM_FILES, fault(e))
             return None
         del model
         if plan.device.type == "cuda":
             torch.cuda.empty_cache()  # the contenders' processes need it
         return self.scratch / "checkpoint"
 
-    def _gguf(self) -> None:
-        """The file for llama.cpp, written here where it can be: its interpreter need not have what that takes."""
+    def _gguf(self) -> Path | None:
+        """The file for llama.cpp. Written here, as a peer's interpreter need not have what that takes."""
         plan = self.plan
-        if self.path is None or plan.dtype != torch.bfloat16 or not {"llama.cpp", "llama-bench"} & set(self._peers()):
-            return
-        from gemma4_fast.bench.gguf_file import Unsupported, write_gguf
-
+        if self.path is None or not set(GGUF) & set(self._peers()):
+            return None
+        file = self.scratch / "model.gguf"
         self.progress("writing the weights to a GGUF file")
-        # Where that fails the peer's own process tries it again, and tells.
-        with contextlib.suppress(ModuleNotFoundError, Unsupported, OSError, MemoryError, RuntimeError):
-            write_gguf(self.path, self.scratch / f"{self.path.resolve().name}-{plan.quantize or 'bf16'}.gguf", plan.quantize)
+        try:
+            if plan.dtype != torch.bfloat16:
+                short = str(plan.dtype).removeprefix("torch.")
+                raise UnsupportedError(f"dtype {short} is not measured with llama.cpp; its files here hold bf16")
+            return write_gguf(self.path, file, plan.quantize)
+        except ModuleNotFoundError as e:
+            self._rule_out(GGUF, {**fault(e), "message": f"{e.name}, which writes its GGUF file, is not installed"})
+        except (UnsupportedError, OSError, MemoryError, RuntimeError) as e:
+            self._rule_out(GGUF, fault(e))
+        return None
+
+    def _rule_out(self, peers: tuple[str, ...], why: dict[str, str]) -> None:
+        """None of these peers' contenders runs."""
+        self.faults |= {c: why for c in self.contenders if c.peer in peers}
 
     def _fit_together(self) -> bool:
         plan = self.plan
@@ -398,10 +164,17 @@ class ModelBench:
         if not mine:
             return
         self.progress(f"loading {process}")
-        self.workers[process] = worker = Worker(process, plan.pythons.get(process, sys.executable), self.scratch, plan.device)
+        python = plan.pythons.get(process, sys.executable)
+        try:
+            worker = Worker(process, PEERS[process][0], python, self.scratch, plan.device)
+        except OSError as e:
+            self.faults |= {c: fault(e) for c in mine}
+            return
+        self.workers[process] = worker
         answer = worker.ask(
             do="load",
             path=None if self.path is None else str(self.path),
+            gguf=None if self.gguf is None else str(self.gguf),
             config=plan.config.to_dict(),
             dtype=str(plan.dtype).removeprefix("torch."),
             quantize=plan.quantize,
@@ -411,13 +184,12 @@ class ModelBench:
             max_len=max(w.length + (2 + plan.rounds) * w.new for w in plan.workloads),
             max_batch=max(w.batch for w in plan.workloads),
             memory_bytes=free_bytes(plan.device),
-            cache_dir=str(self.scratch),
         )
         if not answer["ok"]:
-            self.faults |= {c: {k: answer[k] for k in ("status", "message")} for c in mine}
+            self.faults |= {c: _fault_of(answer) for c in mine}
             self._stop(process)
             return
-        self.versions[process], self.notes[process] = answer.get("version", ""), answer.get("note", "")
+        self.versions[process], self.notes[process] = answer["version"], answer.get("note", "")
         prompt = Workload(1, min(SCORED[0], plan.config.max_position_embeddings - 1), 1).ids(plan.config.vocab_size, 0)
         for c in mine:
             answer = worker.ask(do="score", variant=c.variant, ids=prompt, new=min(SCORED[1], plan.config.vocab_size))
@@ -433,7 +205,7 @@ class ModelBench:
                 self.progress(f"checking {c.label}")
                 answer = worker.ask(do="check", variant=c.variant)
                 if not answer["ok"]:
-                    self.faults[c] = {k: answer[k] for k in ("status", "message")}
+                    self.faults[c] = _fault_of(answer)
                 elif not answer["right"]:
                     self.faults[c] = {"status": "wrong", "message": answer["verdict"]}
 
@@ -441,12 +213,17 @@ class ModelBench:
         return next((self.scores[c] for c in self.contenders if c.peer == OURS and c in self.scores), None)
 
     def _stop(self, process: str) -> None:
-        if (worker := self.workers.pop(process, None)) is not None:
-            worker.stop()
+        if process in self.workers:
+            self.workers[process].stop()
+            del self.workers[process]
 
     def _stop_all(self) -> None:
-        for process in list(self.workers):
-            self._stop(process)
+        try:
+            for process in list(self.workers):
+                self._stop(process)
+        finally:  # a further Ctrl-C does not wait for them
+            for worker in self.workers.values():
+                worker.kill()
 
     # ---- turns
     def _side_by_side(self) -> None:
@@ -501,8 +278,8 @@ class ModelBench:
         start = time.perf_counter()
         answer = self.workers[process].ask(do="depth" if w.depth else "prompt", variant=c.variant, ids=ids, new=w.new)
         if not answer["ok"]:
-            result.fault = {k: answer[k] for k in ("status", "message")}
-            if self.workers[process].process.poll() is not None:  # it takes others with it; they get a new one
+            result.fault = _fault_of(answer)
+            if self.workers[process].ended:  # it takes others with it; they get a new one
                 self._stop(process)
                 self._start(process)
             return
@@ -537,7 +314,7 @@ class ModelBench:
         roof = self.roofline.of_samples(self.probes.get(w, {}), plan.dtype)
         at: dict[str, Any] = {
             "model": plan.label, "layers": plan.config.num_hidden_layers, "vocab": plan.config.vocab_size, "batch": w.batch,
-            "length": w.length, "new": w.new,
+            "prompt_len": w.length, "new_tokens": w.new,
         }  # fmt: skip
         if plan.quantize:
             at["quantize"] = plan.quantize
@@ -586,7 +363,7 @@ class ModelBench:
                 ids = w.ids(self.plan.config.vocab_size, 0)
                 answer = self.workers[OURS].ask(do="step", variant=c.variant, ids=ids, new=min(w.new, 32))
                 params = {"model": self.plan.label, "layers": self.plan.config.num_hidden_layers, "batch": w.batch,
-                          "vocab": self.plan.config.vocab_size, "length": w.length}  # fmt: skip
+                          "vocab": self.plan.config.vocab_size, "prompt_len": w.length}  # fmt: skip
                 name = f"decode step at {w.length}, batch {w.batch}"
                 row = Row("step", name, c.label, dtype=str(self.plan.dtype).removeprefix("torch."), params=params)
                 if answer["ok"]:
@@ -600,6 +377,10 @@ class ModelBench:
     def _command(self, w: Workload) -> str:
         size = f"--depth {w.length}" if w.depth else f"--prompt {w.length}"
         return f"model {self.options} {size} --decode {w.new} --batch {w.batch}"
+
+
+def _fault_of(answer: dict[str, Any]) -> dict[str, Any]:
+    return {k: answer[k] for k in ("status", "message")}
 
 
 def _name(w: Workload) -> str:
@@ -627,10 +408,3 @@ def _agreement(ours: list[list[int]] | None, theirs: list[list[int]] | None) -> 
         for x, y in zip(ours, theirs, strict=True)
     )
     return f"greedy tokens agree: {same} of {len(ours[0])}"
-
-
-def workloads(prompts: Sequence[int], depths: Sequence[int], batches: Sequence[int], new: int) -> Iterator[Workload]:
-    """Every prompt and depth at every batch."""
-    for batch in batches:
-        yield from (Workload(batch, length, new) for length in prompts)
-        yield from (Workload(batch, length, new, depth=True) for length in depths)

@@ -244,7 +244,7 @@ def _steps(rows: list[Row]) -> Figure:
                 axes.text(left + us / 2, y, microseconds(us), ha="center", va="center", fontsize=8, color=ink)
             left += us
         _label(axes, left, y, microseconds(_time(row).median), fontweight="bold")
-        name = f"{who(row)}\nbatch {row.params['batch']}, after {row.params['length']:,}"
+        name = f"{who(row)}\nbatch {row.params['batch']}, after {row.params['prompt_len']:,}"
         names.append(name if len(subjects) == 1 else f"{subject(row)}\n{name}")
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.45, -0.55)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TextIO
 
 import torch
 
+from gemma4_fast import terminal
 from gemma4_fast.bench import rows
 from gemma4_fast.bench.machine import clocks, environment
 from gemma4_fast.bench.rows import Row
@@ -18,16 +20,17 @@ from gemma4_fast.errors import UnsupportedError, out_of_memory
 class Recorder:
     """Completes each row with where and when it was measured, and keeps it.
 
-    output: a file for JSON lines. ValueError, before any work, if it is there already and `append` is not set.
+    output: a file for JSON lines. ValueError, before any work, if it is there already and `append` is not set, or holds
+    something else than rows. If it cannot be written any more (a full disk), that is told once, `failed` is set, and the
+    rows are still kept in `rows`.
     """
 
     def __init__(
         self, device: torch.device, output: Path | None = None, *, append: bool = False, stdout: TextIO | None = None
     ) -> None:
-        if output is not None and output.exists() and not append:
-            raise ValueError(f"{output} is there already: give another --output, or --append to add to it")
         self.rows: list[Row] = []
-        self._file = None if output is None else open(output, "a", encoding="utf-8")  # noqa: SIM115  closed with the recorder
+        self.failed = False
+        self._file = None if output is None else _opened(output, append)
         self._stdout = stdout
         self._device, self._environment = device, environment(device)
 
@@ -36,7 +39,8 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
 
     def add(self, row: Row, command: str = "") -> Row:
         """command: what makes this row again, without the program's name."""
@@ -46,11 +50,34 @@ class Recorder:
         own["finished"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         row = dataclasses.replace(row, command=f"gemma4-fast bench {command}" if command else row.command, **own)
         self.rows.append(row)
-        for stream in (self._file, self._stdout):
-            if stream is not None:
-                stream.write(rows.line(row) + "\n")
-                stream.flush()  # whatever ends this run, what is done is kept
+        line = rows.line(row) + "\n"
+        if self._file is not None and not self.failed:
+            try:
+                self._file.write(line)
+                self._file.flush()  # whatever ends this run, what is done is kept
+            except OSError as e:
+                self.failed = True
+                terminal.note(f"gemma4-fast: {self._file.name}: {e.strerror}; from here on its rows are not saved there")
+        if self._stdout is not None:
+            self._stdout.write(line)
+            self._stdout.flush()
         return row
+
+
+def _opened(output: Path, append: bool) -> TextIO:
+    """The file, at its end, and at the beginning of a line."""
+    if output.exists() and not append:
+        raise ValueError(f"{output} is there already: give another --output, or --append to add to it")
+    file = open(output, "a", encoding="utf-8")  # noqa: SIM115  the recorder closes it
+    if output.is_file() and output.stat().st_size:
+        try:
+            rows.read(output)
+        except (ValueError, OSError) as e:
+            file.close()
+            raise ValueError(f"nothing is appended to what is no file of rows: {e}") from e
+        if not output.read_bytes().endswith(b"\n"):
+            file.write("\n")
+    return file
 
 
 def fault(e: BaseException) -> dict[str, str]:
@@ -58,6 +85,8 @@ def fault(e: BaseException) -> dict[str, str]:
     text = " ".join(str(e).split())[:300]
     if isinstance(e, UnsupportedError):
         return {"status": "unsupported", "message": text}
+    if isinstance(e, ModuleNotFoundError):
+        return {"status": "missing", "message": f"{e.name} is not installed"}
     if out_of_memory(e):
         return {"status": "out of memory", "message": text or type(e).__name__}
     return {"status": "failed", "message": f"{type(e).__name__}: {text}"}

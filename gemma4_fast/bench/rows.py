@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,22 +117,84 @@ class Row:
         """ValueError says what is wrong with a row that no bench wrote."""
         if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
             raise ValueError(f"not a row of schema {SCHEMA}")
-        names = {f.name for f in dataclasses.fields(cls)}
-        own = {k: v for k, v in data.items() if k in names}
-        for name, allowed in (("kind", KINDS), ("status", STATUSES)):
-            if own.get(name, "ok") not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {own.get(name)!r}")
-        for name in ("name", "contender"):
-            if not isinstance(own.get(name), str):
-                raise ValueError(f"{name} must be text, got {own.get(name)!r}")
+        own = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
+        for name in ("kind", "name", "contender"):
+            own.setdefault(name, None)
+        for name, right in _FIELDS.items():
+            if name in own and not right.holds(own[name]):
+                raise ValueError(f"{name} must be {right.words}, got {_short(own[name])}")
+        for name, right in PARAMS.get(own["kind"], {}).items():
+            if not right.holds(value := own.get("params", {}).get(name)):
+                raise ValueError(f"params.{name} of a {own['kind']} row must be {right.words}, got {_short(value)}")
         if own.get("time_us") is not None:
-            try:
-                own["time_us"] = Spread(**own["time_us"])
-            except TypeError as e:
-                raise ValueError(f"time_us: {e}") from e
-            if not all(isinstance(v, (int, float)) and math.isfinite(v) and v >= 0 for v in vars(own["time_us"]).values()):
-                raise ValueError("time_us must hold finite numbers, none of them negative")
+            own["time_us"] = Spread(**own["time_us"])
         return cls(**own)
+
+
+# ---------------------------------------------------------------- what a row from a file may hold
+@dataclass(frozen=True)
+class _Type:
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _number(x: Any) -> bool:
+    """Neither so small nor so large that a quotient of two overflows."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and 1e-9 <= x <= 1e20
+
+
+def _one_of(known: Sequence[str]) -> _Type:
+    return _Type(f"one of {', '.join(known)}", lambda x: x in known)
+
+
+def _mapping(words: str, holds: Callable[[str, Any], bool]) -> _Type:
+    return _Type(words, lambda x: isinstance(x, dict) and all(holds(k, v) for k, v in x.items()))
+
+
+def _optional(t: _Type) -> _Type:
+    return _Type(t.words, lambda x: x is None or t.holds(x))
+
+
+_TEXT = _Type("text", lambda x: isinstance(x, str))
+_FLAG = _Type("true or false", lambda x: isinstance(x, bool))
+_COUNT = _Type("a whole number of at least 1", lambda x: isinstance(x, int) and _number(x))
+_NUMBERS = _mapping("an object of positive numbers", lambda _, x: _number(x))
+_SIZE = _Type("a whole number of at least 0", lambda x: isinstance(x, int) and (x == 0 or _COUNT.holds(x)))
+_SPREAD = tuple(f.name for f in dataclasses.fields(Spread))
+_TIME = _Type(
+    f"an object of {', '.join(_SPREAD)}, all of them positive numbers",
+    lambda x: isinstance(x, dict) and set(x) == set(_SPREAD) and all(map(_number, x.values())),
+)
+_MACHINE = {"cpu": _TEXT, "gpu": _TEXT, "threads": _COUNT, "memory_bytes": _COUNT, "gpu_memory_bytes": _COUNT,
+            "cpu_flags": _Type("a list of text", lambda x: isinstance(x, list) and all(map(_TEXT.holds, x)))}  # fmt: skip
+_FIELDS: dict[str, _Type] = {
+    "kind": _one_of(KINDS),
+    "status": _one_of(STATUSES),
+    **dict.fromkeys(("name", "contender", "message", "mode", "dtype", "device", "command", "finished"), _TEXT),
+    **dict.fromkeys(("tokens", "bytes", "flops", "peak_bytes", "cache_bytes", "read_bytes"), _optional(_SIZE)),
+    "commit": _optional(_TEXT),
+    "cold": _optional(_FLAG),
+    "params": _mapping("an object", lambda *_: True),
+    "time_us": _optional(_TIME),
+    "roofline": _optional(_NUMBERS),
+    "parts": _optional(_mapping("an object of numbers", lambda _, x: x == 0 or _number(x))),
+    "error": _optional(_mapping("an object of numbers", lambda _, x: isinstance(x, (int, float)))),
+    "machine": _mapping("an object as `bench` writes it", lambda k, v: k not in _MACHINE or _MACHINE[k].holds(v)),
+    "versions": _mapping("an object of text", lambda _, x: x is None or _TEXT.holds(x)),
+}
+_MODEL = {"model": _TEXT, "layers": _COUNT, "vocab": _COUNT, "batch": _COUNT, "prompt_len": _COUNT}
+# By kind of row: the parameters that tables and pictures are made by.
+PARAMS: dict[str, dict[str, _Type]] = {
+    "scale": {"axis": _TEXT, "series": _TEXT, "op": _TEXT, "x": _COUNT},
+    "model": {**_MODEL, "new_tokens": _COUNT, "phase": _one_of(("prefill", "decode")), "depth": _FLAG},
+    "step": _MODEL,
+    "cache": {"model": _TEXT, "context": _COUNT},
+}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # ---------------------------------------------------------------- files

@@ -112,7 +112,7 @@ def crossovers(rows: Sequence[Row]) -> dict[str, int]:
     times: dict[tuple[str, str, str], dict[int, Spread]] = {}  # (where, path, mode): by tokens
     for row in rows:
         if row.kind == "scale" and (row.params["op"], row.params["axis"]) == ("moe", "tokens") and row.time_us is not None:
-            backend, path = row.contender.split()
+            backend, _, path = row.contender.partition(" ")
             where = f"{row.device.split(':')[0]} {backend}"
             times.setdefault((where, path, row.mode), {})[row.params["x"]] = row.time_us
     found = {}

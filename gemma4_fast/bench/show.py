@@ -119,8 +119,12 @@ def console(width: int = 200) -> Console:
     """On stdout; as wide as it needs to be where that is no terminal."""
     from rich.console import Console
 
-    probe = Console(highlight=False)
-    return probe if probe.is_terminal else Console(highlight=False, width=width)
+    class Pipe(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # where rich would end the process with 1, which here means a wrong result
+
+    probe = Pipe(highlight=False)
+    return probe if probe.is_terminal else Pipe(highlight=False, width=width)
 
 
 def tables(rows: Sequence[Row], on: Console) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 
@@ -24,7 +23,7 @@ class Peer:
             raise FileNotFoundError("llama-bench is not on PATH")
         device, _, index = spec["device"].partition(":")
         where = ["-ngl", "0"] if device == "cpu" else ["-sm", "none", "-mg", index or "0"]
-        self.command = [program, "-m", str(gguf_of(spec)), "-t", str(spec["threads"]), "-r", "1", "-o", "json", *where]
+        self.command = [program, "-m", spec["gguf"], "-t", str(spec["threads"]), "-r", "1", "-o", "json", *where]
         found = self._run(1, 0, 0)
         if device != "cpu" and found["backends"] == "CPU":
             raise Unsupported("this build of llama.cpp has no GPU support")
@@ -58,19 +57,3 @@ class Peer:
 def _one(ids: list[list[int]]) -> None:
     if len(ids) != 1:
         raise Unsupported("llama-bench runs one sequence")
-
-
-def gguf_of(spec: dict[str, Any]) -> Path:
-    """The checkpoint as a GGUF file in cache_dir; written if it is not there yet. (with_llama_cpp.py has the same.)"""
-    if spec["dtype"] != "bfloat16":
-        raise Unsupported(f"dtype {spec['dtype']} is not measured with llama.cpp; its files here hold bf16")
-    checkpoint = Path(spec["path"]).resolve()
-    file = Path(spec["cache_dir"]) / f"{checkpoint.name}-{spec['quantize'] or 'bf16'}.gguf"
-    if not file.exists():
-        try:
-            from gemma4_fast.bench.gguf_file import write_gguf
-
-            write_gguf(checkpoint, file, spec["quantize"])
-        except ModuleNotFoundError as e:
-            raise ModuleNotFoundError(name=f"{e.name}, which writes {file.name},") from e
-    return file

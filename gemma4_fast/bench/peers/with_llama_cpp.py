@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import time
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -40,13 +39,12 @@ class Peer:
         self.spec, on_gpu = spec, spec["device"] != "cpu"
         if on_gpu and not llama_cpp.llama_supports_gpu_offload():
             raise Unsupported("this build of llama.cpp has no GPU support")
-        file = gguf_of(spec)
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = -1 if on_gpu else 0
         if on_gpu:  # by default it spreads over all the GPUs
             params.split_mode = llama_cpp.LLAMA_SPLIT_MODE_NONE
             params.main_gpu = int(spec["device"].partition(":")[2] or 0)
-        self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), params)
+        self.model = llama_cpp.llama_model_load_from_file(spec["gguf"].encode(), params)
         if not self.model:
             raise _failure("llama.cpp did not load the model")
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
@@ -146,19 +144,3 @@ class Peer:
     def _logits(self, index: int) -> np.ndarray[Any, Any]:
         """[V] fp32, in llama.cpp's own memory, of the token at `index` of the latest batch."""
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, index), (self.vocab,))
-
-
-def gguf_of(spec: dict[str, Any]) -> Path:
-    """The checkpoint as a GGUF file in cache_dir; written if it is not there yet. (with_llama_bench.py has the same.)"""
-    if spec["dtype"] != "bfloat16":
-        raise Unsupported(f"dtype {spec['dtype']} is not measured with llama.cpp; its files here hold bf16")
-    checkpoint = Path(spec["path"]).resolve()
-    file = Path(spec["cache_dir"]) / f"{checkpoint.name}-{spec['quantize'] or 'bf16'}.gguf"
-    if not file.exists():
-        try:
-            from gemma4_fast.bench.gguf_file import write_gguf
-
-            write_gguf(checkpoint, file, spec["quantize"])
-        except ModuleNotFoundError as e:
-            raise ModuleNotFoundError(name=f"{e.name}, which writes {file.name},") from e
-    return file

@@ -15,10 +15,10 @@ as a peer may be installed for another interpreter than this package.
 
 A contender is a file with a class `Peer`:
 
-    load(spec) -> dict      spec: path (checkpoint folder; None: dummy weights from the seed), config (flat config.json as a
-                            dict), dtype, quantize, device, threads, seed, max_len (longest prompt + new tokens), max_batch,
-                            memory_bytes (what may be used), cache_dir (a folder for converted files). Gives the peer's
-                            version, and a note for its rows.
+    load(spec) -> dict      spec: path (checkpoint folder; None: dummy weights from the seed), gguf (the same as a GGUF file,
+                            for llama.cpp), config (flat config.json as a dict), dtype, quantize, device, threads, seed,
+                            max_len (longest prompt + new tokens), max_batch, memory_bytes (what may be used). Gives the
+                            peer's version, and, if it has one, a note for its rows.
     prompt(variant, ids, new) -> first_s, steps_s, tokens
                             Greedy, no stop token. ids [B][P] were never seen before. first_s: seconds from the call to the
                             first new token of every sequence; steps_s [new - 1]: seconds of each further token; tokens
