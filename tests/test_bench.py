@@ -456,6 +456,28 @@ def test_the_standard_report_keeps_the_run_before(run: Run, tmp_path: Path, monk
     assert "slower" in err and before is not None and now is not None and (before.median, now.median) == (100.0, 150.0)
 
 
+def test_what_is_left_when_the_minutes_are_over_is_not_begun(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def slow(args: Namespace, device: torch.device, dtype: torch.dtype) -> command.Work:
+        def work(say: command.Say, add: command.Add) -> None:
+            for i in range(5):
+                say(f"row {i}")
+                add(timed(name=f"row {i}"), "ops")
+                clock[0] += 25.0
+
+        return work
+
+    def none(args: Namespace, device: torch.device, dtype: torch.dtype) -> command.Work:
+        return lambda say, add: None
+
+    monkeypatch.setattr(command, "WORK", {"cache": slow, "model": slow, "ops": none, "scale": none})
+    monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
+    code, _, err = run("all", "--results", str(tmp_path), "--quiet", "--minutes", "1")
+    (file,) = tmp_path.glob("*/standard.jsonl")
+    assert code == 0 and [r.name for r in rows.read(file)] == ["row 0", "row 1", "row 2"] and "1 minutes are over" in err
+
+
 def test_every_subcommand_is_in_the_help(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parser(COMMANDS).parse_args(["bench", "--help"])
@@ -576,12 +598,15 @@ class Peer:
         print("noise on stdout")
         if {fault!r} == "load":
             import a_module_that_is_not_there
+        self.calls = 0
         return {{"version": "9.9", "note": "a fake"}}
     def prompt(self, variant, ids, new):
         if {fault!r} == "memory":
             raise MemoryError("too much")
         if {fault!r} == "killed":
             os.kill(os.getpid(), 9)
+        if {fault!r} == "lame":
+            time.sleep(0.2)
         if {fault!r} == "liar":
             return float("nan"), [0.5] * (new - 1), [[1] * new for _ in ids]
         if {fault!r} == "slow":
@@ -595,6 +620,9 @@ class Peer:
     def score(self, variant, ids, top):
         return [(-1 - i, 0.0) for i in range(top)] if {fault!r} == "other" else []
     def depth(self, variant, ids, new):
+        self.calls += 1
+        if {fault!r} == "lame" and self.calls == 1:
+            time.sleep(0.2)
         return [0.125] * new, [[1] * new for _ in ids]
 """
 
@@ -602,7 +630,7 @@ class Peer:
 @pytest.fixture
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers that fail in every way there is, and one that does not."""
-    for name in ("fine", "load", "memory", "killed", "unsupported", "other", "liar", "slow"):
+    for name in ("fine", "load", "memory", "killed", "unsupported", "other", "liar", "slow", "lame"):
         (tmp_path / f"{name}.py").write_text(PEER.format(fault=name, folder=str(tmp_path)))
         monkeypatch.setitem(plan.PEERS, name, (str(tmp_path / f"{name}.py"), ("",), ("",)))
 
@@ -648,6 +676,17 @@ def test_whatever_happens_to_a_peer_is_a_row(run: Run, fakes: None, tmp_path: Pa
     assert "fine" in out
     (step, *_) = [r for r in rows.read(file) if r.kind == "step"]
     assert step.parts is not None and {"moe", "linear", "gqa_decode", "between ops"} <= set(step.parts)
+
+
+def test_a_slow_contender_has_fewer_turns(run: Run, fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "PATIENCE", 0.3)
+    _, out, _ = run("model", "--model", "tiny", "--prompt", "8", "--depth", "16", "--decode", "3", "--rounds", "4", "--check",
+                    "off", "--peers", "lame", "--json", "--quiet")  # fmt: skip
+    made = [Row.from_dict(json.loads(line)) for line in out.splitlines()]
+    (once,) = [r for r in made if r.contender == "lame" and r.params["phase"] == "prefill"]
+    assert once.time_us is not None and once.time_us.samples == 1 and "its first run counts" in once.message
+    (deep,) = [r for r in made if r.contender == "lame" and r.params["depth"]]
+    assert deep.time_us is not None and deep.time_us.samples == 4 * 3  # only the run that fills the cache is slow
 
 
 def gone(pid: str) -> bool:

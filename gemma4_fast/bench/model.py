@@ -53,9 +53,11 @@ class Result:
 
     first_us: list[float] = field(default_factory=list)
     steps_us: list[float] = field(default_factory=list)
-    warm_s: float = 0.0  # that the uncounted run took
-    tokens: list[list[int]] | None = None  # of that run, which all contenders do on the same prompts
+    turns: int = 0  # that are counted
+    latest_s: float = 0.0  # that the latest turn took
+    tokens: list[list[int]] | None = None  # of the uncounted run, which all contenders do on the same prompts
     peak_bytes: int | None = None
+    cold: bool = False  # it was so slow that its first run is the one that counts
     fault: dict[str, Any] | None = None
 
 
@@ -229,29 +231,30 @@ class ModelBench:
     def _side_by_side(self) -> None:
         for process in self._processes():
             self._start(process)
+        self._steps()
         for w in self.plan.workloads:
             for round_ in range(self.plan.rounds + 1):  # the first warms up
-                self.progress(f"{_name(w)}: round {round_} of {self.plan.rounds}")
                 for c in rotated(self.contenders, round_):
-                    self._probe(w)
-                    self._turn(w, c, round_)
+                    if not self._is_over(w, c):
+                        self.progress(f"{_name(w)}: round {round_} of {self.plan.rounds}, {c.label}")
+                        self._probe(w)
+                        self._turn(w, c, round_)
             self._write(w)
-        self._steps()
 
     def _one_at_a_time(self) -> None:
         for round_ in range(self.plan.rounds):
             for process in rotated(self._processes(), round_):
                 self._start(process)
+                if process == OURS and round_ == 0:
+                    self._steps()
                 for w in self.plan.workloads:
                     for c in [c for c in self.contenders if self._process_of(c) == process]:
-                        self.progress(f"round {round_ + 1} of {self.plan.rounds}, {c.label}: {_name(w)}")
-                        if self._out_of_patience(w, c, round_ + 1):
+                        if self._is_over(w, c):
                             continue
+                        self.progress(f"round {round_ + 1} of {self.plan.rounds}, {c.label}: {_name(w)}")
                         self._probe(w)
                         self._turn(w, c, 0)  # each start needs a warm-up of its own
                         self._turn(w, c, round_ + 1)
-                if process == OURS and round_ == 0:
-                    self._steps()
                 self._stop(process)
         for process in self.notes:
             self.notes[process] = "; ".join(n for n in (self.notes[process], "started anew for each round") if n)
@@ -264,19 +267,27 @@ class ModelBench:
             samples[name].append(min(self.stopwatch.seconds(call) for _ in range(3)) * 1e6)  # the first wakes the threads
         time.sleep(REST)
 
-    def _turn(self, w: Workload, c: Contender, round_: int) -> None:
-        """Round 0 is not counted. One that compiles runs it twice if it was slow: the second tells how patient to be."""
-        result = self.results.setdefault((w, c), Result(fault=self.faults.get(c)))
+    def _is_over(self, w: Workload, c: Contender) -> bool:
+        """Whether a contender has had its turns with this workload: it failed, or another one would try our patience."""
+        if c in self.faults:
+            self.results.setdefault((w, c), Result(fault=self.faults[c]))
+        result = self.results.get((w, c), Result())
+        return result.fault is not None or (result.turns > 0 and (result.turns + 1) * result.latest_s > PATIENCE)
+
+    def _turn(self, w: Workload, c: Contender, round_: int, again: bool = False) -> None:
+        """Round 0 warms up and is not counted, unless it is so slow that it has to do. What compiles runs it `again` if it
+        was slow: how long a turn takes is not known before."""
+        result = self.results.setdefault((w, c), Result())
         process = self._process_of(c)
-        if result.fault is not None or process not in self.workers:
-            ended = {"status": "failed", "message": "its process has ended"}
-            result.fault = result.fault or self.faults.get(c, ended)
+        if self._is_over(w, c):
             return
-        if self._out_of_patience(w, c, round_):
+        if process not in self.workers:
+            result.fault = {"status": "failed", "message": "its process has ended"}
             return
         ids = w.ids(self.plan.config.vocab_size, round_)
         start = time.perf_counter()
         answer = self.workers[process].ask(do="depth" if w.depth else "prompt", variant=c.variant, ids=ids, new=w.new)
+        result.latest_s = time.perf_counter() - start
         if not answer["ok"]:
             result.fault = _fault_of(answer)
             if self.workers[process].ended:  # it takes others with it; they get a new one
@@ -284,22 +295,19 @@ class ModelBench:
                 self._start(process)
             return
         if round_ == 0:
-            slow = c.variant == "compile" and result.warm_s == 0 and (time.perf_counter() - start) * self.plan.rounds > PATIENCE
-            result.warm_s = time.perf_counter() - start
             result.tokens = answer["tokens"] or None
-            if slow:
-                self._turn(w, c, 0)
-            return
+            compiles = c.variant == "compile"
+            if compiles and not again and result.latest_s * self.plan.rounds > PATIENCE:
+                self._turn(w, c, 0, again=True)
+            if compiles or w.depth or 2 * result.latest_s < PATIENCE:  # at depth some run a long prompt first
+                return
+            result.cold = True
+        result.turns += 1
         if answer.get("first_s") is not None:
             result.first_us.append(answer["first_s"] * 1e6)
         result.steps_us += [s * 1e6 for s in answer["steps_s"]]
         if answer["peak_bytes"] is not None:
             result.peak_bytes = max(result.peak_bytes or 0, answer["peak_bytes"])
-
-    def _out_of_patience(self, w: Workload, c: Contender, round_: int) -> bool:
-        """Whether a contender this slow has had its turns. The first is always had."""
-        result = self.results.get((w, c))
-        return result is not None and round_ > 1 and round_ * result.warm_s > PATIENCE
 
     # ---- rows
     def _write_rest(self) -> None:
@@ -327,6 +335,8 @@ class ModelBench:
             notes = [self.notes.get(process, "")]
             if c.variant == "compile":
                 notes.append("default mode, static cache, grouped_mm experts")
+            if result.cold:
+                notes.append("so slow that its first run counts")
             if c.peer != OURS:
                 notes.append(_distance(self._our_scores(), self.scores.get(c)) or f"not compared with {OURS}")
                 if plan.path is not None and not w.depth:  # dummy weights repeat the last token, whoever runs them
