@@ -82,7 +82,7 @@ class ModelBench:
         self.results: dict[tuple[Workload, Contender], Result] = {}
         self.probes: dict[Workload, dict[str, list[float]]] = {}
         self.scores: dict[Contender, list[tuple[int, float]]] = {}
-        self.written: set[Workload] = set()
+        self.written: set[tuple[Workload, Contender]] = set()
 
     def run(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -232,14 +232,16 @@ class ModelBench:
         for process in self._processes():
             self._start(process)
         self._steps()
-        for w in self.plan.workloads:
-            for round_ in range(self.plan.rounds + 1):  # the first warms up
-                for c in rotated(self.contenders, round_):
-                    if not self._is_over(w, c):
-                        self.progress(f"{_name(w)}: round {round_} of {self.plan.rounds}, {c.label}")
-                        self._probe(w)
-                        self._turn(w, c, round_)
-            self._write(w)
+        for heavy in (False, True):
+            some = [c for c in self.contenders if c.is_heavy is heavy]
+            for w in self.plan.workloads if some else ():
+                for round_ in range(self.plan.rounds + 1):  # the first warms up
+                    for c in rotated(some, round_):
+                        if not self._is_over(w, c):
+                            self.progress(f"{_name(w)}: round {round_} of {self.plan.rounds}, {c.label}")
+                            self._probe(w)
+                            self._turn(w, c, round_)
+                self._write(w)
 
     def _one_at_a_time(self) -> None:
         for round_ in range(self.plan.rounds):
@@ -312,14 +314,13 @@ class ModelBench:
     # ---- rows
     def _write_rest(self) -> None:
         for w in self.plan.workloads:
-            if w not in self.written and any(r.fault or r.steps_us or r.first_us for k, r in self.results.items() if k[0] == w):
-                self._write(w)
+            self._write(w)
 
     def _write(self, w: Workload) -> None:
-        self.written.add(w)
+        """The rows of all that have had turns with this workload, and none yet."""
         plan = self.plan
         dtype = str(plan.dtype).removeprefix("torch.")
-        roof = self.roofline.of_samples(self.probes.get(w, {}), plan.dtype)
+        roof = self.roofline.of_samples(self.probes.pop(w, {}), plan.dtype)
         at: dict[str, Any] = {
             "model": plan.label, "layers": plan.config.num_hidden_layers, "vocab": plan.config.vocab_size, "batch": w.batch,
             "prompt_len": w.length, "new_tokens": w.new,
@@ -329,12 +330,15 @@ class ModelBench:
         ours = next((r.tokens for c in self.contenders if (r := self.results.get((w, c))) and r.tokens), None)
         for c in self.contenders:
             result = self.results.get((w, c))
-            if result is None:
+            if result is None or (w, c) in self.written or not (result.fault or result.steps_us or result.first_us):
                 continue
+            self.written.add((w, c))
             process = self._process_of(c)
             notes = [self.notes.get(process, "")]
             if c.variant == "compile":
                 notes.append("default mode, static cache, grouped_mm experts")
+            if c.is_heavy:
+                notes.append("had its turns after the others")
             if result.cold:
                 notes.append("so slow that its first run counts")
             if c.peer != OURS:
