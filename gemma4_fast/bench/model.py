@@ -79,6 +79,7 @@ class ModelBench:
         self.faults: dict[Contender, dict[str, Any]] = {}  # those that cannot run at all
         self.notes: dict[str, str] = {}
         self.versions: dict[str, str] = {}
+        self.together = True  # whether all are loaded at once
         self.results: dict[tuple[Workload, Contender], Result] = {}
         self.probes: dict[Workload, dict[str, list[float]]] = {}
         self.scores: dict[Contender, list[tuple[int, float]]] = {}
@@ -92,7 +93,8 @@ class ModelBench:
             self.path = self._checkpoint()
             self.gguf = self._gguf()
             stack.callback(self._write_rest)  # Ctrl-C too keeps what was measured
-            if self._fit_together():
+            self.together = self._fit_together()
+            if self.together:
                 self._side_by_side()
             else:
                 self._one_at_a_time()
@@ -337,7 +339,7 @@ class ModelBench:
             notes = [self.notes.get(process, "")]
             if c.variant == "compile":
                 notes.append("default mode, static cache, grouped_mm experts")
-            if c.is_heavy:
+            if c.is_heavy and self.together:
                 notes.append("had its turns after the others")
             if result.cold:
                 notes.append("so slow that its first run counts")
