@@ -826,10 +826,10 @@ def test_asking_for_more_memory_than_there_is_raises() -> None:
 
 def test_the_readmes_figures_are_rows(run: Run) -> None:
     root = Path(__file__).resolve().parent.parent
-    files = sorted(map(str, (root / "bench" / "results").glob("*/standard.jsonl")))
+    files = [str(file) for name in ("standard", "model") for file in sorted(root.glob(f"bench/results/*/{name}.jsonl"))]
     code, out, _ = run("report", "--markdown", *files)
     readme = (root / "README.md").read_text(encoding="utf-8")
-    start, end = "standard.jsonl; held by a test -->\n", "<!-- end -->"
+    start, end = "model.jsonl; held by a test -->\n", "<!-- end -->"
     assert code == 0 and readme[readme.index(start) + len(start) : readme.index(end)].strip() == out.strip()
     for row in (row for file in files for row in rows.read(file)):
         assert row.machine["cpu"] and row.versions["torch"]
