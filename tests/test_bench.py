@@ -137,11 +137,12 @@ def with_fields(**fields: Any) -> str:
         (with_fields(kind="scale", params={"axis": "tokens"}), "params.series of a scale row"),
         (with_fields(kind="model", params={"model": "x", "layers": "2"}), "params.layers of a model row"),
         (with_fields(kind=[]), "kind must be one of"),
+        ("\ud800", "can't decode"),
     ],
 )
 def test_a_file_that_holds_no_rows_says_where(tmp_path: Path, line: str, what: str) -> None:
     file = tmp_path / "bad.jsonl"
-    file.write_text(line + "\n")
+    file.write_bytes((line + "\n").encode(errors="surrogatepass"))
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 1") as e:
         rows.read(file)
     assert what in str(e.value)
@@ -385,6 +386,36 @@ def test_a_file_that_is_there_is_not_overwritten(run: Run, tmp_path: Path) -> No
     code, _, err = run(*options)
     assert code == 2 and "--append" in err and file.read_text() == before
     assert run(*options, "--append")[0] == 0 and file.read_text().startswith(before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limit on the size of files")
+def test_half_a_line_does_not_spoil_a_file(tmp_path: Path) -> None:
+    import resource
+
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    file = tmp_path / "rows.jsonl"
+    with Recorder(CPU, file) as recorder:
+        recorder.add(timed())
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 100, before[1]))
+            recorder.add(timed())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert recorder.failed and len(recorder.rows) == 2
+    assert len(rows.read(file)) == 1
+
+
+def test_a_reader_that_left_does_not_cost_the_file_its_rows(tmp_path: Path) -> None:
+    class Left(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with Recorder(CPU, tmp_path / "rows.jsonl", stdout=Left()) as recorder:
+        with pytest.raises(BrokenPipeError):
+            recorder.add(timed())
+        recorder.add(timed())  # as what was measured is written at the end
+    assert len(rows.read(tmp_path / "rows.jsonl")) == 2
 
 
 def test_what_is_appended_begins_a_line(run: Run, tmp_path: Path) -> None:
@@ -671,6 +702,7 @@ def test_whatever_happens_to_a_peer_is_a_row(run: Run, fakes: None, tmp_path: Pa
     assert found["unsupported", "prefill", False, 1].status == "ok"
     assert found["unsupported", "prefill", False, 2].message == "one at a time"
     assert found["liar", "prefill", False, 1].status == "failed" and "no answer" in found["liar", "prefill", False, 1].message
+    assert "no answer" in found["liar", "prefill", False, 2].message  # a new process was asked, and lied again
     ours = found["gemma4-fast", "decode", False, 1]
     assert ours.status == "ok" and ours.peak_bytes and ours.bytes
     assert "fine" in out
@@ -723,14 +755,18 @@ def test_a_peer_that_does_not_answer_is_ended_with_its_children(
 def test_what_ends_the_run_ends_its_processes(run: Run, fakes: None, tmp_path: Path, number: signal.Signals) -> None:
     pids = tmp_path / "pids"
 
+    ended = threading.Event()
+
     def end() -> None:
         while not (pids.exists() and pids.read_text().endswith(" ")):
-            time.sleep(0.05)
+            if ended.wait(0.05):
+                return
         os.kill(os.getpid(), number)
 
-    thread = threading.Thread(target=end)
+    thread = threading.Thread(target=end, daemon=True)
     thread.start()
     code, _, err = run(*SLOW)
+    ended.set()
     thread.join()
     assert code == 130 and "were done are kept" in err and all(gone(pid) for pid in pids.read_text().split())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -51,7 +52,7 @@ def run(args: Namespace) -> int:
     present(made, args)
     if args.bench == "scale" and args.write:
         if code:
-            raise ValueError("no crossover is written from a run that was stopped, or had a wrong result")
+            raise ValueError("no crossover is written from a run that was stopped, had a wrong result or could not be saved")
         _write_crossovers(made)
     return code
 
@@ -181,6 +182,8 @@ def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> Pla
         peer, _, python = item.partition("=")
         if not (Path(python).is_file() and os.access(python, os.X_OK)):
             raise ValueError(f"--peer-python takes PEER=PROGRAM, and there is no program {python!r}")
+        if peer == "torch.compile" and "transformers" in peers:
+            raise ValueError("torch.compile runs in transformers' process: --peer-python transformers=... is for both")
         if peer not in peers:
             raise ValueError(f"--peer-python names {peer!r}, which is not among --peers")
         pythons[peer] = python
@@ -217,7 +220,7 @@ def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> Pla
 def model_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:
     plan = model_plan(args, device, dtype)
     if plan.path is not None:
-        what = f"--model {plan.label}"
+        what = f"--model {shlex.quote(plan.label)}"
     else:
         what = f"--config {plan.label} --layers {plan.config.num_hidden_layers} --vocab {plan.config.vocab_size}"
     options = f"{what} {_common(args, device, dtype)} --rounds {args.rounds} --seed {args.seed}"
@@ -368,10 +371,12 @@ def report(args: Namespace) -> int:
         _write_files(made, args)
         print(table, end="")
         return 0
-    if args.json:
-        for row in made:
-            print(rows.line(row))
-    present(made, args)
+    try:
+        present(made, args)
+    finally:
+        if args.json:
+            for row in made:
+                print(rows.line(row))
     return 0
 
 

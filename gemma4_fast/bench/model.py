@@ -146,7 +146,7 @@ class ModelBench:
             return write_gguf(self.path, file, plan.quantize)
         except ModuleNotFoundError as e:
             self._rule_out(GGUF, {**fault(e), "message": f"{e.name}, which writes its GGUF file, is not installed"})
-        except (UnsupportedError, OSError, MemoryError, RuntimeError) as e:
+        except Exception as e:  # noqa: BLE001  whatever a foreign library raises is these contenders' result
             self._rule_out(GGUF, fault(e))
         return None
 
@@ -194,9 +194,14 @@ class ModelBench:
             self._stop(process)
             return
         self.versions[process], self.notes[process] = answer["version"], answer.get("note", "")
+        if not self.together:
+            self.notes[process] = "; ".join(n for n in (self.notes[process], "started anew for each round") if n)
         prompt = Workload(1, min(SCORED[0], plan.config.max_position_embeddings - 1), 1).ids(plan.config.vocab_size, 0)
         for c in mine:
             answer = worker.ask(do="score", variant=c.variant, ids=prompt, new=min(SCORED[1], plan.config.vocab_size))
+            if not answer["ok"] and worker.ended:
+                self.faults[c] = _fault_of(answer)
+                return self._renew(process)
             if answer["ok"]:
                 self.scores[c] = [(token, p) for token, p in answer["top"]]
                 if _distance(self._our_scores(), self.scores[c]) is None:
@@ -212,6 +217,14 @@ class ModelBench:
                     self.faults[c] = _fault_of(answer)
                 elif not answer["right"]:
                     self.faults[c] = {"status": "wrong", "message": answer["verdict"]}
+                if not answer["ok"] and worker.ended:
+                    return self._renew(process)
+
+    def _renew(self, process: str) -> None:
+        """Where a process has ended, the contenders that shared it with the one at fault get a new one."""
+        if process in self.workers and self.workers[process].ended:
+            self._stop(process)
+            self._start(process)
 
     def _our_scores(self) -> list[tuple[int, float]] | None:
         return next((self.scores[c] for c in self.contenders if c.peer == OURS and c in self.scores), None)
@@ -260,8 +273,6 @@ class ModelBench:
                         self._turn(w, c, 0)  # each start needs a warm-up of its own
                         self._turn(w, c, round_ + 1)
                 self._stop(process)
-        for process in self.notes:
-            self.notes[process] = "; ".join(n for n in (self.notes[process], "started anew for each round") if n)
 
     def _probe(self, w: Workload) -> None:
         read, (product, _, _) = self.roofline.read, self.roofline.product(self.plan.dtype)
@@ -294,9 +305,7 @@ class ModelBench:
         result.latest_s = time.perf_counter() - start
         if not answer["ok"]:
             result.fault = _fault_of(answer)
-            if self.workers[process].ended:  # it takes others with it; they get a new one
-                self._stop(process)
-                self._start(process)
+            self._renew(process)
             return
         if round_ == 0:
             result.tokens = answer["tokens"] or None
@@ -376,6 +385,8 @@ class ModelBench:
             seen.add(w.batch)
             for c in [c for c in self.contenders if c.peer == OURS and c not in self.faults]:
                 self.progress(f"{c.label}: one decode step by op")
+                if OURS not in self.workers:
+                    break
                 ids = w.ids(self.plan.config.vocab_size, 0)
                 answer = self.workers[OURS].ask(do="step", variant=c.variant, ids=ids, new=min(w.new, 32))
                 params = {"model": self.plan.label, "layers": self.plan.config.num_hidden_layers, "batch": w.batch,
@@ -389,6 +400,8 @@ class ModelBench:
                 else:
                     row.status, row.message = answer["status"], answer["message"]
                 self.add(row, self._command(w))
+                if not answer["ok"]:
+                    self._renew(OURS)
 
     def _command(self, w: Workload) -> str:
         size = f"--depth {w.length}" if w.depth else f"--prompt {w.length}"

@@ -81,15 +81,21 @@ class Worker:
         if not line:
             return self._how_it_ended(late.is_set())
         try:
-            answer = _checked(request["do"], json.loads(line))
+            answer = _checked(request, json.loads(line))
         except (ValueError, RecursionError):
             self.kill()  # what it says next would be taken for the answer to another question
+            self.process.wait()
             return _failed(f"its process answered {line.strip()[:80]!r}, which is no answer")
         answer.setdefault("peak_bytes", self._peak() if self.device.type == "cpu" else None)
         return answer
 
     def _how_it_ended(self, late: bool) -> Answer:
-        code = self.process.wait()
+        try:
+            code = self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:  # it closed its output, and lives
+            self.kill()
+            self.process.wait()
+            return _failed("closed its output without an answer")
         if late:
             return _failed(f"no answer within {LIMIT:.0f} s")
         if code == -signal.SIGKILL:
@@ -147,6 +153,10 @@ def _are_times(x: Any) -> bool:
     return isinstance(x, list) and all(map(_is_time, x))
 
 
+def _some_times(x: Any) -> bool:
+    return _are_times(x) and len(x) > 0
+
+
 def _is_token(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
 
@@ -155,9 +165,13 @@ def _are_tokens(x: Any) -> bool:
     return isinstance(x, list) and all(isinstance(row, list) and all(map(_is_token, row)) for row in x)
 
 
+def _is_log(x: Any) -> bool:
+    return isinstance(x, (int, float)) and math.isfinite(x)
+
+
 def _are_scores(x: Any) -> bool:
     return isinstance(x, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and _is_token(pair[0]) and isinstance(pair[1], (int, float)) for pair in x
+        isinstance(pair, list) and len(pair) == 2 and _is_token(pair[0]) and _is_log(pair[1]) for pair in x
     )
 
 
@@ -169,19 +183,21 @@ def _is_text(x: Any) -> bool:
 _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "load": {"version": _is_text},
     "prompt": {"first_s": _is_time, "steps_s": _are_times, "tokens": _are_tokens},
-    "depth": {"steps_s": lambda x: _are_times(x) and len(x) > 0, "tokens": _are_tokens},
+    "depth": {"steps_s": _some_times, "tokens": _are_tokens},
     "score": {"top": _are_scores},
-    "step": {"steps_s": _are_times, "parts_s": lambda x: isinstance(x, dict) and all(map(_are_times, x.values()))},
+    "step": {"steps_s": _some_times, "parts_s": lambda x: isinstance(x, dict) and all(map(_some_times, x.values()))},
     "check": {"right": lambda x: isinstance(x, bool), "verdict": _is_text},
 }
 _FAULT: dict[str, Callable[[Any], bool]] = {"status": _is_text, "message": _is_text}
 
 
-def _checked(request: str, answer: Any) -> Answer:
+def _checked(request: dict[str, Any], answer: Any) -> Answer:
     """The answer itself. ValueError if it is not one to this request."""
     if not isinstance(answer, dict) or not isinstance(answer.get("ok"), bool):
         raise ValueError
-    fields = _FIELDS[request] if answer["ok"] else _FAULT
+    fields = _FIELDS[request["do"]] if answer["ok"] else _FAULT
     if not all(name in answer and right(answer[name]) for name, right in fields.items()):
+        raise ValueError
+    if not _is_text(answer.get("note", "")) or (answer.get("tokens") and len(answer["tokens"]) != len(request["ids"])):
         raise ValueError
     return answer

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO, cast
 
 import torch
 
@@ -52,23 +52,34 @@ class Recorder:
         self.rows.append(row)
         line = rows.line(row) + "\n"
         if self._file is not None and not self.failed:
-            try:
-                self._file.write(line)
-                self._file.flush()  # whatever ends this run, what is done is kept
-            except OSError as e:
-                self.failed = True
-                terminal.note(f"gemma4-fast: {self._file.name}: {e.strerror}; from here on its rows are not saved there")
+            self._save(self._file, line.encode())
         if self._stdout is not None:
-            self._stdout.write(line)
-            self._stdout.flush()
+            try:
+                self._stdout.write(line)
+                self._stdout.flush()
+            except BrokenPipeError:  # once is enough to end the work; the rows that are then at hand still get into the file
+                self._stdout = None
+                raise
         return row
 
+    def _save(self, file: BinaryIO, line: bytes) -> None:
+        """All of the line, at once (whatever ends this run, what is done is kept), or nothing of it."""
+        written = 0
+        try:
+            while written < len(line):
+                written += file.write(line[written:])
+        except OSError as e:
+            self.failed = True
+            with contextlib.suppress(OSError):  # half a line would spoil the rows before it
+                file.truncate(file.tell() - written)
+            terminal.note(f"gemma4-fast: {file.name}: {e.strerror}; from here on its rows are not saved there")
 
-def _opened(output: Path, append: bool) -> TextIO:
-    """The file, at its end, and at the beginning of a line."""
+
+def _opened(output: Path, append: bool) -> BinaryIO:
+    """The file, unbuffered, at its end, and at the beginning of a line."""
     if output.exists() and not append:
         raise ValueError(f"{output} is there already: give another --output, or --append to add to it")
-    file = open(output, "a", encoding="utf-8")  # noqa: SIM115  the recorder closes it
+    file = cast(BinaryIO, open(output, "ab", buffering=0))  # noqa: SIM115  the recorder closes it
     if output.is_file() and output.stat().st_size:
         try:
             rows.read(output)
@@ -76,7 +87,7 @@ def _opened(output: Path, append: bool) -> TextIO:
             file.close()
             raise ValueError(f"nothing is appended to what is no file of rows: {e}") from e
         if not output.read_bytes().endswith(b"\n"):
-            file.write("\n")
+            file.write(b"\n")
     return file
 
 

@@ -201,12 +201,12 @@ def _short(value: Any) -> str:
 def read(path: str | Path) -> list[Row]:
     """The rows of a JSON-lines file. ValueError names file and line; OSError if it cannot be read."""
     rows = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
-                rows.append(Row.from_dict(json.loads(line)))
+                rows.append(Row.from_dict(json.loads(line.decode())))
             except (ValueError, RecursionError) as e:
                 raise ValueError(f"{path}, line {number}: {e}") from e
     if not rows:

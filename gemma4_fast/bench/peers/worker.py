@@ -117,17 +117,14 @@ def main() -> None:
             if peer is None:
                 module_spec.loader.exec_module(module)
                 peer = module.Peer()
-            reply = answer(peer, request)
+            reply = json.dumps(answer(peer, request))
         except Exception as e:  # noqa: BLE001  whatever a foreign library raises becomes a row
             if not isinstance(e, ImportError):
                 traceback.print_exc()
-            reply = fault(e)
-        answers.write(json.dumps(reply) + "\n")
+            reply = json.dumps(fault(e))
+        answers.write(reply + "\n")
         answers.flush()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:  # Ctrl-C reaches the whole group; the parent tells of it
-        sys.exit(130)
+    main()
