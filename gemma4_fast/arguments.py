@@ -28,8 +28,8 @@ def count(text: str) -> int:
     """A whole number of at least 1, also as "32K"."""
     match = re.fullmatch(r"(\d+)([kKmM]?)", text)
     value = int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()] if match else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    if not 1 <= value < 1 << 62:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text[:40]!r}")
     return value
 
 

@@ -37,6 +37,9 @@ WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a disk's own r
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (default: the process's own); returns the exit code."""
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):  # closed by the caller: `>&-`
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another; that is no reason to end
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,24 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{file}: expected a JSON object, got {type(data).__name__}")
     return data
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes its place when all is written; until then what was there stays. A link
+    stays one, and what it leads to is replaced; a device is written to as it is."""
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    beside = path.with_name(f".{os.getpid()}.part")
+    try:
+        yield beside
+        os.replace(beside, path)
+    except OSError as e:  # of the file that was asked for
+        raise OSError(e.errno, e.strerror, str(path)) from e
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def one_line(e: BaseException) -> str:

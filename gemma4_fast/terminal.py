@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,9 @@ def progress_bar(label: str, *, shown: bool = True) -> Iterator[Callable[[int, i
 
 
 def note(text: str) -> None:
-    """One line for people, on stderr: stdout is for the result."""
-    print(text, file=sys.stderr, flush=True)
+    """One line for people, on stderr: stdout is for the result. Where nobody can read it, that is no reason to fail."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def fetching(repo: str) -> None:

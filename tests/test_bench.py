@@ -138,6 +138,12 @@ def with_fields(**fields: Any) -> str:
         (with_fields(kind="model", params={"model": "x", "layers": "2"}), "params.layers of a model row"),
         (with_fields(kind=[]), "kind must be one of"),
         ("\ud800", "can't decode"),
+        (with_fields(name="\ud800", status="failed"), "surrogates"),
+        (with_fields(params={"x": float("nan")}, status="failed"), "not JSON compliant"),
+        (with_fields(), "op rows that are ok must have time_us"),
+        (with_fields(time_us=dict(median=3, p20=4, p80=5, min=1, samples=1)), "between p20 and p80"),
+        (with_fields(parts={"moe": 0}), "not all of them 0"),
+        (with_fields(kind="scale", params={"axis": "x", "series": "y", "op": "z", "x": 10**20}), "params.x"),
     ],
 )
 def test_a_file_that_holds_no_rows_says_where(tmp_path: Path, line: str, what: str) -> None:
@@ -259,7 +265,10 @@ def test_compare_tells_of_what_broke_and_of_memory() -> None:
     a = timed()
     broken = Row("op", "linear/odd", "torch", status="wrong")
     assert verdicts([a], [broken]) == ["broken"] and verdicts([broken], [a]) == ["mended"]
-    assert verdicts([Row("op", "linear/odd", "torch", status="failed")], [broken]) == ["broken"]
+    failed = Row("op", "linear/odd", "torch", status="failed")
+    assert verdicts([failed], [broken]) == ["broken"] and verdicts([broken], [failed]) == ["same"]
+    shaky = [timed(name=f"other {i}", roofline={"gb_s": 50.0 - 3 * i}) for i in range(10)]
+    assert verdicts([a], [timed(us=200.0), *shaky]) == ["slower"]  # rows that are not compared are no noise
     small, large = cached(100), cached(120)
     assert verdicts([small], [large]) == ["larger"] and verdicts([large], [small]) == ["smaller"]
     little = [timed(kind="model", peak_bytes=n << 20) for n in (100, 140)]
@@ -368,6 +377,10 @@ def test_ctrl_c_keeps_what_is_done(run: Run, tmp_path: Path, monkeypatch: pytest
         (("cache", "--threads", "99999999999"), "at most"),
         (("cache", "--device", "cpu:5"), "is not there"),
         (("report", "missing.jsonl", "-o", "x"), "unrecognized"),
+        (("report", "missing.jsonl", "--markdown", "--json"), "both want standard output"),
+        (("cache", "--append"), "--append takes"),
+        (("cache", "--plot", "/tmp", "--csv", "/tmp/cache.png"), "puts its pictures"),
+        (("cache", "--context", "9" * 30), "whole number"),
         (("model", "--peer-python", "vllm=/bin/true"), "not among --peers"),
         (("model", "--peers", "vllm", "--peer-python", f"vllm={__file__}"), "no program"),
         (("model", "--model", "~nobody-of-this-name/x"), "no such user"),
@@ -444,6 +457,20 @@ def test_a_reader_that_had_enough_does_not_cost_the_files(tmp_path: Path) -> Non
         p.stdout.close()
         assert p.stderr.read() == b""
     assert p.returncode == 141 and len((tmp_path / "rows.csv").read_text().splitlines()) == 2001
+
+
+def test_no_target_replaces_another_file(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(rows.line(timed(dtype="float32", flops=5000, roofline={"gb_s": 50.0, "gflop_s": 100.0})) + "\n")
+    before = file.read_bytes()
+    (tmp_path / "hard.csv").hardlink_to(file)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert run("report", str(file), "--csv", str(tmp_path / "hard.csv"))[0] == 2
+    assert run("report", str(file), "--csv", str(tmp_path / "loop"))[0] == 2
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "roofline.png").symlink_to(file)
+    assert run("report", str(file), "--plot", str(tmp_path / "pictures"))[0] == 0
+    assert file.read_bytes() == before and (tmp_path / "pictures" / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_page_replaces_what_a_link_leads_to(run: Run, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_the_page_has_every_row_and_fetches_nothing(tmp_path: Path, figures: dic
 def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "index.html"
     page.write_text("the one before")
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
         html.write(rows(), page, {"Some": _png(tmp_path)})
     assert page.read_text() == "the one before"

@@ -318,21 +318,38 @@ def _write_crossovers(made: Sequence[Row]) -> None:
 # ---------------------------------------------------------------- what becomes of the rows
 def _check_targets(args: Namespace) -> None:
     """ValueError, before any work, for a file that could not be written at its end."""
-    targets = [target for target in (getattr(args, "output", None), args.csv, args.html) if target is not None]
+    output = getattr(args, "output", None)
+    if output is None and getattr(args, "append", False):
+        raise ValueError("--append takes the file of an --output")
+    targets = [target for target in (output, args.csv, args.html) if target is not None]
+    inputs = list(dict.fromkeys(getattr(args, "files", [])))
     for target in targets:
-        if not target.resolve().parent.is_dir():
+        try:
+            there = target.resolve().parent.is_dir()
+        except (RuntimeError, OSError) as e:
+            raise ValueError(f"{target}: {e}") from e
+        if not there:
             raise ValueError(f"{target}: there is no folder {target.parent}")
         if target.is_dir():
             raise ValueError(f"{target} is a folder, and a file is to be written")
     if args.html is not None and args.html.exists() and not args.html.is_file():
         raise ValueError(f"{args.html} is no plain file, and a page replaces what is there")
-    taken = [target.resolve() for target in [*targets, *getattr(args, "files", [])]]
-    if len(set(taken)) < len(taken):
+    taken = [*targets, *inputs]
+    if any(_same(a, b) for i, a in enumerate(taken) for b in taken[:i] if a in targets or b in targets):
         raise ValueError("two of the files are the same one; what is written must not replace another")
     if args.plot is not None and args.plot.exists() and not args.plot.is_dir():
         raise ValueError(f"--plot takes a folder, and {args.plot} is a file")
+    if args.plot is not None:
+        for file in taken:
+            if file.suffix == ".png" and file.resolve().parent == args.plot.resolve():
+                raise ValueError(f"{file} lies where --plot puts its pictures, and could be replaced by one")
     if args.plot is not None or args.html is not None:
         plots.require()
+
+
+def _same(a: Path, b: Path) -> bool:
+    """Whether two names are one file: also by a link of either kind."""
+    return a.resolve() == b.resolve() or (a.exists() and b.exists() and a.samefile(b))
 
 
 def present(made: Sequence[Row], args: Namespace) -> None:
@@ -364,7 +381,9 @@ def _write_files(made: Sequence[Row], args: Namespace) -> None:
 
 def report(args: Namespace) -> int:
     """Rows that were saved, shown again."""
-    made = [row for file in args.files for row in rows.read(file)]
+    if args.markdown and args.json:
+        raise ValueError("--markdown and --json both want standard output")
+    made = [row for file in dict.fromkeys(args.files) for row in rows.read(file)]
     _check_targets(args)
     if args.markdown:
         table = markdown.performance(made)

@@ -67,10 +67,11 @@ def compare(before: Sequence[Row], after: Sequence[Row], threshold: float = 0.05
     a, b = by_key(before), by_key(after)
     if not set(a) & set(b):
         raise ValueError(f"no row in common: A has {_example(a)}, and B has {_example(b)}")
+    both = [row for rows in (a, b) for key, row in rows.items() if key in a and key in b]
     # Rates of other dtypes or threads are other rates, so the noise is that of the commonest kind of row.
-    kinds = Counter((row.dtype, row.machine.get("threads")) for row in [*before, *after] if row.roofline)
+    kinds = Counter((row.dtype, row.machine.get("threads")) for row in both if row.roofline)
     most = kinds.most_common(1)[0][0] if kinds else None
-    alike = [row for row in [*before, *after] if (row.dtype, row.machine.get("threads")) == most]
+    alike = [row for row in both if (row.dtype, row.machine.get("threads")) == most]
     noise = {bound: _noise(alike, rate) for bound, rate in RATES.items()}
     changes = [change for key in a if key in b for change in _changes(a[key], b[key], threshold, noise)]
     names = ("cpu", "threads", "gpu", "omp_wait_policy")
@@ -102,15 +103,16 @@ def _noise(rows: Sequence[Row], rate: str) -> float:
 
 def _changes(a: Row, b: Row, threshold: float, noise: Mapping[str, float]) -> list[Change]:
     if a.status != b.status and {"ok", "wrong"} & {a.status, b.status}:
-        return [Change(a, b, "status", "mended" if b.status == "ok" or a.status == "wrong" else "broken")]
+        worse = "same" if a.status == "wrong" else "broken"  # what was wrong and now fails is neither
+        return [Change(a, b, "status", "mended" if b.status == "ok" else worse)]
     found = []
     if a.time_us is not None and b.time_us is not None:
         found.append(_time(a, b, threshold, noise))
     for what, name in (("cache", "cache_bytes"), ("read", "read_bytes"), ("peak memory", "peak_bytes")):
         old, new = getattr(a, name), getattr(b, name)
-        if not old or not new:
+        if old is None or new is None:
             continue
-        ratio = new / old
+        ratio = max(new, 1) / max(old, 1)
         some = _SOME if what == "peak memory" else 0
         beyond = abs(ratio - 1) > threshold and abs(new - old) > some
         verdict = "same" if not beyond else "larger" if ratio > 1 else "smaller"

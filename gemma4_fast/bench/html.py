@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import importlib.util
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from jinja2 import Environment
 from gemma4_fast.bench import plots, show
 from gemma4_fast.bench.markdown import by_machine, commits, hardware, versions
 from gemma4_fast.bench.rows import KINDS, Row
+from gemma4_fast.files import replacing
 
 # By how the file's name begins: what a picture says.
 EXPLAINED = {
@@ -99,7 +99,6 @@ below. Their times are not taken.</p>{% endif %}
 
 def write(rows: Sequence[Row], path: str | Path, pictures: Mapping[str, Path]) -> None:
     """The page. Without pictures it draws its own, if matplotlib is there. The file changes only when it is complete."""
-    path = Path(path).resolve()  # a link stays one, and what it leads to is replaced
     with tempfile.TemporaryDirectory() as folder:
         if not pictures and importlib.util.find_spec("matplotlib") is not None:
             pictures = plots.draw(rows, folder)
@@ -110,12 +109,8 @@ def write(rows: Sequence[Row], path: str | Path, pictures: Mapping[str, Path]) -
             pictures=[_picture(title, file) for title, file in pictures.items()],
             tables=[_table(kind, of_kind) for kind in KINDS if (of_kind := [row for row in rows if row.kind == kind])],
         )
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:

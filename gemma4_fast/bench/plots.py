@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -60,7 +61,9 @@ def draw(rows: Sequence[Row], folder: str | Path) -> dict[str, Path]:
     with matplotlib.rc_context(STYLE):
         for run, of_run in runs.items():
             for name, title, figure in _figures(of_run):
-                path = Path(folder) / ("-".join((name, *run) if len(runs) > 1 else (name,)) + ".png")
+                words = re.sub(r"[^A-Za-z0-9-]+", "-", "-".join((name, *run) if len(runs) > 1 else (name,)))
+                path = Path(folder) / f"{words[:120]}.png"
+                path.unlink(missing_ok=True)  # so that a link is not followed to what it leads to
                 figure.savefig(path)
                 drawn[f"{title} ({', '.join(run)})" if len(runs) > 1 else title] = path
     return drawn

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gemma4_fast.files import replacing
+
 SCHEMA = 1
 KINDS = ("roofline", "op", "scale", "model", "step", "cache")
 STATUSES = ("ok", "wrong", "unsupported", "missing", "out of memory", "failed")
@@ -128,7 +130,10 @@ class Row:
                 raise ValueError(f"params.{name} of a {own['kind']} row must be {right.words}, got {_short(value)}")
         if own.get("time_us") is not None:
             own["time_us"] = Spread(**own["time_us"])
-        return cls(**own)
+        row = cls(**own)
+        if row.status == "ok" and (row.cache_bytes if row.kind == "cache" else row.time_us) is None:
+            raise ValueError(f"{row.kind} rows that are ok must have {'cache_bytes' if row.kind == 'cache' else 'time_us'}")
+        return row
 
 
 # ---------------------------------------------------------------- what a row from a file may hold
@@ -157,13 +162,19 @@ def _optional(t: _Type) -> _Type:
 
 _TEXT = _Type("text", lambda x: isinstance(x, str))
 _FLAG = _Type("true or false", lambda x: isinstance(x, bool))
-_COUNT = _Type("a whole number of at least 1", lambda x: isinstance(x, int) and _number(x))
+_COUNT = _Type("a whole number of at least 1", lambda x: isinstance(x, int) and _number(x) and x < 1 << 62)
 _NUMBERS = _mapping("an object of positive numbers", lambda _, x: _number(x))
 _SIZE = _Type("a whole number of at least 0", lambda x: isinstance(x, int) and (x == 0 or _COUNT.holds(x)))
 _SPREAD = tuple(f.name for f in dataclasses.fields(Spread))
 _TIME = _Type(
-    f"an object of {', '.join(_SPREAD)}, all of them positive numbers",
-    lambda x: isinstance(x, dict) and set(x) == set(_SPREAD) and all(map(_number, x.values())),
+    f"an object of {', '.join(_SPREAD)}, all of them positive numbers, and the median between p20 and p80",
+    lambda x: (
+        isinstance(x, dict) and set(x) == set(_SPREAD) and all(map(_number, x.values())) and x["p20"] <= x["median"] <= x["p80"]
+    ),
+)
+_PARTS = _Type(
+    "an object of numbers, not all of them 0",
+    lambda x: isinstance(x, dict) and all(v == 0 or _number(v) for v in x.values()) and any(x.values()),
 )
 _MACHINE = {"cpu": _TEXT, "gpu": _TEXT, "threads": _COUNT, "memory_bytes": _COUNT, "gpu_memory_bytes": _COUNT,
             "cpu_flags": _Type("a list of text", lambda x: isinstance(x, list) and all(map(_TEXT.holds, x)))}  # fmt: skip
@@ -177,12 +188,19 @@ _FIELDS: dict[str, _Type] = {
     "params": _mapping("an object", lambda *_: True),
     "time_us": _optional(_TIME),
     "roofline": _optional(_NUMBERS),
-    "parts": _optional(_mapping("an object of numbers", lambda _, x: x == 0 or _number(x))),
+    "parts": _optional(_PARTS),
     "error": _optional(_mapping("an object of numbers", lambda _, x: isinstance(x, (int, float)))),
     "machine": _mapping("an object as `bench` writes it", lambda k, v: k not in _MACHINE or _MACHINE[k].holds(v)),
     "versions": _mapping("an object of text", lambda _, x: x is None or _TEXT.holds(x)),
 }
-_MODEL = {"model": _TEXT, "layers": _COUNT, "vocab": _COUNT, "batch": _COUNT, "prompt_len": _COUNT}
+_MODEL = {
+    "quantize": _optional(_TEXT),
+    "model": _TEXT,
+    "layers": _COUNT,
+    "vocab": _COUNT,
+    "batch": _COUNT,
+    "prompt_len": _COUNT,
+}
 # By kind of row: the parameters that tables and pictures are made by.
 PARAMS: dict[str, dict[str, _Type]] = {
     "scale": {"axis": _TEXT, "series": _TEXT, "op": _TEXT, "x": _COUNT},
@@ -206,7 +224,9 @@ def read(path: str | Path) -> list[Row]:
             if not line.strip():
                 continue
             try:
-                rows.append(Row.from_dict(json.loads(line.decode())))
+                row = Row.from_dict(json.loads(line.decode()))
+                json.dumps(row.to_dict(), allow_nan=False, ensure_ascii=False).encode()  # it can be written again
+                rows.append(row)
             except (ValueError, RecursionError) as e:
                 raise ValueError(f"{path}, line {number}: {e}") from e
     if not rows:
@@ -222,7 +242,7 @@ def write_csv(rows: Sequence[Row], path: str | Path) -> None:
     """One line a row; nested fields become columns like time_us.median."""
     flat = [dict(_flatten(row.to_dict())) for row in rows]
     columns = list(dict.fromkeys(name for row in flat for name in row))
-    with open(path, "w", newline="", encoding="utf-8") as f:
+    with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
         writer.writerows(flat)
