@@ -2,7 +2,7 @@
 
 A row is slower if its median is slower by more than the threshold, and its fastest fifth (p20) is beyond the other's slowest
 (p80), and both still hold after the drift and the noise of the machine are taken off. Rows carry the machine's own rates (its
-roofline), measured between their samples: the ratio of the two is the drift, and how far they vary over all rows the noise.
+roofline), measured between their samples: the ratio of the two is the drift, and how far they vary over all rows compared the noise.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Comparison:
     only_a: tuple[Row, ...]
     only_b: tuple[Row, ...]
     machines: tuple[str, ...]  # what differs between the two machines
-    noise: dict[str, float]  # by bound: p80 / p20 of the machine's own rate over all rows
+    noise: dict[str, float]  # by bound: p80 / p20 of the machine's own rate over all rows compared
 
     @property
     def worse(self) -> tuple[Change, ...]:
