@@ -2,7 +2,8 @@
 
 A row is slower if its median is slower by more than the threshold, and its fastest fifth (p20) is beyond the other's slowest
 (p80), and both still hold after the drift and the noise of the machine are taken off. Rows carry the machine's own rates (its
-roofline), measured between their samples: the ratio of the two is the drift, and how far they vary over all rows compared the noise.
+roofline), measured between their samples: the ratio of the two is the drift, and how far they vary over all rows compared
+the noise.
 """
 
 from __future__ import annotations
