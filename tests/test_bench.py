@@ -379,7 +379,7 @@ def test_ctrl_c_keeps_what_is_done(run: Run, tmp_path: Path, monkeypatch: pytest
         (("report", "missing.jsonl", "-o", "x"), "unrecognized"),
         (("report", "missing.jsonl", "--markdown", "--json"), "both want standard output"),
         (("cache", "--append"), "--append takes"),
-        (("cache", "--plot", "/tmp", "--csv", "/tmp/cache.png"), "puts its pictures"),
+        (("cache", "--plot", ".", "--csv", "cache.png"), "puts its pictures"),
         (("cache", "--context", "9" * 30), "whole number"),
         (("model", "--peer-python", "vllm=/bin/true"), "not among --peers"),
         (("model", "--peers", "vllm", "--peer-python", f"vllm={__file__}"), "no program"),

@@ -20,7 +20,7 @@ from gemma4_fast.bench import compare as comparing
 from gemma4_fast.bench import html, markdown, memory, model, plots, rows, scale, show
 from gemma4_fast.bench import ops as op_rows
 from gemma4_fast.bench.machine import free_bytes, label, machine, memory_limit
-from gemma4_fast.bench.plan import OURS, PEERS, Plan, fitting, processes, room_for, workloads
+from gemma4_fast.bench.plan import OURS, PEERS, Plan, fitting, process_of, processes, room_for, workloads
 from gemma4_fast.bench.recorder import Recorder
 from gemma4_fast.bench.rows import Row
 from gemma4_fast.bench.timing import RATE_DTYPES, Roofline
@@ -182,8 +182,8 @@ def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> Pla
         peer, _, python = item.partition("=")
         if not (Path(python).is_file() and os.access(python, os.X_OK)):
             raise ValueError(f"--peer-python takes PEER=PROGRAM, and there is no program {python!r}")
-        if peer == "torch.compile" and "transformers" in peers:
-            raise ValueError("torch.compile runs in transformers' process: --peer-python transformers=... is for both")
+        if (process := process_of(peer, peers)) != peer:
+            raise ValueError(f"{peer} runs in {process}' process: --peer-python {process}=... is for both")
         if peer not in peers:
             raise ValueError(f"--peer-python names {peer!r}, which is not among --peers")
         pythons[peer] = python

@@ -31,6 +31,7 @@ from gemma4_fast.bench.plan import (
     Plan,
     Workload,
     floor,
+    process_of,
     processes,
     room_for,
     weight_bytes,
@@ -103,11 +104,10 @@ class ModelBench:
         return list(dict.fromkeys(c.peer for c in self.contenders))
 
     def _processes(self) -> list[str]:
-        """torch.compile's contender shares transformers' process, if that is there."""
-        return [p for p in self._peers() if self._process_of(Contender(p, "")) == p]
+        return [p for p in self._peers() if process_of(p, self.plan.peers) == p]
 
     def _process_of(self, c: Contender) -> str:
-        return "transformers" if c.peer == "torch.compile" and "transformers" in self._peers() else c.peer
+        return process_of(c.peer, self.plan.peers)
 
     def _checkpoint(self) -> Path | None:
         """Where peers that load files find the weights; written for them if they are dummies."""
@@ -380,13 +380,13 @@ class ModelBench:
         """A decode step by op, of each of this package's backends, for each batch."""
         seen: set[int] = set()
         for w in self.plan.workloads:
-            if w.batch in seen or w.depth or OURS not in self.workers:
+            if w.batch in seen or w.depth:
                 continue
             seen.add(w.batch)
             for c in [c for c in self.contenders if c.peer == OURS and c not in self.faults]:
-                self.progress(f"{c.label}: one decode step by op")
                 if OURS not in self.workers:
-                    break
+                    return
+                self.progress(f"{c.label}: one decode step by op")
                 ids = w.ids(self.plan.config.vocab_size, 0)
                 answer = self.workers[OURS].ask(do="step", variant=c.variant, ids=ids, new=min(w.new, 32))
                 params = {"model": self.plan.label, "layers": self.plan.config.num_hidden_layers, "batch": w.batch,

@@ -108,10 +108,14 @@ def room_for(processes: int, free: int) -> int:
     return int((0.95 * free / processes - _SPARE) / 1.15)
 
 
+def process_of(peer: str, peers: Sequence[str]) -> str:
+    """Whose process runs it: torch.compile's contender shares transformers', if that is there."""
+    return "transformers" if peer == "torch.compile" and "transformers" in peers else peer
+
+
 def processes(peers: Sequence[str]) -> list[str]:
-    """What runs beside each other: torch.compile shares transformers' process, and llama-bench lives for one call."""
-    shared = {"llama-bench"} | ({"torch.compile"} if "transformers" in peers else set())
-    return [OURS, *(p for p in peers if p not in shared)]
+    """What runs beside each other. llama-bench lives for one call."""
+    return [OURS, *(p for p in peers if process_of(p, peers) == p and p != "llama-bench")]
 
 
 def fitting(config: Gemma4Config, dtype: torch.dtype, room: int) -> Gemma4Config:
