@@ -59,7 +59,7 @@ format: $(DEV_DONE)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
-	rm -f gemma4_fast/_native*.so $(NATIVE_DONE)
+	rm -f gemma4_fast/_native*.so gemma4_fast/_cpu*.so $(NATIVE_DONE)
 	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up ----------------------------------------------------------------------------------------------------------
@@ -95,5 +95,5 @@ $(PACKAGE_DONE): pyproject.toml setup.py gemma4_fast/__init__.py $(RUN_DONE)
 # marked as done, so that it is tried again once there is a compiler.
 $(NATIVE_DONE): $(CSRC) $(PACKAGE_DONE)
 	$(BIN)/python setup.py --quiet build_ext --inplace
-	@if ls gemma4_fast/_native*.so >/dev/null 2>&1; then touch $@; \
-	 else echo "warning: no native extension (no C++17 compiler, or the error above); the package runs without it."; fi
+	@if ls gemma4_fast/_native*.so gemma4_fast/_cpu*.so >/dev/null 2>&1; then touch $@; \
+	 else echo "warning: no native extension, or no CPU kernels (no C++17 compiler, or the error above); the package runs without it."; fi

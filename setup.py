@@ -3,29 +3,89 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
 import sys
 from glob import glob
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.errors import CompileError
 from setuptools.modified import newer_group
 
 
-class BuildNative(build_ext):
-    """Builds the extension and tells it with which flags, so that a bug report can say so."""
+# What each instruction set of the CPU kernels is compiled with. The choice is made at run time: gemma4_fast/native.py.
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c"
+ISAS = {"plain": ""}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISAS |= {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
 
-    def build_extension(self, ext: Pybind11Extension) -> None:
+
+class BuildNative(build_ext):
+    """Builds the bindings, and with ninja the library of CPU kernels."""
+
+    def build_extension(self, ext: Extension) -> None:
+        # A failed build is no error (see `optional` below), so what an earlier build left must not pass for its result.
+        built = Path(self.get_ext_fullpath(ext.name))
+        if newer_group([*ext.sources, *ext.depends], str(built)):
+            built.unlink(missing_ok=True)
+        if ext.name == kernels.name:
+            self.build_kernels(ext, built)
+            return
         command = [*getattr(self.compiler, "compiler_so", []), *ext.extra_compile_args]
         # Flags only: include folders and path maps would put this machine's paths into the binary.
         flags = [arg for arg in command[1:] if arg.startswith("-") and "/" not in arg]
         if sys.platform != "win32":  # quoting differs there; the flags are then reported as unknown
             ext.define_macros.append(("GEMMA4_FAST_FLAGS", '"{}"'.format(" ".join(flags).replace('"', '\\"'))))
-        # A failed build is no error (see `optional` below), so what an earlier build left must not pass for its result.
-        built = Path(self.get_ext_fullpath(ext.name))
-        if newer_group([*ext.sources, *ext.depends], str(built)):
-            built.unlink(missing_ok=True)
         super().build_extension(ext)
+
+    def build_kernels(self, ext: Extension, built: Path) -> None:
+        """Each kernel file once per instruction set, the torch-facing file once; see csrc/cpu/vec.h."""
+        try:
+            import ninja
+            from ninja import ninja_syntax
+            from torch.utils import cpp_extension
+        except ImportError as error:
+            raise CompileError(
+                f"the CPU kernels need {error.name} at build time; install torch and ninja, then gemma4-fast with "
+                "`pip install --no-build-isolation`"
+            ) from error
+        if sys.platform == "win32":
+            raise CompileError("the CPU kernels are built with GCC or Clang; on Windows gemma4-fast runs without them")
+        folder = Path(self.build_temp, "cpu").resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        built = built.resolve()
+        built.parent.mkdir(parents=True, exist_ok=True)
+        csrc = Path("csrc").resolve()
+        # GCC 12 takes its own AVX-512 headers for uses of uninitialized memory.
+        common = f"-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wno-uninitialized -Wno-maybe-uninitialized -I{csrc}"
+        common += f" -ffile-prefix-map={csrc}=csrc {os.environ.get('CXXFLAGS', '')}"
+        torch_include = " ".join(f"-isystem {path}" for path in cpp_extension.include_paths())
+        torch_flags = f"-DTORCH_TARGET_VERSION=0x020a000000000000 {torch_include}"  # the stable ABI of torch 2.10
+        if len(ISAS) > 1:
+            torch_flags += " -DGEMMA4_X86"
+        link = "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup"
+        library = "-Wl,--no-as-needed -ltorch_cpu" if sys.platform != "darwin" else "-ltorch_cpu"
+        with (folder / "build.ninja").open("w") as file:
+            n = ninja_syntax.Writer(file)
+            n.variable("cxx", os.environ.get("CXX", "c++"))
+            n.rule("compile", "$cxx -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+            n.rule("link", f"$cxx {link} $in -o $out -L{cpp_extension.library_paths()[0]} {library} $ldflags")
+            n.variable("ldflags", os.environ.get("LDFLAGS", ""))
+            objects = []
+            for source in map(Path, ext.sources):
+                facing = source.name == "torch_ops.cpp"
+                for isa, flags in {"": torch_flags}.items() if facing else ISAS.items():
+                    target = f"{source.stem}.{isa or 'any'}.o"
+                    flags += f" -DGEMMA4_ISA={isa}" if isa else ""
+                    n.build(target, "compile", str(source.resolve()), variables={"flags": f"{common} {flags}"})
+                    objects.append(target)
+            n.build(str(built), "link", objects)
+        jobs = [f"-j{self.parallel}"] if isinstance(self.parallel, int) else []
+        command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder), *([] if self.verbose > 1 else ["--quiet"]), *jobs]
+        if subprocess.run(command, check=False).returncode != 0:
+            raise CompileError("ninja could not build the CPU kernels, see above")
 
     def copy_extensions_to_source(self) -> None:  # the last step of an editable install and of `build_ext --inplace`
         for ext in self.extensions:
@@ -37,11 +97,18 @@ class BuildNative(build_ext):
 # function and is chosen at run time.
 native = Pybind11Extension(
     "gemma4_fast._native",
-    sources=sorted(glob("csrc/cpu/*.cpp")),
-    include_dirs=["csrc"],
-    depends=["setup.py", *sorted(glob("csrc/**/*.h", recursive=True))],
+    sources=["csrc/native.cpp"],
+    depends=["setup.py"],
     cxx_std=17,
     # Without a working compiler the package still installs; gemma4_fast/native.py then reports what is missing.
+    optional=True,
+)
+
+# The CPU kernels, a library that PyTorch loads. Needs torch and ninja at build time, hence --no-build-isolation.
+kernels = Extension(
+    "gemma4_fast._cpu",
+    sources=sorted(glob("csrc/cpu/*.cpp")),
+    depends=["setup.py", *sorted(glob("csrc/cpu/*.h"))],
     optional=True,
 )
 
@@ -61,6 +128,6 @@ setup(
         ]
     },
     # GEMMA4_FAST_NATIVE=0 leaves the extension out.
-    ext_modules=[native] if os.environ.get("GEMMA4_FAST_NATIVE") != "0" else [],
+    ext_modules=[native, kernels] if os.environ.get("GEMMA4_FAST_NATIVE") != "0" else [],
     cmdclass={"build_ext": BuildNative},
 )

@@ -1,13 +1,15 @@
-"""What the C++ extension `gemma4_fast._native` says about this machine and about its own build.
+"""The two C++ libraries: `gemma4_fast._native`, what this machine can do, and `gemma4_fast._cpu`, the CPU kernels.
 
-The extension is optional: where no compiler was at hand when the package was installed, these functions return None and
-`missing_reason()` says why. Nothing is loaded before the first call.
+Both are optional: where no compiler was at hand when the package was installed, these functions return None and
+`missing_reason()` or `kernels_missing()` says why. Nothing is loaded before the first call.
 """
 
 from __future__ import annotations
 
 import importlib
+import sysconfig
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 _NAME = "gemma4_fast._native"
@@ -58,3 +60,43 @@ def build_info() -> dict[str, str | bool] | None:
     """How the extension was built: `compiler`, `compiler_version`, `cxx_standard`, `arch`, `flags`, `debug`."""
     module, _ = _load()
     return None if module is None else module.build_info()
+
+
+# Instruction sets that the CPU kernels are compiled for, slowest first, in the order of `kTables` in csrc/cpu/torch_ops.cpp,
+# and the features that each needs.
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "fma", "f16c")
+ISAS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "avx2": ("avx2", "fma", "f16c"),
+    "avx512": _AVX512,
+    "avx512_bf16": (*_AVX512, "avx512bf16"),
+}
+
+
+@cache
+def kernels_missing() -> str | None:
+    """None once the CPU kernels are loaded, as torch.ops.gemma4_fast_cpu; else one sentence saying why they are not."""
+    import torch
+
+    if (reason := missing_reason()) is not None:
+        return reason
+    library = Path(__file__).with_name("_cpu" + str(sysconfig.get_config_var("EXT_SUFFIX")))
+    if not library.exists():
+        return (
+            "the CPU kernels were not built: that needs a C++17 compiler, PyTorch and ninja at hand; install those, then "
+            "gemma4-fast with `pip install --no-build-isolation`"
+        )
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"the CPU kernels were built but do not load here: {error}"
+    return None
+
+
+@cache
+def isas() -> tuple[str, ...]:
+    """Instruction sets of the CPU kernels that run on this machine, fastest first; () without the extension."""
+    features = cpu_features() or {}
+    x86 = (build_info() or {}).get("arch") == "x86_64"
+    usable = [isa for isa, needs in ISAS.items() if all(features.get(f) for f in needs) and (x86 or isa == "plain")]
+    return tuple(reversed(usable)) if available() else ()

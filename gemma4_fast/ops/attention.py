@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_fast.ops import checks
+from gemma4_fast.ops import checks, cpu_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.reference import ops as reference
 
@@ -151,7 +151,10 @@ GQA_DECODE = register(
             "26b_full_32k_with_k": lambda m: decode_case(m, [32768], 16, 2, 512, 32768),
             "26b_full_8k_batch_8": lambda m: decode_case(m, [8192] * 8, 16, 2, 512, 8192, v_only=True),
         },
-        impls={"torch": Impl("gemma4_fast.ops.torch_backend:gqa_decode")},
+        impls={
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:gqa_decode", cpu_backend.DTYPES, accepts=cpu_backend.accepts_gqa_decode),
+            "torch": Impl("gemma4_fast.ops.torch_backend:gqa_decode"),
+        },
     )
 )
 
@@ -271,6 +274,9 @@ GQA_PREFILL = register(
             "26b_full_2k": lambda m: prefill_case(m, [2048], 16, 2, 512),
             "26b_full_512_after_2k": lambda m: prefill_case(m, [512], 16, 2, 512, None, [2048], 2560, v_only=True),
         },
-        impls={"torch": Impl("gemma4_fast.ops.torch_backend:gqa_prefill")},
+        impls={
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:gqa_prefill", cpu_backend.DTYPES, accepts=cpu_backend.accepts_gqa_prefill),
+            "torch": Impl("gemma4_fast.ops.torch_backend:gqa_prefill"),
+        },
     )
 )

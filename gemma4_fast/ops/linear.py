@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gemma4_fast.ops import checks
+from gemma4_fast.ops import checks, cpu_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.reference import ops as reference
 
@@ -43,7 +43,10 @@ LINEAR = register(
             "26b_qkv_16_tokens": lambda m: linear_case(m, 16, 2816, out=8192),
             "26b_qkv_512_tokens": lambda m: linear_case(m, 512, 2816, out=8192),
         },
-        impls={"torch": Impl("gemma4_fast.ops.torch_backend:linear")},
+        impls={
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:linear", cpu_backend.DTYPES),
+            "torch": Impl("gemma4_fast.ops.torch_backend:linear"),
+        },
     )
 )
 
@@ -82,7 +85,10 @@ GEGLU_MLP = register(
             "26b_1_token": lambda m: mlp_case(m, 1, 2816, 2112),
             "26b_512_tokens": lambda m: mlp_case(m, 512, 2816, 2112),
         },
-        impls={"torch": Impl("gemma4_fast.ops.torch_backend:geglu_mlp")},
+        impls={
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:geglu_mlp", cpu_backend.DTYPES),
+            "torch": Impl("gemma4_fast.ops.torch_backend:geglu_mlp"),
+        },
     )
 )
 
@@ -135,6 +141,9 @@ LOGITS = register(
             "26b_1_token": lambda m: _logits_case(m, 1, 2816, 262144),
             "26b_1_token_argmax": lambda m: _clear(_logits_case(m, 1, 2816, 262144, argmax=True)),
         },
-        impls={"torch": Impl("gemma4_fast.ops.torch_backend:logits")},
+        impls={
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:logits", cpu_backend.DTYPES),
+            "torch": Impl("gemma4_fast.ops.torch_backend:logits"),
+        },
     )
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_fast.ops import checks
+from gemma4_fast.ops import checks, cpu_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.reference import ops as reference
 
@@ -61,7 +61,10 @@ ROUTE_TOPK = register(
             "26b_1_token": lambda m: _route_case(m, 1, 2816, 128, 8),
             "26b_512_tokens": lambda m: _route_case(m, 512, 2816, 128, 8),
         },
-        impls={"torch": Impl("gemma4_fast.ops.torch_backend:route_topk")},
+        impls={
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:route_topk", cpu_backend.DTYPES),
+            "torch": Impl("gemma4_fast.ops.torch_backend:route_topk"),
+        },
     )
 )
 
@@ -108,7 +111,10 @@ EXPERT_DISPATCH = register(
         bench_cases={
             "26b_512_tokens": lambda m: _dispatch_case(m, 512, 128, 8, 64),
         },
-        impls={"torch": Impl("gemma4_fast.ops.torch_backend:expert_dispatch")},
+        impls={
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:expert_dispatch", cpu_backend.DTYPES),
+            "torch": Impl("gemma4_fast.ops.torch_backend:expert_dispatch"),
+        },
     )
 )
 
@@ -191,7 +197,10 @@ GROUPED_GEMM = register(
             "26b_geglu_512_tokens": lambda m: _grouped_case(m, 512, 128, 8, 1408, 2816, "geglu"),
             "26b_combine_512_tokens": lambda m: _grouped_case(m, 512, 128, 8, 2816, 704, "combine"),
         },
-        impls={"torch": Impl("gemma4_fast.ops.torch_backend:grouped_gemm")},
+        impls={
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:grouped_gemm", cpu_backend.DTYPES),
+            "torch": Impl("gemma4_fast.ops.torch_backend:grouped_gemm"),
+        },
     )
 )
 
@@ -243,7 +252,10 @@ MOE_DECODE = register(
             "26b_1_token": lambda m: moe_case(m, 1, 2816, 704, 128, 8),
             "26b_8_tokens": lambda m: moe_case(m, 8, 2816, 704, 128, 8),
         },
-        impls={"torch": Impl("gemma4_fast.ops.torch_backend:moe_decode")},
+        impls={
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:moe_decode", cpu_backend.DTYPES),
+            "torch": Impl("gemma4_fast.ops.torch_backend:moe_decode"),
+        },
     )
 )
 

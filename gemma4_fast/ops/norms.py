@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_fast.ops import checks
+from gemma4_fast.ops import checks, cpu_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.reference import ops as reference
 
@@ -45,7 +45,10 @@ RMS_NORM = register(
             "26b_1_token": lambda m: _rms_norm_case(m, 1, 2816),
             "26b_512_tokens": lambda m: _rms_norm_case(m, 512, 2816),
         },
-        impls={"torch": Impl("gemma4_fast.ops.torch_backend:rms_norm")},
+        impls={
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:rms_norm", cpu_backend.DTYPES),
+            "torch": Impl("gemma4_fast.ops.torch_backend:rms_norm"),
+        },
     )
 )
 
@@ -107,7 +110,10 @@ NORM_ADD_NORM = register(
             "26b_1_token": lambda m: _norm_add_norm_case(m, 1, 2816),
             "26b_512_tokens": lambda m: _norm_add_norm_case(m, 512, 2816),
         },
-        impls={"torch": Impl("gemma4_fast.ops.torch_backend:norm_add_norm")},
+        impls={
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:norm_add_norm", cpu_backend.DTYPES),
+            "torch": Impl("gemma4_fast.ops.torch_backend:norm_add_norm"),
+        },
     )
 )
 
@@ -224,7 +230,10 @@ QKV_NORM_ROPE = register(
             "26b_full_1_token": lambda m: _qkv_case(m, 1, 16, 2, 512, 64, 1, "v"),
             "26b_sliding_512_tokens": lambda m: _qkv_case(m, 512, 16, 8, 256, 128, 2),
         },
-        impls={"torch": Impl("gemma4_fast.ops.torch_backend:qkv_norm_rope")},
+        impls={
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:qkv_norm_rope", cpu_backend.DTYPES, accepts=cpu_backend.accepts_qkv_norm_rope),
+            "torch": Impl("gemma4_fast.ops.torch_backend:qkv_norm_rope"),
+        },
     )
 )
 
@@ -295,6 +304,9 @@ PLE_GATE = register(
             "e4b_1_token": lambda m: _ple_case(m, 1, 2560, 256),
             "e4b_512_tokens": lambda m: _ple_case(m, 512, 2560, 256),
         },
-        impls={"torch": Impl("gemma4_fast.ops.torch_backend:ple_gate")},
+        impls={
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:ple_gate", cpu_backend.DTYPES),
+            "torch": Impl("gemma4_fast.ops.torch_backend:ple_gate"),
+        },
     )
 )

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma4_fast import native
 from gemma4_fast.errors import UnsupportedError
 
 log = logging.getLogger("gemma4_fast")
@@ -172,7 +173,7 @@ def backend_missing(backend: str, device_type: str) -> str | None:
     if backend in ("torch", "reference"):
         return None
     if backend == "cpu":
-        return None if device_type == "cpu" else "runs on CPU tensors only"
+        return native.kernels_missing() if device_type == "cpu" else "runs on CPU tensors only"
     if device_type != "cuda":
         return f"needs a GPU, and the tensors are on {device_type}"
     if backend == "cuda" and torch.version.hip is not None:
@@ -189,10 +190,14 @@ def _say_once(message: str) -> None:
 
 @dataclass(frozen=True)
 class _Selection:
-    """Backends named by the caller, in order of preference: for single ops, and for all others. Empty: automatic."""
+    """Backends named by the caller, in order of preference: for single ops, and for all others. Empty: automatic.
+
+    isa: the instruction set of the `cpu` backend, "" for the best that the machine has.
+    """
 
     default: tuple[str, ...] = ()
     per_op: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    isa: str = ""
 
     def for_op(self, name: str) -> tuple[str, ...]:
         return self.per_op.get(name, self.default)
@@ -218,21 +223,47 @@ def parse_backend(backend: str | Iterable[str] | None) -> tuple[str, ...]:
     return tuple(names)
 
 
+@functools.cache
+def _isa_index(isa: str) -> int:
+    return list(native.ISAS).index(isa or native.isas()[0])
+
+
+def cpu_isa() -> int:
+    """The instruction set that the selection in force gives the CPU kernels, as the number that they take."""
+    return _isa_index(_SELECTION.get().isa)
+
+
+def _parse_isa(isa: str | None) -> str:
+    if isa is None:
+        return ""
+    if isa not in native.ISAS:
+        raise ValueError(f"unknown instruction set {isa!r}; the CPU kernels have {', '.join(native.ISAS)}")
+    if (reason := native.kernels_missing()) is not None:
+        raise UnsupportedError(reason)
+    if isa not in native.isas():
+        raise UnsupportedError(f"this processor cannot run {isa}; it has {', '.join(native.isas())}")
+    return isa
+
+
 @contextmanager
-def use_backend(backend: str | Iterable[str] | None, *, ops: Iterable[str] | None = None) -> Iterator[None]:
+def use_backend(
+    backend: str | Iterable[str] | None, *, ops: Iterable[str] | None = None, isa: str | None = None
+) -> Iterator[None]:
     """Choose backends for the calls inside: one name, or several in order of preference. `ops` limits it to these ops.
 
-    A named backend never falls back to one that is not named: UnsupportedError says why it cannot serve a call.
+    A named backend never falls back to one that is not named: UnsupportedError says why it cannot serve a call. isa: the
+    instruction set of the CPU kernels, "plain", "avx2", "avx512" or "avx512_bf16", instead of the best that the machine has.
     """
     names, now = parse_backend(backend), _SELECTION.get()
+    chosen_isa = _parse_isa(isa) or now.isa
     if ops is None:
-        new = _Selection(names)
+        new = _Selection(names, isa=chosen_isa)
     else:
         chosen = list(ops)
         if unknown := [n for n in chosen if n not in TABLE]:
             raise ValueError(f"unknown ops {unknown}; the table has {sorted(TABLE)}")
         chosen += [part for n in chosen for part in TABLE[n].parts]
-        new = _Selection(now.default, {**now.per_op, **dict.fromkeys(chosen, names)})
+        new = _Selection(now.default, {**now.per_op, **dict.fromkeys(chosen, names)}, chosen_isa)
     token = _SELECTION.set(new)
     try:
         yield
@@ -244,7 +275,7 @@ def use_backend(backend: str | Iterable[str] | None, *, ops: Iterable[str] | Non
 def default_backend(backend: str | Iterable[str] | None) -> Iterator[None]:
     """Like use_backend, but what a surrounding `use_backend(..., ops=...)` has chosen for single ops stays."""
     now, names = _SELECTION.get(), parse_backend(backend)
-    token = _SELECTION.set(_Selection(names or now.default, now.per_op))
+    token = _SELECTION.set(_Selection(names or now.default, now.per_op, now.isa))
     try:
         yield
     finally:
@@ -254,7 +285,7 @@ def default_backend(backend: str | Iterable[str] | None) -> Iterator[None]:
 def bound(op: Op, backend: str | Iterable[str]) -> Callable[..., Any]:
     """The op as a function that always runs on this backend: `use_backend` settled once, at no cost per call."""
     context = copy_context()
-    context.run(_SELECTION.set, _Selection(parse_backend(backend)))
+    context.run(_SELECTION.set, _Selection(parse_backend(backend), isa=_SELECTION.get().isa))
     return functools.partial(context.run, op)
 
 

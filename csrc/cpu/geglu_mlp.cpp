@@ -1,0 +1,80 @@
+// geglu_mlp: down (gelu_tanh(gate x) * up x), one fork for both products. ple_gate: the same shape with the per-layer
+// embedding in up's place, then norm_add_norm.
+#include "cpu/geglu.h"
+#include "cpu/parallel.h"
+#include "cpu/rows.h"
+
+namespace gemma4_fast {
+namespace GEMMA4_ISA {
+namespace {
+
+template <class T>
+void geglu_mlp_of(const GegluMlp& a) {
+  const T *x = static_cast<const T*>(a.x), *gate = static_cast<const T*>(a.gate_up), *up = gate + a.inter * a.hidden;
+  const T* down = static_cast<const T*>(a.down);
+  T *h = static_cast<T*>(a.h), *out = static_cast<T*>(a.out);
+  const int64_t columns = rows_per_task(a.tokens, a.inter, 2 * a.hidden * sizeof(T), kTileN / 2);
+  const int64_t rows = rows_per_task(a.tokens, a.hidden, a.inter * sizeof(T), kTileN);
+  Phase first((a.inter + columns - 1) / columns, [=](int64_t task) {
+    const int64_t c = task * columns;
+    geglu_product<T>(
+        a.tokens, c, min_of(columns, a.inter - c), a.hidden, gate, up, [&](int64_t i) { return x + i * a.hidden; },
+        [&](int64_t i) { return h + i * a.inter; });
+  });
+  Phase second((a.hidden + rows - 1) / rows, [=](int64_t task) {
+    const int64_t n = task * rows;
+    product<T>(
+        a.tokens, min_of(rows, a.hidden - n), a.inter, kTileN, [&](int64_t i) { return h + i * a.inter; },
+        [&](int64_t j) { return down + (n + j) * a.inter; },
+        [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
+          for (int r = 0; r < mm; ++r)
+            for (int c = 0; c < nn; ++c) out[(i + r) * a.hidden + n + j + c] = from_float<T>(y[r * nn + c]);
+        });
+  });
+  run_phases(threads_for(a.tokens * a.hidden * a.inter), first, second);
+}
+
+template <class T>
+void ple_gate_of(const PleGate& a) {
+  const T *x = static_cast<const T*>(a.x), *ple = static_cast<const T*>(a.ple);
+  const T *gate = static_cast<const T*>(a.gate), *proj = static_cast<const T*>(a.proj);
+  T *g = static_cast<T*>(a.g), *h = static_cast<T*>(a.h);
+  const int64_t columns = rows_per_task(a.tokens, a.size, a.hidden * sizeof(T), kTileN);
+  const int64_t rows = rows_per_task(a.tokens, a.hidden, a.size * sizeof(T), kTileN);
+  Phase first((a.size + columns - 1) / columns, [=](int64_t task) {
+    const int64_t n = task * columns;
+    product<T>(
+        a.tokens, min_of(columns, a.size - n), a.hidden, kTileN, [&](int64_t i) { return x + i * a.hidden; },
+        [&](int64_t j) { return gate + (n + j) * a.hidden; },
+        [&](int64_t i, int mm, int64_t j, int nn, float* y) {
+          for (int e = 0; e < mm * nn; e += kWidth) {
+            const int count = min_of(kWidth, mm * nn - e);
+            store_some(y + e, gelu_tanh(load_some(y + e, count)), count);
+          }
+          for (int r = 0; r < mm; ++r)
+            for (int c = 0; c < nn; ++c)
+              g[(i + r) * a.size + n + j + c] =
+                  from_float<T>(y[r * nn + c] * to_float(ple[(i + r) * a.ple_stride + n + j + c]));
+        });
+  });
+  Phase second((a.hidden + rows - 1) / rows, [=](int64_t task) {
+    const int64_t n = task * rows;
+    product<T>(
+        a.tokens, min_of(rows, a.hidden - n), a.size, kTileN, [&](int64_t i) { return g + i * a.size; },
+        [&](int64_t j) { return proj + (n + j) * a.size; },
+        [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
+          for (int r = 0; r < mm; ++r)
+            for (int c = 0; c < nn; ++c) h[(i + r) * a.hidden + n + j + c] = from_float<T>(y[r * nn + c]);
+        });
+  });
+  Phase third(a.tokens, [&](int64_t t) { norm_add_norm_row(a.norm, h + t * a.hidden, t); });
+  run_phases(threads_for(a.tokens * a.hidden * a.size), first, second, third);
+}
+
+}  // namespace
+
+void geglu_mlp(const GegluMlp& a) { a.dtype == Dtype::f32 ? geglu_mlp_of<float>(a) : geglu_mlp_of<bf16>(a); }
+void ple_gate(const PleGate& a) { a.dtype == Dtype::f32 ? ple_gate_of<float>(a) : ple_gate_of<bf16>(a); }
+
+}  // namespace GEMMA4_ISA
+}  // namespace gemma4_fast

@@ -1,0 +1,119 @@
+// Routed experts: out[t] = sum_k weights[t, k] * down[e] (gelu_tanh(gate[e] x) * up[e] x), e = ids[t, k]; and grouped_gemm, its
+// two halves alone.
+//
+// For one token or thousands the same: (token, expert) pairs are sorted by expert, each expert's weights are read once, and
+// nothing is padded. First half: one task is some columns of one expert. Second half: one task is some columns of the output,
+// to which it adds expert by expert, in the order of their ids: no atomics, no scratch for the single products, and a
+// token's bits are the same alone or in a batch.
+#include "cpu/geglu.h"
+#include "cpu/parallel.h"
+#include "cpu/rows.h"
+
+namespace gemma4_fast {
+namespace GEMMA4_ISA {
+namespace {
+
+struct Sorted {
+  const int32_t *order, *offsets;  // sorted row r is pair order[r]; expert e owns rows offsets[e] .. offsets[e + 1]
+};
+
+// Columns of the first product: task -> (expert, first column). Experts without rows return at once.
+template <class T>
+GEMMA4_INLINE void first_half(const Sorted& s, int64_t task, int64_t chunks, int64_t columns, const T* x, const T* gate_up,
+                              T* h, int64_t hidden, int64_t inter, int64_t top_k) {
+  const int64_t e = task / chunks, c = task % chunks * columns;
+  const int64_t begin = s.offsets[e], rows = s.offsets[e + 1] - begin;
+  if (rows == 0 || c >= inter) return;
+  const T* gate = gate_up + e * 2 * inter * hidden;
+  geglu_product<T>(
+      rows, c, min_of(columns, inter - c), hidden, gate, gate + inter * hidden,
+      [&](int64_t i) { return x + s.order[begin + i] / top_k * hidden; }, [&](int64_t i) { return h + (begin + i) * inter; });
+}
+
+// Columns n .. n + columns of the second product, of all experts, weighted and summed; then rounded to out.
+template <class T>
+GEMMA4_INLINE void second_half(const Sorted& s, int64_t n, int64_t columns, const T* h, const T* down,
+                               const float* topk_weights, float* sum, T* out, int64_t tokens, int64_t hidden, int64_t inter,
+                               int64_t experts, int64_t top_k) {
+  columns = min_of(columns, hidden - n);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t c = 0; c < columns; ++c) sum[t * hidden + n + c] = 0.0f;
+  for (int64_t e = 0; e < experts; ++e) {
+    const int64_t begin = s.offsets[e], rows = s.offsets[e + 1] - begin;
+    if (rows == 0) continue;
+    const T* w = down + (e * hidden + n) * inter;
+    product<T>(
+        rows, columns, inter, kTileN, [&](int64_t i) { return h + (begin + i) * inter; },
+        [&](int64_t j) { return w + j * inter; },
+        [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
+          for (int r = 0; r < mm; ++r) {
+            const int32_t pair = s.order[begin + i + r];
+            float* to = sum + pair / top_k * hidden + n + j;
+            for (int c = 0; c < nn; ++c) to[c] += topk_weights[pair] * y[r * nn + c];
+          }
+        });
+  }
+  for (int64_t t = 0; t < tokens; ++t)
+    for_vecs(columns, [&](int64_t c, int count) GEMMA4_LAMBDA_INLINE {
+      store_some(out + t * hidden + n + c, load_some(sum + t * hidden + n + c, count), count);
+    });
+}
+
+template <class T>
+void moe_of(const Moe& a) {
+  const T *x = static_cast<const T*>(a.x), *gate_up = static_cast<const T*>(a.gate_up), *down = static_cast<const T*>(a.down);
+  T *h = static_cast<T*>(a.h), *out = static_cast<T*>(a.out);
+  const int64_t pairs = a.tokens * a.top_k;
+  sort_by_expert(a.ids, pairs, a.experts, a.order, a.offsets);
+  const Sorted s{a.order, a.offsets};
+  const int64_t per_expert = (pairs + a.experts - 1) / a.experts;
+  const int64_t columns = rows_per_task(per_expert, a.inter, 2 * a.hidden * sizeof(T), kTileN / 2);
+  const int64_t chunks = (a.inter + columns - 1) / columns;
+  const int64_t rows = rows_per_task(per_expert, a.hidden, a.inter * sizeof(T), kTileN);
+  Phase first(a.experts * chunks, [=](int64_t task) {
+    first_half(s, task, chunks, columns, x, gate_up, h, a.hidden, a.inter, a.top_k);
+  });
+  Phase second((a.hidden + rows - 1) / rows, [=](int64_t task) {
+    second_half(s, task * rows, rows, h, down, a.topk_weights, a.sum, out, a.tokens, a.hidden, a.inter, a.experts, a.top_k);
+  });
+  run_phases(threads_for(pairs * a.hidden * a.inter), first, second);
+}
+
+template <class T>
+void grouped_gemm_of(const GroupedGemm& a) {
+  const T *x = static_cast<const T*>(a.x), *w = static_cast<const T*>(a.weight);
+  T* out = static_cast<T*>(a.out);
+  const Sorted s{a.order, a.offsets};
+  const int64_t per_expert = (a.rows + a.experts - 1) / a.experts, work = a.rows * a.n * a.k;
+  if (a.epilogue == 2) {
+    const int64_t rows = rows_per_task(per_expert, a.n, a.k * sizeof(T), kTileN);
+    parallel((a.n + rows - 1) / rows, work, [=](int64_t task) {
+      second_half(s, task * rows, rows, x, w, a.topk_weights, a.sum, out, a.rows / a.top_k, a.n, a.k, a.experts, a.top_k);
+    });
+  } else if (a.epilogue == 1) {
+    const int64_t inter = a.n / 2, columns = rows_per_task(per_expert, inter, 2 * a.k * sizeof(T), kTileN / 2);
+    const int64_t chunks = (inter + columns - 1) / columns;
+    parallel(a.experts * chunks, work,
+             [=](int64_t task) { first_half(s, task, chunks, columns, x, w, out, a.k, inter, a.top_k); });
+  } else {
+    const int64_t rows = rows_per_task(per_expert, a.n, a.k * sizeof(T), kTileN), chunks = (a.n + rows - 1) / rows;
+    parallel(a.experts * chunks, work, [=](int64_t task) {
+      const int64_t e = task / chunks, n = task % chunks * rows, begin = s.offsets[e];
+      product<T>(
+          s.offsets[e + 1] - begin, min_of(rows, a.n - n), a.k, kTileN, [&](int64_t i) { return x + (begin + i) * a.k; },
+          [&](int64_t j) { return w + (e * a.n + n + j) * a.k; },
+          [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
+            for (int r = 0; r < mm; ++r)
+              for (int c = 0; c < nn; ++c) out[(begin + i + r) * a.n + n + j + c] = from_float<T>(y[r * nn + c]);
+          });
+    });
+  }
+}
+
+}  // namespace
+
+void moe(const Moe& a) { a.dtype == Dtype::f32 ? moe_of<float>(a) : moe_of<bf16>(a); }
+void grouped_gemm(const GroupedGemm& a) { a.dtype == Dtype::f32 ? grouped_gemm_of<float>(a) : grouped_gemm_of<bf16>(a); }
+
+}  // namespace GEMMA4_ISA
+}  // namespace gemma4_fast

@@ -1,0 +1,28 @@
+// The table of this instruction set's kernels: see kernels.h.
+#include "cpu/kernels.h"
+
+#define GEMMA4_TEXT_(x) #x
+#define GEMMA4_TEXT(x) GEMMA4_TEXT_(x)
+
+namespace gemma4_fast {
+namespace GEMMA4_ISA {
+
+void rms_norm(const RmsNorm&);
+void norm_add_norm(const NormAddNorm&);
+void linear(const Linear&);
+void geglu_mlp(const GegluMlp&);
+void moe(const Moe&);
+void grouped_gemm(const GroupedGemm&);
+void route_topk(const RouteTopk&);
+void ple_gate(const PleGate&);
+void logits(const Logits&);
+void qkv_norm_rope(const QkvNormRope&);
+void gqa_decode(const GqaDecode&);
+void gqa_prefill(const GqaPrefill&);
+
+extern const Kernels kernels;
+const Kernels kernels = {GEMMA4_TEXT(GEMMA4_ISA), rms_norm, norm_add_norm, linear, geglu_mlp, moe, grouped_gemm, route_topk,
+                         ple_gate, logits, qkv_norm_rope, gqa_decode, gqa_prefill};
+
+}  // namespace GEMMA4_ISA
+}  // namespace gemma4_fast

@@ -1,0 +1,264 @@
+// The CPU kernels as torch.ops.gemma4_fast_cpu.*, over torch's stable ABI: one binary for torch 2.10 and newer.
+//
+// Callers are gemma4_fast/ops/cpu_backend.py alone: arguments come checked, tensors contiguous where kernels.h says so, outputs
+// and scratch allocated. `isa` is an index into `kTables`. Compiled once, with plain flags.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "cpu/kernels.h"
+
+namespace gemma4_fast {
+
+#define GEMMA4_DECLARE(isa) \
+  namespace isa {           \
+  extern const Kernels kernels; \
+  }
+GEMMA4_DECLARE(plain)
+#if defined(GEMMA4_X86)
+GEMMA4_DECLARE(avx2)
+GEMMA4_DECLARE(avx512)
+GEMMA4_DECLARE(avx512_bf16)
+#endif
+
+int num_threads() {
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  return static_cast<int>(threads);
+}
+
+void team(void (*body)(void*), void* context) {
+  struct Call {
+    void (*body)(void*);
+    void* context;
+  } call{body, context};
+  torch_parallel_for(
+      0, num_threads(), 1, [](int64_t, int64_t, void* c) { static_cast<Call*>(c)->body(static_cast<Call*>(c)->context); }, &call);
+}
+
+namespace {
+
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+const Kernels* const kTables[] = {
+    &plain::kernels,
+#if defined(GEMMA4_X86)
+    &avx2::kernels, &avx512::kernels, &avx512_bf16::kernels,
+#endif
+};
+
+const Kernels& table(int64_t isa) {
+  constexpr int64_t count = sizeof(kTables) / sizeof(kTables[0]);
+  STD_TORCH_CHECK(isa >= 0 && isa < count, "no such instruction set: ", isa);
+  return *kTables[isa];
+}
+
+Dtype dtype_of(const Tensor& x) {
+  const auto type = x.scalar_type();
+  STD_TORCH_CHECK(type == torch::headeronly::ScalarType::Float || type == torch::headeronly::ScalarType::BFloat16,
+                  "the CPU kernels take float32 and bfloat16");
+  return type == torch::headeronly::ScalarType::Float ? Dtype::f32 : Dtype::bf16;
+}
+
+template <class T = void>
+T* at(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+template <class T = void>
+T* at(const Optional& x) {
+  return x ? static_cast<T*>(x->data_ptr()) : nullptr;
+}
+
+// Indices that memory is written or read by: a wrong one must not get there.
+template <class T>
+void check_range(const T* values, int64_t count, int64_t low, int64_t limit, const char* what) {
+  for (int64_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(values[i] >= low && values[i] < limit, what, " must lie in [", low, ", ", limit, "), got ", values[i]);
+}
+
+void rms_norm(Tensor x, Optional weight, Tensor out, double eps, int64_t isa) {
+  const int64_t hidden = x.size(-1);
+  RmsNorm a{dtype_of(x), at(x), at(weight), at(out), hidden ? x.numel() / hidden : 0, hidden, hidden, (float)eps};
+  table(isa).rms_norm(a);
+}
+
+NormAddNorm norm_args(const Tensor& x, const Tensor& residual, const Tensor& weight, const Optional& scale, const Optional& next,
+                      const Tensor& y, const Optional& z, double eps) {
+  return {dtype_of(x), at(x), at(residual), at(weight), at(scale), at(next), at(y), at(z), x.size(0), x.size(1), (float)eps};
+}
+
+void norm_add_norm(Tensor x, Tensor residual, Tensor weight, Optional scale, Optional next_weight, Tensor y, Optional z,
+                   double eps, int64_t isa) {
+  table(isa).norm_add_norm(norm_args(x, residual, weight, scale, next_weight, y, z, eps));
+}
+
+void linear(Tensor x, Tensor weight, Tensor out, int64_t isa) {
+  const int64_t k = weight.size(1);
+  table(isa).linear({dtype_of(x), at(x), at(weight), at(out), x.numel() / k, weight.size(0), k});
+}
+
+void geglu_mlp(Tensor x, Tensor gate_up, Tensor down, Tensor h, Tensor out, int64_t isa) {
+  const int64_t hidden = down.size(0);
+  table(isa).geglu_mlp({dtype_of(x), at(x), at(gate_up), at(down), at(h), at(out), x.numel() / hidden, hidden, down.size(1)});
+}
+
+void moe(Tensor x, Tensor topk_weights, Tensor ids, Tensor gate_up, Tensor down, Tensor h, Tensor sum, Tensor order, Tensor out,
+         int64_t isa) {
+  const int64_t experts = gate_up.size(0);
+  check_range(at<int32_t>(ids), ids.numel(), 0, experts, "moe: expert ids");
+  table(isa).moe({dtype_of(x), at(x), at(gate_up), at(down), at<float>(topk_weights), at<int32_t>(ids), at(h), at(out),
+                  at<float>(sum), at<int32_t>(order), at<int32_t>(order) + ids.numel(), ids.size(0), ids.size(1), experts, x.size(1), down.size(2)});
+}
+
+void expert_dispatch(Tensor ids, int64_t block_m, Tensor order, Tensor offsets, Tensor tiles) {
+  const int64_t pairs = ids.numel(), experts = offsets.numel() - 1;
+  const int32_t* id = at<int32_t>(ids);
+  check_range(id, pairs, 0, experts, "expert_dispatch: expert ids");
+  int32_t *to = at<int32_t>(order), *first = at<int32_t>(offsets), *tile = at<int32_t>(tiles);
+  sort_by_expert(id, pairs, experts, to, first);
+  int32_t* const end = tile + tiles.numel();
+  for (int32_t e = 0; e < experts; ++e)
+    for (int64_t row = first[e]; row < first[e + 1]; row += block_m) *tile++ = e, *tile++ = static_cast<int32_t>(row);
+  while (tile < end) *tile++ = -1;
+}
+
+void grouped_gemm(Tensor x, Tensor weight, Tensor order, Tensor offsets, int64_t top_k, int64_t epilogue, Optional topk_weights,
+                  Optional sum, Tensor out, int64_t isa) {
+  const int64_t rows = order.numel(), experts = weight.size(0);
+  check_range(at<int32_t>(order), rows, 0, rows, "grouped_gemm: order");
+  const int32_t* o = at<int32_t>(offsets);
+  for (int64_t e = 0; e < experts; ++e) STD_TORCH_CHECK(o[e] <= o[e + 1], "grouped_gemm: offsets must not fall");
+  STD_TORCH_CHECK(o[0] == 0 && o[experts] == rows, "grouped_gemm: offsets must go from 0 to ", rows);
+  table(isa).grouped_gemm({dtype_of(x), at(x), at(weight), at<int32_t>(order), o, at<float>(topk_weights), at(out),
+                           at<float>(sum), rows, top_k, experts, weight.size(1), weight.size(2), (int)epilogue});
+}
+
+void route_topk(Tensor x, Tensor scale, Tensor proj, Tensor per_expert_scale, Tensor weights, Tensor ids, Tensor normed,
+                Tensor logits, double eps, int64_t isa) {
+  table(isa).route_topk({dtype_of(x), at(x), at(scale), at(proj), at(per_expert_scale), at<float>(weights), at<int32_t>(ids),
+                         at<float>(normed), at<float>(logits), x.size(0), x.size(1), proj.size(0), ids.size(1), (float)eps});
+}
+
+void ple_gate(Tensor x, Tensor ple, Tensor gate, Tensor proj, Tensor weight, Optional scale, Optional next_weight, Tensor g,
+              Tensor h, Tensor y, Optional z, double eps, int64_t isa) {
+  table(isa).ple_gate({dtype_of(x), at(x), at(ple), at(gate), at(proj), at(g), at(h),
+                       norm_args(h, x, weight, scale, next_weight, y, z, eps), x.size(0), x.size(1), gate.size(0),
+                       ple.stride(0)});
+}
+
+void logits(Tensor x, Tensor weight, Tensor out, double softcap, int64_t isa) {
+  const int64_t vocab = weight.size(0), tasks = vocab < 2048 ? (vocab + 255) / 256 : vocab / 256;
+  table(isa).logits({dtype_of(x), at(x), at(weight), at(out), nullptr, nullptr, nullptr, x.size(0), vocab, x.size(1), tasks,
+                     (float)softcap});
+}
+
+void logits_argmax(Tensor x, Tensor weight, Tensor best, Tensor best_of, Tensor best_id, int64_t isa) {
+  table(isa).logits({dtype_of(x), at(x), at(weight), nullptr, at<int64_t>(best), at<float>(best_of), at<int64_t>(best_id),
+                     x.size(0), weight.size(0), x.size(1), best_of.size(1), 0.0f});
+}
+
+void qkv_norm_rope(Tensor qkv, Tensor q_weight, Optional k_weight, Tensor cos, Tensor sin, int64_t q_heads, int64_t kv_heads,
+                   Tensor q, Optional k, Optional v, Optional slots, double eps, int64_t isa) {
+  const int64_t dim = q_weight.size(0), heads = qkv.size(1) / dim, tokens = qkv.size(0);
+  if (slots) check_range(at<int64_t>(slots), tokens, 0, v->numel() / (kv_heads * dim), "qkv_norm_rope: slots");
+  table(isa).qkv_norm_rope({dtype_of(qkv), at(qkv), at(q_weight), at(k_weight), at<float>(cos), at<float>(sin), at(q), at(k),
+                            at(v), at<int64_t>(slots), tokens, q_heads, kv_heads, dim, cos.size(1), qkv.size(1),
+                            kv_heads ? (heads - q_heads) / kv_heads : 1, (float)eps});
+}
+
+struct CacheTensors {
+  Optional k, v, block_table, k_weight, tile_cos, tile_sin, within_cos, within_sin;
+};
+
+Cache cache_of(const CacheTensors& c, const int32_t* lens, int64_t sequences) {
+  Cache a{};
+  if (!c.v) return a;
+  a.k = at(c.k), a.v = at(c.v), a.block_table = at<int32_t>(c.block_table);
+  a.block_size = c.v->size(1), a.blocks = c.block_table ? c.block_table->size(1) : 1;
+  a.slots = a.block_size * a.blocks;
+  a.k_weight = at<float>(c.k_weight);
+  a.tile_cos = at<float>(c.tile_cos), a.tile_sin = at<float>(c.tile_sin);
+  a.within_cos = at<float>(c.within_cos), a.within_sin = at<float>(c.within_sin);
+  a.pairs = c.within_cos ? c.within_cos->size(1) : 0;
+  if (a.block_table) check_range(a.block_table, sequences * a.blocks, 0, c.v->size(0), "block_table");
+  const int64_t limit = c.tile_cos ? c.tile_cos->size(0) * kKeyTile + 1 : INT32_MAX;
+  check_range(lens, sequences, 0, limit, "lengths");
+  return a;
+}
+
+void gqa_decode(Tensor q, Optional k_cache, Tensor v_cache, Tensor kv_lens, Optional block_table, Optional k_weight,
+                Optional tile_cos, Optional tile_sin, Optional within_cos, Optional within_sin, Tensor partial, Tensor out,
+                int64_t window, int64_t splits, double scale, int64_t isa) {
+  const int32_t* lens = at<int32_t>(kv_lens);
+  const int64_t batch = q.size(0), heads = q.size(1), kv_heads = v_cache.size(2), dim = q.size(2);
+  const Cache cache =
+      cache_of({k_cache, v_cache, block_table, k_weight, tile_cos, tile_sin, within_cos, within_sin}, lens, batch);
+  STD_TORCH_CHECK(partial.numel() >= batch * heads * splits * (dim + 2), "gqa_decode: scratch is too small");
+  table(isa).gqa_decode({dtype_of(q), at(q), cache, lens, at(out), at<float>(partial), batch, heads, kv_heads, dim, window,
+                         splits, (float)scale});
+}
+
+void gqa_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Optional k_cache, Optional v_cache, Optional prefix_lens,
+                 Optional block_table, Optional image_ids, Optional k_weight, Optional tile_cos, Optional tile_sin,
+                 Optional within_cos, Optional within_sin, Tensor out, int64_t window, double scale, int64_t isa) {
+  const int64_t batch = cu_seqlens.numel() - 1;
+  const int32_t *cu = at<int32_t>(cu_seqlens), *prefix = at<int32_t>(prefix_lens);
+  for (int64_t b = 0; b < batch; ++b) STD_TORCH_CHECK(cu[b] <= cu[b + 1], "gqa_prefill: cu_seqlens must not fall");
+  STD_TORCH_CHECK(cu[0] == 0 && cu[batch] == q.size(0), "gqa_prefill: cu_seqlens must go from 0 to ", q.size(0));
+  const Cache cache =
+      cache_of({k_cache, v_cache, block_table, k_weight, tile_cos, tile_sin, within_cos, within_sin}, prefix, batch);
+  table(isa).gqa_prefill({dtype_of(q), at(q), at(k), at(v), cu, cache, prefix, at<int32_t>(image_ids), at(out), batch, q.size(1),
+                          k.size(1), q.size(2), window, (float)scale});
+}
+
+STABLE_TORCH_LIBRARY(gemma4_fast_cpu, m) {
+  m.def("rms_norm(Tensor x, Tensor? weight, Tensor(a!) out, float eps, int isa) -> ()");
+  m.def("norm_add_norm(Tensor x, Tensor residual, Tensor weight, Tensor? scale, Tensor? next_weight, Tensor(a!) y, "
+        "Tensor(b!)? z, float eps, int isa) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor(a!) out, int isa) -> ()");
+  m.def("geglu_mlp(Tensor x, Tensor gate_up, Tensor down, Tensor(a!) h, Tensor(b!) out, int isa) -> ()");
+  m.def("moe(Tensor x, Tensor topk_weights, Tensor ids, Tensor gate_up, Tensor down, Tensor(a!) h, Tensor(b!) sum, "
+        "Tensor(c!) order, Tensor(d!) out, int isa) -> ()");
+  m.def("expert_dispatch(Tensor ids, int block_m, Tensor(a!) order, Tensor(b!) offsets, Tensor(c!) tiles) -> ()");
+  m.def("grouped_gemm(Tensor x, Tensor weight, Tensor order, Tensor offsets, int top_k, int epilogue, Tensor? topk_weights, "
+        "Tensor(a!)? sum, Tensor(b!) out, int isa) -> ()");
+  m.def("route_topk(Tensor x, Tensor scale, Tensor proj, Tensor per_expert_scale, Tensor(a!) weights, Tensor(b!) ids, "
+        "Tensor(c!) normed, Tensor(d!) logits, float eps, int isa) -> ()");
+  m.def("ple_gate(Tensor x, Tensor ple, Tensor gate, Tensor proj, Tensor weight, Tensor? scale, Tensor? next_weight, "
+        "Tensor(a!) g, Tensor(b!) h, Tensor(c!) y, Tensor(d!)? z, float eps, int isa) -> ()");
+  m.def("logits(Tensor x, Tensor weight, Tensor(a!) out, float softcap, int isa) -> ()");
+  m.def("logits_argmax(Tensor x, Tensor weight, Tensor(a!) best, Tensor(b!) best_of, Tensor(c!) best_id, int isa) -> ()");
+  m.def("qkv_norm_rope(Tensor qkv, Tensor q_weight, Tensor? k_weight, Tensor cos, Tensor sin, int q_heads, int kv_heads, "
+        "Tensor(a!) q, Tensor(b!)? k, Tensor(c!)? v, Tensor? slots, float eps, int isa) -> ()");
+  m.def("gqa_decode(Tensor q, Tensor? k_cache, Tensor v_cache, Tensor kv_lens, Tensor? block_table, Tensor? k_weight, "
+        "Tensor? tile_cos, Tensor? tile_sin, Tensor? within_cos, Tensor? within_sin, Tensor(a!) partial, Tensor(b!) out, "
+        "int window, int splits, float scale, int isa) -> ()");
+  m.def("gqa_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? k_cache, Tensor? v_cache, Tensor? prefix_lens, "
+        "Tensor? block_table, Tensor? image_ids, Tensor? k_weight, Tensor? tile_cos, Tensor? tile_sin, Tensor? within_cos, "
+        "Tensor? within_sin, Tensor(a!) out, int window, float scale, int isa) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cpu, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("norm_add_norm", TORCH_BOX(&norm_add_norm));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("geglu_mlp", TORCH_BOX(&geglu_mlp));
+  m.impl("moe", TORCH_BOX(&moe));
+  m.impl("expert_dispatch", TORCH_BOX(&expert_dispatch));
+  m.impl("grouped_gemm", TORCH_BOX(&grouped_gemm));
+  m.impl("route_topk", TORCH_BOX(&route_topk));
+  m.impl("ple_gate", TORCH_BOX(&ple_gate));
+  m.impl("logits", TORCH_BOX(&logits));
+  m.impl("logits_argmax", TORCH_BOX(&logits_argmax));
+  m.impl("qkv_norm_rope", TORCH_BOX(&qkv_norm_rope));
+  m.impl("gqa_decode", TORCH_BOX(&gqa_decode));
+  m.impl("gqa_prefill", TORCH_BOX(&gqa_prefill));
+}
+
+}  // namespace
+}  // namespace gemma4_fast

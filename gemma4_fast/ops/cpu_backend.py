@@ -1,0 +1,291 @@
+"""The `cpu` backend: the C++ kernels of csrc/cpu behind the table's signatures, for fp32 and bf16.
+
+Everything is allocated here, outputs and scratch, so that the kernels own no memory. Shapes, formulas and sources:
+`gemma4_fast.reference.ops`. Same bits for one sequence whatever the batch or the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gemma4_fast.ops.table import cpu_isa
+
+DTYPES = (torch.float32, torch.bfloat16)
+MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/cpu/kernels.h
+SPLIT = 256  # kDecodeSplit
+TILE = 64  # kKeyTile
+MAX_ROWS = 64  # kRows in csrc/cpu/gqa_prefill.cpp: query heads of one KV head
+
+_ops: Any = torch.ops.gemma4_fast_cpu
+
+
+def _whole(x: Tensor) -> Tensor:
+    """Contiguous, by a copy where it is not."""
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _maybe(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _whole(x)
+
+
+def _fp32(x: Tensor) -> Tensor:
+    return _whole(x if x.dtype == torch.float32 else x.float())
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    x = _whole(x)
+    out = torch.empty_like(x)
+    _ops.rms_norm(x, _maybe(weight), out, eps, cpu_isa())
+    return out
+
+
+def norm_add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    next_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor | None]:
+    x = _whole(x)
+    y = torch.empty_like(x)
+    z = None if next_weight is None else torch.empty_like(x)
+    _ops.norm_add_norm(x, _whole(residual), _whole(weight), scale, _maybe(next_weight), y, z, eps, cpu_isa())
+    return y, z
+
+
+def qkv_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    slots: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    qkv, dim = _whole(qkv), q_weight.shape[0]
+    q = qkv.new_empty(qkv.shape[0], num_q_heads, dim)
+    cached = v_cache is not None
+    if num_kv_heads == 0 or cached:
+        k, v = k_cache, v_cache
+    else:
+        k, v = (qkv.new_empty(qkv.shape[0], num_kv_heads, dim) for _ in range(2))
+    weights = _whole(q_weight), _maybe(k_weight)
+    to = k, v, slots if cached else None
+    _ops.qkv_norm_rope(qkv, *weights, _fp32(cos), _fp32(sin), num_q_heads, num_kv_heads, q, *to, eps, cpu_isa())
+    return q, None if cached else k, None if cached else v
+
+
+def accepts_qkv_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    *_: object,
+) -> str | None:
+    if any(c is not None and not c.is_contiguous() for c in (k_cache, v_cache)):
+        return "writes contiguous caches only"
+    return _head_dim(q_weight.shape[0])
+
+
+def _head_dim(dim: int) -> str | None:
+    return f"takes even head dims up to {MAX_HEAD_DIM}, got {dim}" if dim > MAX_HEAD_DIM or dim % 2 else None
+
+
+_ANGLES: WeakIdKeyDictionary = WeakIdKeyDictionary()  # inv_freq -> (tile cos, tile sin, within cos, within sin)
+
+
+def _angles(inv_freq: Tensor, positions: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """cos, sin of every TILE-th position [tiles, R], and of the positions in a tile [TILE, R]: their products are all angles.
+
+    4096 tiles for 262144 positions: 2 MB, where a table of all positions would take 128. Computed in fp64, kept in fp32.
+    """
+    kept = _ANGLES.get(inv_freq)
+    if kept is None or kept[0].shape[0] * TILE < positions:
+        tiles = max(16, 1 << (-(-positions // TILE) - 1).bit_length())
+        freq = inv_freq.double()
+        start = torch.arange(0, tiles * TILE, TILE, dtype=torch.float64)[:, None] * freq
+        within = torch.arange(TILE, dtype=torch.float64)[:, None] * freq
+        kept = cast(Any, tuple(x.float() for angle in (start, within) for x in (angle.cos(), angle.sin())))
+        _ANGLES[inv_freq] = kept
+    return kept
+
+
+def _rebuild(v_only: bool, positions: int, inv_freq: Tensor | None, k_weight: Tensor | None) -> tuple[Any, ...]:
+    """k_weight and angles, what the keys of a V-only cache are rebuilt from; Nones for a cache that has its keys."""
+    if not v_only:
+        return (None,) * 5
+    return _fp32(cast(Tensor, k_weight)), *_angles(cast(Tensor, inv_freq), positions)
+
+
+def gqa_decode(
+    q: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor,
+    kv_lens: Tensor,
+    window: int | None = None,
+    block_table: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    q = _whole(q)
+    slots = v_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    longest = max(kv_lens.tolist(), default=0)
+    splits = max(1, -(-min(slots, longest) // SPLIT))
+    out = torch.empty_like(q)
+    partial = q.new_empty(q.shape[0] * q.shape[1] * splits * (q.shape[2] + 2), dtype=torch.float32)
+    rebuild = _rebuild(k_cache is None, longest, inv_freq, k_weight)
+    cache = _maybe(k_cache), _whole(v_cache), _whole(kv_lens.int()), _maybe(block_table), *rebuild
+    _ops.gqa_decode(q, *cache, partial, out, window or 0, splits, scale, cpu_isa())
+    return out
+
+
+def accepts_gqa_decode(q: Tensor, k_cache: Tensor | None, v_cache: Tensor, *_: object) -> str | None:
+    return _head_dim(q.shape[2])
+
+
+def gqa_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window: int | None = None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    block_table: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    image_ids: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    q = _whole(q)
+    out = torch.empty_like(q)
+    lens = None if prefix_lens is None else _whole(prefix_lens.int())
+    v_only = v_cache is not None and k_cache is None
+    longest = 0 if lens is None else max(lens.tolist(), default=0)
+    cache = _maybe(k_cache), _maybe(v_cache), lens, _maybe(block_table), _maybe(image_ids)
+    rebuild = _rebuild(v_only, longest, inv_freq, k_weight)
+    _ops.gqa_prefill(q, _whole(k), _whole(v), _whole(cu_seqlens), *cache, *rebuild, out, window or 0, scale, cpu_isa())
+    return out
+
+
+def accepts_gqa_prefill(q: Tensor, k: Tensor, *_: object) -> str | None:
+    if q.shape[1] > MAX_ROWS * k.shape[1]:
+        return f"takes up to {MAX_ROWS} query heads per KV head, got {q.shape[1] // k.shape[1]}"
+    return _head_dim(q.shape[2])
+
+
+def route_topk(
+    x: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tensor, top_k: int, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    tokens, hidden = x.shape
+    weights = x.new_empty(tokens, top_k, dtype=torch.float32)
+    ids = x.new_empty(tokens, top_k, dtype=torch.int32)
+    normed = x.new_empty(tokens, hidden, dtype=torch.float32)
+    logits = x.new_empty(tokens, proj.shape[0], dtype=torch.float32)
+    params = _whole(scale), _whole(proj), _whole(per_expert_scale)
+    _ops.route_topk(_whole(x), *params, weights, ids, normed, logits, eps, cpu_isa())
+    return weights, ids
+
+
+def expert_dispatch(ids: Tensor, num_experts: int, block_m: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = ids.numel()
+    order, offsets = ids.new_empty(pairs), ids.new_empty(num_experts + 1)
+    tiles = ids.new_empty(-(-pairs // block_m) + min(num_experts, pairs), 2)
+    _ops.expert_dispatch(_whole(ids), block_m, order, offsets, tiles)
+    return order, offsets, tiles
+
+
+EPILOGUES = {"none": 0, "geglu": 1, "combine": 2}
+
+
+def grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    epilogue: str = "none",
+    topk_weights: Tensor | None = None,
+) -> Tensor:
+    rows, n = order.shape[0], weight.shape[1]
+    shape = {"none": (rows, n), "geglu": (rows, n // 2), "combine": (rows // top_k, n)}[epilogue]
+    out = x.new_empty(shape)
+    total = None if topk_weights is None else x.new_empty(shape, dtype=torch.float32)
+    args = _whole(x), _whole(weight), _whole(order), _whole(offsets), top_k, EPILOGUES[epilogue]
+    _ops.grouped_gemm(*args, None if topk_weights is None else _fp32(topk_weights), total, out, cpu_isa())
+    return out
+
+
+def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    x, pairs = _whole(x), ids.numel()
+    h = x.new_empty(pairs, down.shape[2])
+    total = x.new_empty(x.shape, dtype=torch.float32)
+    order = ids.new_empty(pairs + gate_up.shape[0] + 1)
+    out = torch.empty_like(x)
+    _ops.moe(x, _fp32(topk_weights), _whole(ids), _whole(gate_up), _whole(down), h, total, order, out, cpu_isa())
+    return out
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    x = _whole(x)
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    if x.shape[-1] == 0:
+        return out.zero_()
+    _ops.linear(x, _whole(weight), out, cpu_isa())
+    return out
+
+
+def geglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    x = _whole(x)
+    h = x.new_empty(*x.shape[:-1], down.shape[1])
+    out = torch.empty_like(x)
+    _ops.geglu_mlp(x, _whole(gate_up), _whole(down), h, out, cpu_isa())
+    return out
+
+
+def ple_gate(
+    x: Tensor,
+    ple: Tensor,
+    gate: Tensor,
+    proj: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    next_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor | None]:
+    x = _whole(x)
+    ple = ple if ple.stride(-1) == 1 else ple.contiguous()  # a layer's slice of all layers': rows apart, columns together
+    g, h, y = x.new_empty(ple.shape), torch.empty_like(x), torch.empty_like(x)
+    z = None if next_weight is None else torch.empty_like(x)
+    params = _whole(gate), _whole(proj), _whole(weight), scale, _maybe(next_weight)
+    _ops.ple_gate(x, ple, *params, g, h, y, z, eps, cpu_isa())
+    return y, z
+
+
+def logits(x: Tensor, weight: Tensor, softcap: float | None = None, argmax: bool = False) -> Tensor:
+    x, weight, vocab = _whole(x), _whole(weight), weight.shape[0]
+    if not argmax:
+        out = x.new_empty(x.shape[0], vocab)
+        _ops.logits(x, weight, out, softcap or 0.0, cpu_isa())
+        return out
+    tasks = -(-vocab // 256)
+    best_of = x.new_empty(x.shape[0], tasks, dtype=torch.float32)
+    best_id, best = (x.new_empty(shape, dtype=torch.int64) for shape in ((x.shape[0], tasks), (x.shape[0],)))
+    _ops.logits_argmax(x, weight, best, best_of, best_id, cpu_isa())
+    return best
