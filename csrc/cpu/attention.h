@@ -29,7 +29,7 @@ template <class T>
 GEMMA4_INLINE void score_tile(int64_t rows, int keys, int64_t size, const T* const* q, const T* const* k, float* scores,
                               bool more) {
   product<T>(
-      rows, keys, size, kTileN, [&](int64_t i) { return q[i]; }, [&](int64_t j) { return k[j]; },
+      rows, keys, size, kTileN, 0, [&](int64_t i) { return q[i]; }, [&](int64_t j) { return k[j]; },
       [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
         for (int r = 0; r < mm; ++r)
           for (int c = 0; c < nn; ++c) {
@@ -48,9 +48,10 @@ struct ValuePair {
 GEMMA4_INLINE ValuePair value_pair(__m512i a, __m512i b) {
   return {(__m512bh)_mm512_unpacklo_epi16(a, b), (__m512bh)_mm512_unpackhi_epi16(a, b)};
 }
-// acc[r] [dim] += p[r] [keys] v [keys, dim] for M rows. 32 columns at a time; pairs of keys share one instruction.
+// acc[r] [dim] += p[r] [keys] v [keys, dim] for M rows. 32 columns at a time; pairs of keys share one instruction. While it
+// multiplies, it asks for the rows `next` [keys], or for none.
 template <int M>
-GEMMA4_INLINE void add_values(const float* p, int keys, const bf16* const* v, int64_t dim, float* acc) {
+GEMMA4_INLINE void add_values(const float* p, int keys, const bf16* const* v, int64_t dim, float* acc, const bf16* const* next) {
   uint32_t weights[M][kKeys / 2];  // bf16 pairs
   for (int r = 0; r < M; ++r)
     for (int c = 0; c < keys; c += 2) {
@@ -63,6 +64,7 @@ GEMMA4_INLINE void add_values(const float* p, int keys, const bf16* const* v, in
     for (int r = 0; r < M; ++r) lo[r] = hi[r] = set(0.0f);
     for (int c = 0; c < keys; c += 2) {
       const bf16 *a = v[c] + d, *b = v[c + 1 < keys ? c + 1 : c] + d;
+      if (next) prefetch(next[c] + d), prefetch(next[c + 1 < keys ? c + 1 : c] + d);
       const ValuePair pair = rest == 32 ? value_pair(load_step(a), load_step(b)) : value_pair(load_step(a, rest), load_step(b, rest));
       for (int r = 0; r < M; ++r) {
         const __m512bh w = (__m512bh)_mm512_set1_epi32(static_cast<int>(weights[r][c / 2]));
@@ -86,11 +88,12 @@ GEMMA4_INLINE void add_values(const float* p, int keys, const bf16* const* v, in
 #endif
 
 template <int M, class T>
-GEMMA4_INLINE void add_values(const float* p, int keys, const T* const* v, int64_t dim, float* acc) {
+GEMMA4_INLINE void add_values(const float* p, int keys, const T* const* v, int64_t dim, float* acc, const T* const* next) {
   for_vecs(dim, [&](int64_t d, int n) GEMMA4_LAMBDA_INLINE {
     Vec sum[M];
     for (int r = 0; r < M; ++r) sum[r] = load_some(acc + r * dim + d, n);
     for (int c = 0; c < keys; ++c) {
+      if (next) prefetch(next[c] + d);
       const Vec x = load_some(v[c] + d, n);
       for (int r = 0; r < M; ++r) sum[r] = fma(set(p[r * kKeys + c]), x, sum[r]);
     }
@@ -98,9 +101,9 @@ GEMMA4_INLINE void add_values(const float* p, int keys, const T* const* v, int64
   });
 }
 
-// Takes in one tile: scores [rows, kKeys] already scaled and masked, values v[0 .. keys).
+// Takes in one tile: scores [rows, kKeys] already scaled and masked, values v[0 .. keys). next: rows to ask for, or null.
 template <class T>
-__attribute__((noinline)) void take_tile(const Softmax<T>& s, float* scores, int keys, const T* const* v) {
+__attribute__((noinline)) void take_tile(const Softmax<T>& s, float* scores, int keys, const T* const* v, const T* const* next) {
   for (int64_t r = 0; r < s.rows; ++r) {
     float* row = scores + r * kKeys;
     Vec largest = set(s.m[r]);
@@ -129,9 +132,12 @@ __attribute__((noinline)) void take_tile(const Softmax<T>& s, float* scores, int
   }
   constexpr int M = kWidth == 16 ? 8 : 4;
   int64_t r = 0;
-  for (; r + M <= s.rows; r += M) add_values<M>(scores + r * kKeys, keys, v, s.dim, s.acc + r * s.dim);
-  for (; r + 2 <= s.rows; r += 2) add_values<2>(scores + r * kKeys, keys, v, s.dim, s.acc + r * s.dim);
-  for (; r < s.rows; ++r) add_values<1>(scores + r * kKeys, keys, v, s.dim, s.acc + r * s.dim);
+  const auto add = [&](auto add_rows, int64_t count) {
+    for (; r + count <= s.rows; r += count) add_rows(scores + r * kKeys, s.acc + r * s.dim, r == 0 ? next : nullptr);
+  };
+  add([&](const float* p, float* acc, const T* const* n) { add_values<M>(p, keys, v, s.dim, acc, n); }, M);
+  add([&](const float* p, float* acc, const T* const* n) { add_values<2>(p, keys, v, s.dim, acc, n); }, 2);
+  add([&](const float* p, float* acc, const T* const* n) { add_values<1>(p, keys, v, s.dim, acc, n); }, 1);
 }
 
 // ---- caches ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ GEMMA4_INLINE void geglu_product(int64_t m, int64_t first, int64_t columns, int6
     const int64_t start = j / kTileN * kTileN, half = min_of<int64_t>(kTileN, n - start) / 2, c = j - start;
     return (c < half ? gate : up) + (first + start / 2 + (c < half ? c : c - half)) * k_size;
   };
-  product<T>(m, n, k_size, kTileN, x_row, w_row, [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
+  product<T>(m, n, k_size, kTileN, kTileN / 2 * k_size, x_row, w_row, [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
     const int half = nn / 2;
     float g[kWidth] = {}, u[kWidth] = {}, h[kWidth];
     for (int r = 0; r < mm; ++r)

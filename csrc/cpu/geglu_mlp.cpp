@@ -24,7 +24,7 @@ void geglu_mlp_of(const GegluMlp& a) {
   Phase second((a.hidden + rows - 1) / rows, [=](int64_t task) {
     const int64_t n = task * rows;
     product<T>(
-        a.tokens, min_of(rows, a.hidden - n), a.inter, kTileN, [&](int64_t i) { return h + i * a.inter; },
+        a.tokens, min_of(rows, a.hidden - n), a.inter, kTileN, kTileN * a.inter, [&](int64_t i) { return h + i * a.inter; },
         [&](int64_t j) { return down + (n + j) * a.inter; },
         [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
           for (int r = 0; r < mm; ++r)
@@ -44,7 +44,7 @@ void ple_gate_of(const PleGate& a) {
   Phase first((a.size + columns - 1) / columns, [=](int64_t task) {
     const int64_t n = task * columns;
     product<T>(
-        a.tokens, min_of(columns, a.size - n), a.hidden, kTileN, [&](int64_t i) { return x + i * a.hidden; },
+        a.tokens, min_of(columns, a.size - n), a.hidden, kTileN, kTileN * a.hidden, [&](int64_t i) { return x + i * a.hidden; },
         [&](int64_t j) { return gate + (n + j) * a.hidden; },
         [&](int64_t i, int mm, int64_t j, int nn, float* y) {
           for (int e = 0; e < mm * nn; e += kWidth) {
@@ -60,7 +60,7 @@ void ple_gate_of(const PleGate& a) {
   Phase second((a.hidden + rows - 1) / rows, [=](int64_t task) {
     const int64_t n = task * rows;
     product<T>(
-        a.tokens, min_of(rows, a.hidden - n), a.size, kTileN, [&](int64_t i) { return g + i * a.size; },
+        a.tokens, min_of(rows, a.hidden - n), a.size, kTileN, kTileN * a.size, [&](int64_t i) { return g + i * a.size; },
         [&](int64_t j) { return proj + (n + j) * a.size; },
         [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
           for (int r = 0; r < mm; ++r)

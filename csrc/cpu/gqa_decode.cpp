@@ -87,7 +87,10 @@ void attend_split(const GqaDecode& a, int64_t b, int64_t h, int64_t split, int64
       float scores[kMaxGroup * kKeys];
       for (int c = 0; c < keys; ++c) v[c] = cache_row<T>(cache, cache.v, b, slot + c, h, a.kv_heads, dim);
       if (cache.k) {
-        for (int c = 0; c < keys; ++c) k[c] = cache_row<T>(cache, cache.k, b, slot + c, h, a.kv_heads, dim);
+        for (int c = 0; c < keys; ++c) {
+          k[c] = cache_row<T>(cache, cache.k, b, slot + c, h, a.kv_heads, dim);
+          for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) prefetch(v[c] + d);
+        }
         score_tile<T>(rows, keys, dim, q, k, scores, false);
       } else {
         rotate_queries<T>(cache, rows, q, dim, position, turned);
@@ -99,7 +102,11 @@ void attend_split(const GqaDecode& a, int64_t b, int64_t h, int64_t split, int64
       const int64_t hidden = oldest - position;  // keys of the run that the window no longer shows
       for (int64_t r = 0; r < rows; ++r)
         for (int c = 0; c < keys; ++c) scores[r * kKeys + c] = c < hidden ? kNever : scores[r * kKeys + c] * a.scale;
-      take_tile<T>(s, scores, keys, v);
+      // Meanwhile memory brings the keys of the next run, or the values that stand for them.
+      const T* next[kKeys];
+      for (int c = 0; c < keys; ++c)
+        next[c] = cache_row<T>(cache, cache.k ? cache.k : cache.v, b, min_of(slot + keys + c, slots - 1), h, a.kv_heads, dim);
+      take_tile<T>(s, scores, keys, v, next);
     }
     slot += keys;
   }

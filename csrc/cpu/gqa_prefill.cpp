@@ -60,7 +60,7 @@ void attend_block(const GqaPrefill& a, int64_t b, int64_t h, int64_t first, int6
         row[c] = seen ? row[c] * a.scale : kNever;
       }
     }
-    take_tile<T>(s, scores, keys, v);
+    take_tile<T>(s, scores, keys, v, nullptr);
   };
 
   const int64_t oldest = a.window ? max_of<int64_t>(0, at - a.window + 1) : 0;

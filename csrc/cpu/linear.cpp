@@ -14,7 +14,7 @@ void linear_of(const Linear& a) {
   parallel((a.n + rows - 1) / rows, a.tokens * a.n * a.k, [=](int64_t task) {
     const int64_t first = task * rows;
     product<T>(
-        a.tokens, min_of(rows, a.n - first), a.k, kTileN, [&](int64_t i) { return x + i * a.k; },
+        a.tokens, min_of(rows, a.n - first), a.k, kTileN, kTileN * a.k, [&](int64_t i) { return x + i * a.k; },
         [&](int64_t j) { return w + (first + j) * a.k; },
         [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
           for (int r = 0; r < mm; ++r)
@@ -33,7 +33,7 @@ void logits_of(const Logits& a) {
     if (out == nullptr)
       for (int64_t t = 0; t < a.tokens; ++t) a.best_of[t * a.tasks + task] = -INFINITY, a.best_id[t * a.tasks + task] = a.vocab;
     product<T>(
-        a.tokens, max_of<int64_t>(0, min_of(rows, a.vocab - begin)), a.hidden, kTileN,
+        a.tokens, max_of<int64_t>(0, min_of(rows, a.vocab - begin)), a.hidden, kTileN, kTileN * a.hidden,
         [&](int64_t i) { return x + i * a.hidden; }, [&](int64_t j) { return w + (begin + j) * a.hidden; },
         [&](int64_t i, int mm, int64_t j, int nn, float* y) {
           if (out == nullptr) {  // softcap never changes the order

@@ -17,13 +17,23 @@ struct Sorted {
   const int32_t *order, *offsets;  // sorted row r is pair order[r]; expert e owns rows offsets[e] .. offsets[e + 1]
 };
 
-// Columns of the first product: task -> (expert, first column). Experts without rows return at once.
+// Tasks are of experts that have rows alone, so that equal numbers of them are equal work.
+int64_t count_active(const Sorted& s, int64_t experts) {
+  int64_t active = 0;
+  for (int64_t e = 0; e < experts; ++e) active += s.offsets[e + 1] > s.offsets[e];
+  return active;
+}
+int64_t nth_active(const Sorted& s, int64_t n) {
+  for (int64_t e = 0;; ++e)
+    if (s.offsets[e + 1] > s.offsets[e] && n-- == 0) return e;
+}
+
+// Columns of the first product: task -> (expert that has rows, first column).
 template <class T>
 GEMMA4_INLINE void first_half(const Sorted& s, int64_t task, int64_t chunks, int64_t columns, const T* x, const T* gate_up,
                               T* h, int64_t hidden, int64_t inter, int64_t top_k) {
-  const int64_t e = task / chunks, c = task % chunks * columns;
+  const int64_t e = nth_active(s, task / chunks), c = task % chunks * columns;
   const int64_t begin = s.offsets[e], rows = s.offsets[e + 1] - begin;
-  if (rows == 0 || c >= inter) return;
   const T* gate = gate_up + e * 2 * inter * hidden;
   geglu_product<T>(
       rows, c, min_of(columns, inter - c), hidden, gate, gate + inter * hidden,
@@ -43,7 +53,7 @@ GEMMA4_INLINE void second_half(const Sorted& s, int64_t n, int64_t columns, cons
     if (rows == 0) continue;
     const T* w = down + (e * hidden + n) * inter;
     product<T>(
-        rows, columns, inter, kTileN, [&](int64_t i) { return h + (begin + i) * inter; },
+        rows, columns, inter, kTileN, kTileN * inter, [&](int64_t i) { return h + (begin + i) * inter; },
         [&](int64_t j) { return w + j * inter; },
         [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
           for (int r = 0; r < mm; ++r) {
@@ -66,11 +76,11 @@ void moe_of(const Moe& a) {
   const int64_t pairs = a.tokens * a.top_k;
   sort_by_expert(a.ids, pairs, a.experts, a.order, a.offsets);
   const Sorted s{a.order, a.offsets};
-  const int64_t per_expert = (pairs + a.experts - 1) / a.experts;
+  const int64_t active = count_active(s, a.experts), per_expert = active ? (pairs + active - 1) / active : 0;
   const int64_t columns = rows_per_task(per_expert, a.inter, 2 * a.hidden * sizeof(T), kTileN / 2);
   const int64_t chunks = (a.inter + columns - 1) / columns;
   const int64_t rows = rows_per_task(per_expert, a.hidden, a.inter * sizeof(T), kTileN);
-  Phase first(a.experts * chunks, [=](int64_t task) {
+  Phase first(active * chunks, [=](int64_t task) {
     first_half(s, task, chunks, columns, x, gate_up, h, a.hidden, a.inter, a.top_k);
   });
   Phase second((a.hidden + rows - 1) / rows, [=](int64_t task) {
@@ -84,7 +94,8 @@ void grouped_gemm_of(const GroupedGemm& a) {
   const T *x = static_cast<const T*>(a.x), *w = static_cast<const T*>(a.weight);
   T* out = static_cast<T*>(a.out);
   const Sorted s{a.order, a.offsets};
-  const int64_t per_expert = (a.rows + a.experts - 1) / a.experts, work = a.rows * a.n * a.k;
+  const int64_t active = count_active(s, a.experts), per_expert = active ? (a.rows + active - 1) / active : 0;
+  const int64_t work = a.rows * a.n * a.k;
   if (a.epilogue == 2) {
     const int64_t rows = rows_per_task(per_expert, a.n, a.k * sizeof(T), kTileN);
     parallel((a.n + rows - 1) / rows, work, [=](int64_t task) {
@@ -93,14 +104,14 @@ void grouped_gemm_of(const GroupedGemm& a) {
   } else if (a.epilogue == 1) {
     const int64_t inter = a.n / 2, columns = rows_per_task(per_expert, inter, 2 * a.k * sizeof(T), kTileN / 2);
     const int64_t chunks = (inter + columns - 1) / columns;
-    parallel(a.experts * chunks, work,
+    parallel(active * chunks, work,
              [=](int64_t task) { first_half(s, task, chunks, columns, x, w, out, a.k, inter, a.top_k); });
   } else {
     const int64_t rows = rows_per_task(per_expert, a.n, a.k * sizeof(T), kTileN), chunks = (a.n + rows - 1) / rows;
-    parallel(a.experts * chunks, work, [=](int64_t task) {
-      const int64_t e = task / chunks, n = task % chunks * rows, begin = s.offsets[e];
+    parallel(active * chunks, work, [=](int64_t task) {
+      const int64_t e = nth_active(s, task / chunks), n = task % chunks * rows, begin = s.offsets[e];
       product<T>(
-          s.offsets[e + 1] - begin, min_of(rows, a.n - n), a.k, kTileN, [&](int64_t i) { return x + (begin + i) * a.k; },
+          s.offsets[e + 1] - begin, min_of(rows, a.n - n), a.k, kTileN, kTileN * a.k, [&](int64_t i) { return x + (begin + i) * a.k; },
           [&](int64_t j) { return w + (e * a.n + n + j) * a.k; },
           [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
             for (int r = 0; r < mm; ++r)

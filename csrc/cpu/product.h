@@ -13,13 +13,27 @@
 namespace gemma4_fast {
 namespace GEMMA4_ISA {
 
+// Rows of w come from memory, and the processor's own prefetcher starts anew in each tile. So the tiles that share some rows of w
+// ask for the next ones, each for its part of them, into L2: memory is then busy while they multiply. Of the read bandwidth (two threads, Zen 4, one row of x), with
+// and without: K = 2816 113% and 104%, K = 704 102% and 77%; into L1 instead 103% and 75%; two tiles on 113% and 97%.
+template <class T>
+struct Ahead {  // rows to ask for
+  const T* row[kTileN];
+  int count;
+};
+
 // out[i * N + j] = x[i] . w[j]
 template <class T, int M, int N>
-__attribute__((noinline)) void dot_tile(const T* const* x, const T* const* w, int64_t k_size, float* out) {
+__attribute__((noinline)) void dot_tile(const T* const* x, const T* const* w, int64_t k_size, const Ahead<T>& ahead, float* out) {
   Vec acc[M * N];
   for (int i = 0; i < M * N; ++i) acc[i] = set(0.0f);
   constexpr int step = kStep<T>;
+  int64_t k = 0;
   const auto add_step = [&](auto load_raw) GEMMA4_LAMBDA_INLINE {
+    if (ahead.count == N)
+      for (int j = 0; j < N; ++j) prefetch(ahead.row[j] + k);
+    else
+      for (int j = 0; j < ahead.count; ++j) prefetch(ahead.row[j] + k);
     if constexpr (M <= N) {
       Raw<T> xs[M];
       for (int i = 0; i < M; ++i) xs[i] = load_raw(x[i]);
@@ -36,7 +50,6 @@ __attribute__((noinline)) void dot_tile(const T* const* x, const T* const* w, in
       }
     }
   };
-  int64_t k = 0;
   for (; k + step <= k_size; k += step) add_step([&](const T* p) GEMMA4_LAMBDA_INLINE { return raw(p + k); });
   if (const int rest = static_cast<int>(k_size - k)) add_step([&](const T* p) GEMMA4_LAMBDA_INLINE { return raw(p + k, rest); });
   int i = 0;
@@ -45,7 +58,7 @@ __attribute__((noinline)) void dot_tile(const T* const* x, const T* const* w, in
 }
 
 template <class T>
-using DotTile = void (*)(const T* const*, const T* const*, int64_t, float*);
+using DotTile = void (*)(const T* const*, const T* const*, int64_t, const Ahead<T>&, float*);
 
 template <class T, int M>
 DotTile<T> dot_tile_of(int n) {
@@ -75,9 +88,11 @@ DotTile<T> dot_tile_of(int m, int n) {
 constexpr int64_t kRowBlock = 64;  // rows of x that stay in L2 while a task's rows of w pass by
 
 // Rows x_row(0 .. m) times the weight rows w_row(0 .. n), `width` <= kTileN rows of w at a time.
+// `ahead`: elements from a tile's rows of w to the next tile's, or 0 if they are in a cache.
 // emit(i, mm, j, nn, y): rows i .. i + mm of x, rows j .. j + nn of w, y[mm * nn].
 template <class T, class XRow, class WRow, class Emit>
-GEMMA4_INLINE void product(int64_t m, int64_t n, int64_t k_size, int width, XRow x_row, WRow w_row, Emit emit) {
+GEMMA4_INLINE void product(int64_t m, int64_t n, int64_t k_size, int width, int64_t ahead, XRow x_row, WRow w_row,
+                           Emit emit) {
   const T* x[kTileM];
   const T* w[kTileN];
   float y[kTileM * kTileN];
@@ -91,7 +106,11 @@ GEMMA4_INLINE void product(int64_t m, int64_t n, int64_t k_size, int width, XRow
         const int64_t i = block + rows * t / tiles;
         const int mm = static_cast<int>(block + rows * (t + 1) / tiles - i);
         for (int r = 0; r < mm; ++r) x[r] = x_row(i + r);
-        dot_tile_of<T>(mm, nn)(x, w, k_size, y);
+        Ahead<T> next;
+        next.count = 0;
+        if (ahead && block == 0)
+          for (int64_t c = nn * t / tiles; c < nn * (t + 1) / tiles; ++c) next.row[next.count++] = w[c] + ahead;
+        dot_tile_of<T>(mm, nn)(x, w, k_size, next, y);
         emit(i, mm, j, nn, y);
       }
     }
