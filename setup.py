@@ -59,7 +59,7 @@ class BuildNative(build_ext):
         built.parent.mkdir(parents=True, exist_ok=True)
         csrc = Path("csrc").resolve()
         # GCC 12 takes its own AVX-512 headers for uses of uninitialized memory.
-        common = f"-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wno-uninitialized -Wno-maybe-uninitialized -I{csrc}"
+        common = f"-std=c++17 -O3 -ffp-contract=off -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wno-uninitialized -Wno-maybe-uninitialized -I{csrc}"
         common += f" -ffile-prefix-map={csrc}=csrc {os.environ.get('CXXFLAGS', '')}"
         torch_include = " ".join(f"-isystem {path}" for path in cpp_extension.include_paths())
         torch_flags = f"-DTORCH_TARGET_VERSION=0x020a000000000000 {torch_include}"  # the stable ABI of torch 2.10

@@ -20,7 +20,24 @@ SPLIT = 256  # kDecodeSplit
 TILE = 64  # kKeyTile
 MAX_ROWS = 64  # kRows in csrc/cpu/gqa_prefill.cpp: query heads of one KV head
 
-_ops: Any = torch.ops.gemma4_fast_cpu
+
+class _Kernels:
+    """torch.ops.gemma4_fast_cpu, with ValueError for the indices that a kernel refuses because they would leave memory."""
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(torch.ops.gemma4_fast_cpu, name).default
+
+        def call(*args: Any) -> None:
+            try:
+                op(*args)
+            except RuntimeError as error:
+                raise ValueError(str(error).splitlines()[0]) from None
+
+        setattr(self, name, call)
+        return call
+
+
+_ops: Any = _Kernels()
 
 
 def _whole(x: Tensor) -> Tensor:

@@ -1,0 +1,283 @@
+"""The CPU kernels: every op x case x instruction set of the table, and what only they promise.
+
+Every instruction set that this machine has is run, not the best alone. The promise: a sequence's bits depend neither on what
+else is in the batch nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_native import require_native
+from torch import Tensor
+
+import gemma4_fast
+from gemma4_fast import UnsupportedError, native, ops, use_backend
+from gemma4_fast.ops import table
+from gemma4_fast.ops.accuracy import Judge, nan_poison
+from gemma4_fast.ops.attention import decode_case, prefill_case
+from gemma4_fast.ops.moe import moe_case
+from gemma4_fast.ops.table import Maker
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+DTYPES = [FP32, BF16]
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> None:
+    require_native()
+    assert native.kernels_missing() is None
+
+
+@pytest.fixture
+def threads() -> Iterator[Any]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def require_isa(isa: str) -> None:
+    if isa not in native.isas():
+        pytest.skip(f"this processor has no {isa}")
+
+
+ROWS = [
+    pytest.param(op, isa, case, dtype, id=f"{op.name}-{isa}-{case}-{str(dtype)[6:]}")
+    for op in ops.TABLE.values()
+    if "cpu" in op.impls
+    for isa in native.ISAS
+    for case in op.cases
+    for dtype in DTYPES
+]
+
+
+@pytest.mark.parametrize("op, isa, case, dtype", ROWS)
+def test_every_instruction_set_matches_the_reference(op: ops.Op, isa: str, case: str, dtype: torch.dtype) -> None:
+    require_isa(isa)
+    with use_backend("cpu", isa=isa):
+        verdict = Judge(op, op.inputs(case, dtype))(op)
+    assert verdict.ok, verdict.message
+
+
+def test_every_op_has_a_cpu_kernel() -> None:
+    assert [op.name for op in ops.TABLE.values() if op.compose is None and "cpu" not in op.impls] == []
+
+
+# Shapes around the kernels' own sizes: tiles of 4 x 6, blocks of 64 rows, tasks, steps of 32, splits of 256 slots.
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize(
+    "tokens, n, k", [(1, 1, 1), (5, 7, 31), (4, 6, 32), (63, 65, 33), (65, 13, 63), (130, 40, 8), (3, 2000, 5)]
+)
+def test_products_at_the_edges_of_tiles(isa: str, tokens: int, n: int, k: int) -> None:
+    require_isa(isa)
+    m = Maker(BF16)
+    args = dict(x=m.randn(tokens, k), weight=m.randn(n, k, scale=k**-0.5))
+    with use_backend("cpu", isa=isa):
+        assert (verdict := Judge(ops.TABLE["linear"], args)(ops.linear)).ok, verdict.message
+        many = moe_case(m, tokens, k, n % 40 + 1, 7, 3)
+        assert (verdict := Judge(ops.TABLE["moe"], many)(ops.moe_decode)).ok, verdict.message
+        assert (verdict := Judge(ops.TABLE["moe"], many)(ops.moe)).ok, verdict.message
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_at_the_edges_of_tiles(isa: str, dtype: torch.dtype) -> None:
+    require_isa(isa)
+    m = Maker(dtype)
+    cases = [
+        decode_case(m, [255, 256, 257, 600], 24, 1, 64, 640),  # more heads in a group than are served together
+        decode_case(m, [700, 513], 4, 2, 128, 512, window=500),
+        decode_case(m, [900, 257, 64], 8, 1, 64, 320, v_only=True),  # a ring's turn inside a tile, V only
+    ]
+    for args in cases:
+        with use_backend("cpu", isa=isa):
+            assert (verdict := Judge(ops.TABLE["gqa_decode"], args)(ops.gqa_decode)).ok, verdict.message
+    for args in (
+        prefill_case(m, [65, 64, 1], 6, 2, 32, window=63),
+        prefill_case(m, [200], 64, 1, 32),  # a group as large as a block
+        prefill_case(m, [70, 3], 8, 2, 64, None, [190, 65], 192, v_only=True),
+        prefill_case(m, [70], 4, 4, 64, 100, [300], 128),
+    ):
+        with use_backend("cpu", isa=isa):
+            assert (verdict := Judge(ops.TABLE["gqa_prefill"], args)(ops.gqa_prefill)).ok, verdict.message
+
+
+def test_large_values_do_not_overflow() -> None:
+    m = Maker(FP32)
+    args: dict[str, Any] = moe_case(m, 3, 96, 32, 4, 2)
+    args["x"] *= 1e4  # gelu of +-1e4: e^(2u) overflows where it is not cut
+    args = {**args, "x": args["x"].clone()}
+    hot: dict[str, Any] = prefill_case(m, [40], 2, 1, 64)
+    hot["q"] *= 1e3  # scores of +-1e4
+    for isa in native.isas():
+        with use_backend("cpu", isa=isa):
+            assert torch.allclose(ops.moe(**args), ops.TABLE["moe"].reference(**args), rtol=1e-4)
+            assert torch.allclose(ops.gqa_prefill(**hot), ops.TABLE["gqa_prefill"].reference(**hot), rtol=1e-3, atol=1e-3)
+            x = torch.tensor([[float("inf")], [-2000.0], [200.0]])
+            capped = ops.logits(x, torch.ones(1, 1), 30.0)
+        assert torch.allclose(capped.flatten(), torch.tensor([30.0, -30.0, 30.0 * math.tanh(200 / 30)]))
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(isa: str, dtype: torch.dtype) -> None:
+    require_isa(isa)
+    m = Maker(dtype)
+    x, w = m.randn(150, 200), m.randn(77, 200)
+    experts = moe_case(m, 150, 96, 33, 8, 3)
+    route = ops.TABLE["route_topk"].inputs("26b", dtype)
+    with use_backend("cpu", isa=isa):
+        whole = ops.linear(x, w)
+        assert all(torch.equal(whole[i : i + n], ops.linear(x[i : i + n], w)) for i, n in [(0, 1), (7, 5), (149, 1), (60, 66)])
+        whole, weights = ops.moe_decode(**experts), (experts.pop("gate_up"), experts.pop("down"))
+        grouped = ops.moe(**experts, gate_up=weights[0], down=weights[1])  # sorted beforehand
+        assert torch.equal(grouped, whole)
+        for i in (0, 3, 149):
+            assert torch.equal(whole[i : i + 1], ops.moe_decode(*(a[i : i + 1] for a in experts.values()), *weights))
+        probs, ids = ops.route_topk(**route)
+        one = ops.route_topk(**{**route, "x": route["x"][5:6]})
+        assert torch.equal(one[0], probs[5:6]) and torch.equal(one[1], ids[5:6])
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+def test_generated_tokens_and_logits_do_not_depend_on_batch_or_threads(isa: str, threads: Any) -> None:
+    require_isa(isa)
+    model = gemma4_fast.Gemma4.from_pretrained("tiny", progress=False, check=False)
+    prompts = [[5, 6, 7] * 20, [9, 8, 4, 3, 90, 7, 6, 5], [11] * 33]
+
+    def results(rows: list[list[int]], n: int) -> list[Tensor]:
+        threads(n)
+        with use_backend("cpu", isa=isa):
+            found = [torch.tensor(g.token_ids) for g in model.generate(rows, max_new_tokens=6, temperature=0)]
+            same = [r[:8] for r in rows]  # `forward` takes rows of one length
+            cache = model.new_cache(len(rows), 128)
+            prefill = model(torch.tensor(same), cache)
+            step = model(torch.tensor([[r[0]] for r in rows]), cache)
+        return [torch.cat((t.float(), p.flatten(), s.flatten())) for t, p, s in zip(found, prefill, step, strict=True)]
+
+    alone = [results([p], 1)[0] for p in prompts]
+    for n in (1, 2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(alone, results(prompts, n), strict=True))
+
+
+def test_the_instruction_set_is_an_argument() -> None:
+    x, w = torch.randn(3, 100).to(BF16), torch.randn(5, 100).to(BF16)
+    with (
+        pytest.raises(ValueError, match="unknown instruction set 'sse'; the CPU kernels have plain, avx2"),
+        use_backend("cpu", isa="sse"),
+    ):
+        pass
+    with use_backend("cpu", isa="plain"):
+        assert table.cpu_isa() == 0
+        with use_backend("torch", ops=["linear"]):
+            assert table.cpu_isa() == 0
+        bound = ops.bound(ops.TABLE["linear"], "cpu")
+        with table.default_backend("cpu"):
+            assert table.cpu_isa() == 0
+    assert table.cpu_isa() == list(native.ISAS).index(native.isas()[0])
+    assert torch.allclose(bound(x, w).float(), ops.linear(x, w).float(), rtol=0.02, atol=0.1)
+
+
+def test_an_instruction_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "isas", lambda: ("avx2", "plain"))
+    with pytest.raises(UnsupportedError, match="cannot run avx512; it has avx2, plain"), use_backend("cpu", isa="avx512"):
+        pass
+
+
+def test_without_the_kernels_pytorch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "kernels_missing", lambda: "the CPU kernels were not built")
+    table.backend_missing.cache_clear()
+    for op in ops.TABLE.values():
+        op._kept.clear()
+    try:
+        x = torch.randn(2, 8)
+        assert ops.TABLE["linear"].first_serving(x.device, x.dtype) == "torch"
+        ops.linear(x, x)
+        with pytest.raises(UnsupportedError, match=r"linear.*were not built"), use_backend("cpu"):
+            ops.linear(x, x)
+        with pytest.raises(UnsupportedError, match="were not built"), use_backend("cpu", isa="avx2"):
+            pass
+    finally:
+        table.backend_missing.cache_clear()
+        for op in ops.TABLE.values():
+            op._kept.clear()
+
+
+def test_views_and_odd_addresses() -> None:
+    m = Maker(BF16)
+    wide, w = m.randn(6, 130), m.randn(9, 64)
+    padded = m.randn(9 * 64 + 1)[1:].view(9, 64)  # two bytes off any alignment
+    with use_backend("cpu"):
+        for x in (wide[:, 1:65], wide[::2, :64], wide.T.contiguous().T[:, :64]):
+            assert torch.equal(ops.linear(x, w), ops.linear(x.contiguous(), w))
+        assert torch.equal(ops.linear(wide[:, :64], padded), ops.linear(wide[:, :64], padded.clone()))
+        assert torch.equal(ops.linear(wide[:, :9], w.T), ops.linear(wide[:, :9], w.T.contiguous()))
+        assert torch.equal(ops.rms_norm(wide[:, 3:70]), ops.rms_norm(wide[:, 3:70].contiguous()))
+
+
+@pytest.mark.parametrize("name", sorted(n for n, op in ops.TABLE.items() if "cpu" in op.impls))
+def test_no_tokens(name: str) -> None:
+    op = ops.TABLE[name]
+    args = op.inputs(next(iter(op.cases)), BF16)
+    first = next(iter(args))
+    tokens = args[first].shape[0]
+    empty = {k: v[:0] if isinstance(v, Tensor) and v.shape[0] == tokens and v.dim() > 1 else v for k, v in args.items()}
+    if name == "gqa_prefill":
+        empty["cu_seqlens"] = torch.zeros(1, dtype=torch.int32)
+    elif name == "gqa_decode":
+        empty["kv_lens"] = args["kv_lens"][:0]
+    elif name == "grouped_gemm":
+        empty |= {"order": args["order"][:0], "offsets": torch.zeros_like(args["offsets"])}
+    elif name == "qkv_norm_rope":
+        empty["slots"] = None if args["slots"] is None else args["slots"][:0]
+    with use_backend("cpu"), nan_poison():
+        out = op(*empty.values())
+    out = out[0] if isinstance(out, tuple) else out
+    assert out.shape[0] == 0 and torch.equal(out, op.reference(*empty.values())[0] if isinstance(out, tuple) else out)
+
+
+def test_indices_that_would_leave_memory_are_refused() -> None:
+    m = Maker(FP32)
+    experts: dict[str, Any] = moe_case(m, 2, 16, 8, 4, 2)
+    decode: dict[str, Any] = decode_case(m, [20, 30], 2, 1, 32, 64, block=16)
+    long: dict[str, Any] = decode_case(m, [20], 2, 1, 32, 64)
+    prefill: dict[str, Any] = prefill_case(m, [5, 4], 2, 1, 32)
+    cached = ops.TABLE["qkv_norm_rope"].inputs("full_v_only_cache", FP32)
+    order, offsets, _ = ops.expert_dispatch(experts["ids"], 4)
+    grouped = dict(x=experts["x"], weight=experts["gate_up"], order=order, offsets=offsets, top_k=2, epilogue="geglu")
+    bad = [
+        ("moe_decode", {**experts, "ids": experts["ids"] + 3}, "expert ids must lie in"),
+        ("moe_decode", {**experts, "ids": experts["ids"] - 4}, "expert ids must lie in"),
+        ("expert_dispatch", dict(ids=experts["ids"] + 3, num_experts=4), "expert ids must lie in"),
+        ("grouped_gemm", {**grouped, "order": order + 1}, "order must lie in"),
+        ("grouped_gemm", {**grouped, "offsets": offsets.flip(0)}, "offsets must"),
+        ("gqa_decode", {**decode, "block_table": decode["block_table"] + 9}, "block_table must lie in"),
+        ("gqa_decode", {**long, "kv_lens": torch.tensor([-1], dtype=torch.int32)}, "lengths must lie in"),
+        ("gqa_prefill", {**prefill, "cu_seqlens": prefill["cu_seqlens"] + 1}, "cu_seqlens must go from 0"),
+        ("gqa_prefill", {**prefill, "cu_seqlens": prefill["cu_seqlens"].flip(0)}, "cu_seqlens must"),
+        ("qkv_norm_rope", {**cached, "slots": cached["slots"] + 10**6}, "slots must lie in"),
+    ]
+    for name, args, message in bad:
+        with use_backend("cpu"), pytest.raises(ValueError, match=message):
+            getattr(ops, name)(**args)
+
+
+def test_shapes_that_the_kernels_do_not_take() -> None:
+    m = Maker(FP32)
+    for args, why in (
+        (decode_case(m, [3], 2, 1, 1024, 64), "head dims up to 512"),
+        (decode_case(m, [3], 2, 1, 33, 64), "even head dims"),
+    ):
+        with use_backend("cpu"), pytest.raises(UnsupportedError, match=why):
+            ops.gqa_decode(**args)
+        ops.gqa_decode(**args)  # PyTorch serves
+    many = prefill_case(m, [3], 65, 1, 32)
+    with use_backend("cpu"), pytest.raises(UnsupportedError, match="up to 64 query heads per KV head, got 65"):
+        ops.gqa_prefill(**many)
+    with use_backend("cpu"), pytest.raises(UnsupportedError, match="does not take float16"):
+        ops.linear(torch.ones(1, 2, dtype=torch.float16), torch.ones(1, 2, dtype=torch.float16))
