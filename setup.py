@@ -14,7 +14,6 @@ from setuptools import Extension, find_packages, setup
 from setuptools.errors import CompileError
 from setuptools.modified import newer_group
 
-
 # What each instruction set of the CPU kernels is compiled with. The choice is made at run time: gemma4_fast/native.py.
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c"
 ISAS = {"plain": ""}
@@ -59,8 +58,9 @@ class BuildNative(build_ext):
         built.parent.mkdir(parents=True, exist_ok=True)
         csrc = Path("csrc").resolve()
         # GCC 12 takes its own AVX-512 headers for uses of uninitialized memory.
-        common = f"-std=c++17 -O3 -ffp-contract=off -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wno-uninitialized -Wno-maybe-uninitialized -I{csrc}"
-        common += f" -ffile-prefix-map={csrc}=csrc {os.environ.get('CXXFLAGS', '')}"
+        common = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wno-uninitialized -Wno-maybe-uninitialized"
+        # A product and a sum must not become one instruction in one tile and stay two in another.
+        common += f" -ffp-contract=off -I{csrc} -ffile-prefix-map={csrc}=csrc {os.environ.get('CXXFLAGS', '')}"
         torch_include = " ".join(f"-isystem {path}" for path in cpp_extension.include_paths())
         torch_flags = f"-DTORCH_TARGET_VERSION=0x020a000000000000 {torch_include}"  # the stable ABI of torch 2.10
         if len(ISAS) > 1:

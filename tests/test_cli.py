@@ -76,7 +76,11 @@ def test_generate_json(run: Run) -> None:
     assert data["prompt"] == PROMPT and data["seed"] == 5 and len(data["tokens"]) <= 8
     assert data["sampling"]["temperature"] == 0.7 and data["sampling"]["top_k"] == 40
     assert set(data["timings"]) == {"load_s", "check_s", "prefill_s", "decode_s", "prefill_tok_s", "decode_tok_s"}
-    assert data["backends"]["gqa_decode"] == "torch" and data["device"] == "cpu" and data["dtype"] == "bfloat16"
+    assert (
+        data["backends"]["gqa_decode"] == ops.decide("gqa_decode", torch.device("cpu"), torch.bfloat16)[0]
+        and data["device"] == "cpu"
+        and data["dtype"] == "bfloat16"
+    )
     assert data["check"].startswith("passed") and data["finish_reason"] in ("length", "stop")
     assert data["versions"]["torch"] == str(torch.__version__)
 

@@ -23,7 +23,6 @@ from gemma4_fast.ops.attention import decode_case, prefill_case
 from gemma4_fast.ops.moe import moe_case
 from gemma4_fast.ops.table import Maker
 
-
 BF16, FP32 = torch.bfloat16, torch.float32
 DTYPES = [FP32, BF16]
 
@@ -281,3 +280,12 @@ def test_shapes_that_the_kernels_do_not_take() -> None:
         ops.gqa_prefill(**many)
     with use_backend("cpu"), pytest.raises(UnsupportedError, match="does not take float16"):
         ops.linear(torch.ones(1, 2, dtype=torch.float16), torch.ones(1, 2, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_self_check_runs_the_kernels_and_sees_a_wrong_one(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = gemma4_fast.Gemma4.from_pretrained("tiny", dtype, progress=False, check="full")  # raises if it is wrong
+    right = ops.TABLE["linear"].impls["cpu"].function
+    monkeypatch.setitem(ops.TABLE["linear"].impls["cpu"].__dict__, "function", lambda x, w: right(x, w).roll(1, -1))
+    report = gemma4_fast.verify(model)
+    assert not report.ok and report.first_wrong is not None and "[cpu]" in report.first_wrong.op

@@ -68,7 +68,7 @@ def members(wheel: Path) -> set[str]:
 
 
 def native_members(wheel: Path) -> list[str]:
-    return [name for name in members(wheel) if name.startswith("gemma4_fast/_native")]
+    return [name for name in members(wheel) if name.startswith(("gemma4_fast/_native", "gemma4_fast/_cpu"))]
 
 
 def python_files() -> set[str]:
@@ -153,7 +153,8 @@ def test_wheel_holds_everything(wheel: Path) -> None:
     assert python_files() <= names
     assert {f"gemma4_fast/tiny/{name}" for name in TINY} <= names
     assert "gemma4_fast/py.typed" in names
-    assert bool(native_members(wheel)) == native.available()
+    built = [native.available(), native.available() and native.kernels_missing() is None]
+    assert [any(part in name for name in native_members(wheel)) for part in ("/_native", "/_cpu")] == built
     # Nothing else: no tests, sources or leftovers. The licence lies in the dist-info folder.
     info = f"gemma4_fast-{version('gemma4-fast')}.dist-info/"
     assert not [name for name in names if not name.startswith(("gemma4_fast/", info))]

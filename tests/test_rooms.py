@@ -14,7 +14,7 @@ PACKAGE = Path(gemma4_fast.__file__).parent
 LOW = {"errors", "files", "tables", "config", "native"}
 ALLOWED: dict[str, set[str]] = {
     "reference": {"reference", "config"},
-    "ops": {"ops", "reference", "errors"},
+    "ops": {"ops", "reference", "errors", "native"},
     "cache": {"config"},
     "layers": {"ops", "cache", "config"},
     "model": {"ops", "cache", "config", "layers"},

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import gemma4_fast
-from gemma4_fast import UnsupportedError, explain, ops, use_backend
+from gemma4_fast import UnsupportedError, explain, native, ops, use_backend
 from gemma4_fast.explain import support_table
 from gemma4_fast.ops import table
 from gemma4_fast.reference import ops as reference
@@ -31,15 +31,20 @@ def triton_rms_norm(x: torch.Tensor, weight: Any = None, eps: float = 1e-6) -> t
 
 @pytest.fixture
 def fake_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A `cpu` backend for rms_norm that takes fp32 with an even last axis."""
+    """A `cpu` backend for rms_norm alone, that takes fp32 with an even last axis."""
 
     def accepts(x: torch.Tensor, *_: Any) -> str | None:
         return None if x.shape[-1] % 2 == 0 else "takes even sizes only"
 
     impl = ops.Impl("test_table:triton_rms_norm", (torch.float32,), accepts)
+    for op in ops.TABLE.values():
+        monkeypatch.delitem(op.impls, "cpu", raising=False)
     monkeypatch.setitem(ops.TABLE["rms_norm"].impls, "cpu", impl)
+    monkeypatch.setattr(native, "kernels_missing", lambda: None)
     table._say_once.cache_clear()
+    table.backend_missing.cache_clear()
     yield
+    table.backend_missing.cache_clear()
 
 
 def test_the_table_is_the_design() -> None:
@@ -140,7 +145,7 @@ def test_a_replaced_kernel_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -> Non
     ops.linear(X, X)
     impl = ops.Impl("gemma4_fast.ops.torch_backend:linear", (torch.float64,))
     monkeypatch.setitem(ops.TABLE["linear"].impls, "torch", impl)
-    with pytest.raises(UnsupportedError, match="does not take float32"):
+    with use_backend("torch"), pytest.raises(UnsupportedError, match="does not take float32"):
         ops.linear(X, X)
 
 

@@ -20,6 +20,13 @@ from gemma4_fast.reference import ops as reference
 from gemma4_fast.report import Comparison, Report
 
 
+@pytest.fixture(autouse=True)
+def on_torch() -> Iterator[None]:
+    """The faults are planted in the torch backend; test_cpu.py plants one in the CPU kernels."""
+    with ops.use_backend("torch"):
+        yield
+
+
 @contextmanager
 def broken(op: str, wrong: Callable[..., Any]) -> Iterator[None]:
     """Inside: the torch backend of `op` is `wrong`."""
