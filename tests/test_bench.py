@@ -317,7 +317,8 @@ def test_ops_smoke_and_each_row_can_be_made_again(run: Run, tmp_path: Path) -> N
     code, out, err = run("ops", *options, "-o", str(file), "--csv", str(tmp_path / "rows.csv"))
     assert code == 0 and "rms_norm/odd" in out and "of the roofline" in out and "2 of 2: moe/odd" in err
     made = rows.read(file)
-    assert [r.name for r in made if r.kind == "op"] == ["rms_norm/odd", "moe/odd"]
+    # A row for each backend that runs here
+    assert list(dict.fromkeys(r.name for r in made if r.kind == "op")) == ["rms_norm/odd", "moe/odd"]
     assert {r.params["at"] for r in made if r.kind == "roofline"} == {"start", "end"}
     row = made[-1 - sum(r.params.get("at") == "end" for r in made)]
     assert row.kind == "op" and row.machine["threads"] and row.versions["torch"] and row.error is not None
@@ -581,9 +582,10 @@ def test_crossover_is_written_where_moe_reads_it(tmp_path: Path, monkeypatch: py
     for where in list(CROSSOVER):
         monkeypatch.delitem(CROSSOVER, where)
     monkeypatch.setitem(CROSSOVER, "cpu other", 5)
-    assert moe_crossover(CPU, torch.bfloat16) == 16  # not measured
-    scale.write_crossovers({"cpu torch": 48}, copy)
-    assert moe_crossover(CPU, torch.bfloat16) == 48
+    with ops.use_backend("torch"):
+        assert moe_crossover(CPU, torch.bfloat16) == 16  # not measured
+        scale.write_crossovers({"cpu torch": 48}, copy)
+        assert moe_crossover(CPU, torch.bfloat16) == 48
     found: dict[str, Any] = {}
     block = re.search(r"^CROSSOVER: dict\[str, int\] = (\{.*?\})$", copy.read_text(), re.M | re.S)
     assert block is not None
@@ -702,7 +704,8 @@ def test_whatever_happens_to_a_peer_is_a_row(run: Run, fakes: None, tmp_path: Pa
     assert code == 1, err  # one of them runs another model
     made = [r for r in rows.read(file) if r.kind == "model"]
     found = {(r.contender, r.params["phase"], r.params["depth"], r.params["batch"]): r for r in made}
-    assert len(found) == len(made) == 8 * 2 * 3  # contenders, batches, and prefill, decode, decode at depth
+    ours = {"gemma4-fast", "gemma4-fast torch"} & {r.contender for r in made}  # one where there are no kernels
+    assert "gemma4-fast" in ours and len(found) == len(made) == (7 + len(ours)) * 2 * 3  # batches; prefill, decode, at depth
 
     fine = found["fine", "prefill", False, 2]
     assert fine.time_us == Spread(250000, 250000, 250000, 250000, 2) and fine.tokens == 16 and fine.versions["fine"] == "9.9"

@@ -22,8 +22,7 @@ GEMMA4_INLINE void geglu_product(int64_t m, int64_t first, int64_t columns, int6
     for (int r = 0; r < mm; ++r)
       for (int c = 0; c < half; ++c) g[r * half + c] = y[r * nn + c], u[r * half + c] = y[r * nn + half + c];
     store(h, mul(gelu_tanh(load(g)), load(u)));
-    for (int r = 0; r < mm; ++r)
-      for (int c = 0; c < half; ++c) out(i + r)[first + j / 2 + c] = from_float<T>(h[r * half + c]);
+    for (int r = 0; r < mm; ++r) store_some(out(i + r) + first + j / 2, load_some(h + r * half, half), half);
   });
 }
 

@@ -27,8 +27,7 @@ void geglu_mlp_of(const GegluMlp& a) {
         a.tokens, min_of(rows, a.hidden - n), a.inter, kTileN, kTileN * a.inter, [&](int64_t i) { return h + i * a.inter; },
         [&](int64_t j) { return down + (n + j) * a.inter; },
         [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
-          for (int r = 0; r < mm; ++r)
-            for (int c = 0; c < nn; ++c) out[(i + r) * a.hidden + n + j + c] = from_float<T>(y[r * nn + c]);
+          for (int r = 0; r < mm; ++r) store_some(out + (i + r) * a.hidden + n + j, load_some(y + r * nn, nn), nn);
         });
   });
   run_phases(threads_for(a.tokens * a.hidden * a.inter), first, second);
@@ -47,14 +46,10 @@ void ple_gate_of(const PleGate& a) {
         a.tokens, min_of(columns, a.size - n), a.hidden, kTileN, kTileN * a.hidden, [&](int64_t i) { return x + i * a.hidden; },
         [&](int64_t j) { return gate + (n + j) * a.hidden; },
         [&](int64_t i, int mm, int64_t j, int nn, float* y) {
-          for (int e = 0; e < mm * nn; e += kWidth) {
-            const int count = min_of(kWidth, mm * nn - e);
-            store_some(y + e, gelu_tanh(load_some(y + e, count)), count);
+          for (int r = 0; r < mm; ++r) {
+            const Vec up = load_some(ple + (i + r) * a.ple_stride + n + j, nn);
+            store_some(g + (i + r) * a.size + n + j, mul(gelu_tanh(load_some(y + r * nn, nn)), up), nn);
           }
-          for (int r = 0; r < mm; ++r)
-            for (int c = 0; c < nn; ++c)
-              g[(i + r) * a.size + n + j + c] =
-                  from_float<T>(y[r * nn + c] * to_float(ple[(i + r) * a.ple_stride + n + j + c]));
         });
   });
   Phase second((a.hidden + rows - 1) / rows, [=](int64_t task) {
@@ -63,8 +58,7 @@ void ple_gate_of(const PleGate& a) {
         a.tokens, min_of(rows, a.hidden - n), a.size, kTileN, kTileN * a.size, [&](int64_t i) { return g + i * a.size; },
         [&](int64_t j) { return proj + (n + j) * a.size; },
         [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
-          for (int r = 0; r < mm; ++r)
-            for (int c = 0; c < nn; ++c) h[(i + r) * a.hidden + n + j + c] = from_float<T>(y[r * nn + c]);
+          for (int r = 0; r < mm; ++r) store_some(h + (i + r) * a.hidden + n + j, load_some(y + r * nn, nn), nn);
         });
   });
   Phase third(a.tokens, [&](int64_t t) { norm_add_norm_row(a.norm, h + t * a.hidden, t); });

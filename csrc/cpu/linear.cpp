@@ -1,6 +1,7 @@
 // linear: y = x w^T; logits: the same over the vocabulary, softcapped, or the largest alone. One task is some rows of w.
 #include "cpu/parallel.h"
 #include "cpu/product.h"
+#include "cpu/rows.h"
 
 namespace gemma4_fast {
 namespace GEMMA4_ISA {
@@ -17,8 +18,7 @@ void linear_of(const Linear& a) {
         a.tokens, min_of(rows, a.n - first), a.k, kTileN, kTileN * a.k, [&](int64_t i) { return x + i * a.k; },
         [&](int64_t j) { return w + (first + j) * a.k; },
         [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
-          for (int r = 0; r < mm; ++r)
-            for (int c = 0; c < nn; ++c) out[(i + r) * a.n + first + j + c] = from_float<T>(y[r * nn + c]);
+          for (int r = 0; r < mm; ++r) store_some(out + (i + r) * a.n + first + j, load_some(y + r * nn, nn), nn);
         });
   });
 }
@@ -45,13 +45,10 @@ void logits_of(const Logits& a) {
             return;
           }
           if (a.softcap > 0)
-            for (int e = 0; e < mm * nn; e += kWidth) {
-              const int left = mm * nn - e;
-              if (left >= kWidth) store(y + e, softcap(load(y + e), a.softcap));
-              else store(y + e, softcap(load(y + e, left), a.softcap), left);
-            }
-          for (int r = 0; r < mm; ++r)
-            for (int c = 0; c < nn; ++c) out[(i + r) * a.vocab + begin + j + c] = from_float<T>(y[r * nn + c]);
+            for_vecs(mm * nn, [&](int64_t e, int n) GEMMA4_LAMBDA_INLINE {
+              store_some(y + e, softcap(load_some(y + e, n), a.softcap), n);
+            });
+          for (int r = 0; r < mm; ++r) store_some(out + (i + r) * a.vocab + begin + j, load_some(y + r * nn, nn), nn);
         });
   };
   parallel(a.tasks, a.tokens * a.vocab * a.hidden, task_body);

@@ -37,7 +37,7 @@ GEMMA4_INLINE void first_half(const Sorted& s, int64_t task, int64_t chunks, int
   const T* gate = gate_up + e * 2 * inter * hidden;
   geglu_product<T>(
       rows, c, min_of(columns, inter - c), hidden, gate, gate + inter * hidden,
-      [&](int64_t i) { return x + s.order[begin + i] / top_k * hidden; }, [&](int64_t i) { return h + (begin + i) * inter; });
+      [&](int64_t i) { return x + static_cast<uint32_t>(s.order[begin + i]) / static_cast<uint32_t>(top_k) * hidden; }, [&](int64_t i) { return h + (begin + i) * inter; });
 }
 
 // Columns n .. n + columns of the second product, of all experts, weighted and summed; then rounded to out.
@@ -57,9 +57,9 @@ GEMMA4_INLINE void second_half(const Sorted& s, int64_t n, int64_t columns, cons
         [&](int64_t j) { return w + j * inter; },
         [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
           for (int r = 0; r < mm; ++r) {
-            const int32_t pair = s.order[begin + i + r];
-            float* to = sum + pair / top_k * hidden + n + j;
-            for (int c = 0; c < nn; ++c) to[c] += topk_weights[pair] * y[r * nn + c];
+            const uint32_t pair = static_cast<uint32_t>(s.order[begin + i + r]);
+            float* to = sum + static_cast<int64_t>(pair / static_cast<uint32_t>(top_k)) * hidden + n + j;
+            store_some(to, fma(load_some(y + r * nn, nn), set(topk_weights[pair]), load_some(to, nn)), nn);
           }
         });
   }
@@ -115,7 +115,7 @@ void grouped_gemm_of(const GroupedGemm& a) {
           [&](int64_t j) { return w + (e * a.n + n + j) * a.k; },
           [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
             for (int r = 0; r < mm; ++r)
-              for (int c = 0; c < nn; ++c) out[(begin + i + r) * a.n + n + j + c] = from_float<T>(y[r * nn + c]);
+              store_some(out + (begin + i + r) * a.n + n + j, load_some(y + r * nn, nn), nn);
           });
     });
   }

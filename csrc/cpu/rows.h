@@ -13,16 +13,6 @@ GEMMA4_INLINE void for_vecs(int64_t size, F f) {
   for (; i + kWidth <= size; i += kWidth) f(i, kWidth);
   if (i < size) f(i, static_cast<int>(size - i));
 }
-template <class T>
-GEMMA4_INLINE Vec load_some(const T* p, int n) {
-  return n == kWidth ? load(p) : load(p, n);
-}
-template <class T>
-GEMMA4_INLINE void store_some(T* p, Vec x, int n) {
-  if (n == kWidth) store(p, x);
-  else store(p, x, n);
-}
-
 // 1 / sqrt(mean(x^2) + eps)
 template <class T>
 GEMMA4_INLINE float inverse_rms(const T* x, int64_t size, float eps) {

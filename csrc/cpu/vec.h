@@ -337,6 +337,16 @@ GEMMA4_INLINE Vec dot(Vec acc, const Raw<T>& a, const Raw<T>& b) {
 
 #endif
 
+template <class T>
+GEMMA4_INLINE Vec load_some(const T* p, int n) {
+  return n == kWidth ? load(p) : load(p, n);
+}
+template <class T>
+GEMMA4_INLINE void store_some(T* p, Vec x, int n) {
+  if (n == kWidth) store(p, x);
+  else store(p, x, n);
+}
+
 // exp(x) to 2 units in the last place: 2^n * e^r with |r| <= ln(2) / 2, e^r by its Taylor polynomial of degree 7.
 GEMMA4_INLINE Vec exp(Vec x) {
   x = min(max(x, set(-87.0f)), set(88.0f));

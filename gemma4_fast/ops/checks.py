@@ -34,14 +34,23 @@ def shaped(
         return
     if not isinstance(x, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    if x.dim() != len(shape) or any(want not in (-1, got) for want, got in zip(shape, x.shape, strict=True)):
+    if x.shape != shape and not _fits(x.shape, shape):  # plain loops: this runs some fifteen times for each layer and token
         want = ["any" if s == -1 else s for s in shape]
         raise ValueError(f"{op}: {name} has shape {list(x.shape)}, expected {want}")
     if x.device != like.device:
         raise ValueError(f"{op}: {name} is on {x.device}, expected {like.device}")
-    if x.dtype not in (dtypes or (like.dtype,)):
+    if x.dtype != like.dtype if dtypes is None else x.dtype not in dtypes:
         expected = " or ".join(str(d) for d in dtypes or (like.dtype,))
         raise ValueError(f"{op}: {name} has dtype {x.dtype}, expected {expected}")
+
+
+def _fits(shape: Sequence[int], pattern: Sequence[int]) -> bool:
+    if len(shape) != len(pattern):
+        return False
+    for size, want in zip(shape, pattern, strict=True):  # noqa: SIM110
+        if size != want and want != -1:
+            return False
+    return True
 
 
 def require(op: str, ok: bool, message: str) -> None:
