@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from glob import glob
@@ -19,6 +20,11 @@ AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c"
 ISAS = {"plain": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
+
+
+def ninja_quoted(path: str | Path) -> str:
+    """A path as one word of a shell command in a build.ninja."""
+    return shlex.quote(str(path)).replace("$", "$$")
 
 
 class BuildNative(build_ext):
@@ -45,9 +51,11 @@ class BuildNative(build_ext):
             import ninja
             from ninja import ninja_syntax
             from torch.utils import cpp_extension
-        except ImportError as error:
+
+            runner = str(Path(ninja.BIN_DIR, "ninja"))
+        except (ImportError, AttributeError) as error:  # AttributeError: some other package of that name
             raise CompileError(
-                f"the CPU kernels need {error.name} at build time; install torch and ninja, then gemma4-fast with "
+                f"the CPU kernels need torch and ninja at build time ({error}); install torch and ninja, then gemma4-fast with "
                 "`pip install --no-build-isolation`"
             ) from error
         if sys.platform == "win32":
@@ -60,8 +68,9 @@ class BuildNative(build_ext):
         # GCC 12 takes its own AVX-512 headers for uses of uninitialized memory.
         common = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wno-uninitialized -Wno-maybe-uninitialized"
         # A product and a sum must not become one instruction in one tile and stay two in another.
-        common += f" -ffp-contract=off -I{csrc} -ffile-prefix-map={csrc}=csrc {os.environ.get('CXXFLAGS', '')}"
-        torch_include = " ".join(f"-isystem {path}" for path in cpp_extension.include_paths())
+        common += f" -ffp-contract=off -I{ninja_quoted(csrc)} -ffile-prefix-map={ninja_quoted(csrc)}=csrc"
+        common += f" {os.environ.get('CXXFLAGS', '')}"
+        torch_include = " ".join(f"-isystem {ninja_quoted(path)}" for path in cpp_extension.include_paths())
         torch_flags = f"-DTORCH_TARGET_VERSION=0x020a000000000000 {torch_include}"  # the stable ABI of torch 2.10
         if len(ISAS) > 1:
             torch_flags += " -DGEMMA4_X86"
@@ -71,7 +80,7 @@ class BuildNative(build_ext):
             n = ninja_syntax.Writer(file)
             n.variable("cxx", os.environ.get("CXX", "c++"))
             n.rule("compile", "$cxx -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-            n.rule("link", f"$cxx {link} $in -o $out -L{cpp_extension.library_paths()[0]} {library} $ldflags")
+            n.rule("link", f"$cxx {link} $in -o $out -L{ninja_quoted(cpp_extension.library_paths()[0])} {library} $ldflags")
             n.variable("ldflags", os.environ.get("LDFLAGS", ""))
             objects = []
             for source in map(Path, ext.sources):
@@ -83,9 +92,11 @@ class BuildNative(build_ext):
                     objects.append(target)
             n.build(str(built), "link", objects)
         jobs = [f"-j{self.parallel}"] if isinstance(self.parallel, int) else []
-        command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder), *([] if self.verbose > 1 else ["--quiet"]), *jobs]
-        if subprocess.run(command, check=False).returncode != 0:
-            raise CompileError("ninja could not build the CPU kernels, see above")
+        command = [runner, "-C", str(folder), *([] if self.verbose > 1 else ["--quiet"]), *jobs]
+        try:
+            subprocess.run(command, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"ninja could not build the CPU kernels, see above: {error}") from error
 
     def copy_extensions_to_source(self) -> None:  # the last step of an editable install and of `build_ext --inplace`
         for ext in self.extensions:

@@ -219,6 +219,137 @@ def test_views_and_odd_addresses() -> None:
         assert torch.equal(ops.rms_norm(wide[:, 3:70]), ops.rms_norm(wide[:, 3:70].contiguous()))
 
 
+def test_views_of_indices() -> None:
+    args = ops.TABLE["qkv_norm_rope"].inputs("sliding_one_token_cache", FP32)
+    args = {k: v.repeat(3, *[1] * (v.dim() - 1)) if k in ("qkv", "cos", "sin") else v for k, v in args.items()}
+    args["slots"] = torch.tensor([4, 0, 2, 0, 9, 0])[::2]
+    caches = [{k: args[k].clone() for k in ("k_cache", "v_cache")} for _ in range(2)]
+    with use_backend("cpu"):
+        ops.qkv_norm_rope(**{**args, **caches[0]})
+        ops.qkv_norm_rope(**{**args, **caches[1], "slots": args["slots"].contiguous()})
+    assert all(torch.equal(caches[0][k], caches[1][k]) for k in caches[0])
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_reaches_the_output(isa: str, dtype: torch.dtype) -> None:
+    """A kernel that turned NaN into a number would hide a fault upstream."""
+    require_isa(isa)
+    m, nan = Maker(dtype), float("nan")
+    with use_backend("cpu", isa=isa):
+        x, w = m.randn(2, 64), m.randn(70, 64)
+        x[1, 3] = nan
+        for out in (ops.logits(x, w, 30.0), ops.geglu_mlp(x, w, m.randn(64, 35))):
+            assert out[1].isnan().all() and not out[0].isnan().any()
+        route = ops.TABLE["route_topk"].inputs("odd", dtype)
+        route["x"][2, 5] = nan
+        weights, ids = ops.route_topk(**route)
+        assert weights[2].isnan().all() and not weights[:2].isnan().any()
+        assert ids[2].unique().numel() == ids.shape[1] and ids.min() >= 0 and ids.max() < 13
+        route["x"][2, 5], route["proj"][4, 1] = 0, nan  # of one expert alone
+        assert ops.route_topk(**route)[0].isnan().all()
+        for slots, at in ((64, 10), (640, 300), (640, 639)):  # of one split, or of one that others are merged with
+            for v_only in (False, True):
+                decode: dict[str, Any] = decode_case(m, [slots], 4, 2, 32, slots, v_only=v_only)
+                decode["v_cache" if v_only else "k_cache"][0, at, 1, 3] = nan
+                out = ops.gqa_decode(**decode)
+                assert out[0, 2:].isnan().all() and not out[0, :2].isnan().any()
+                decode["k_cache" if not v_only else "v_cache"][0, :, 1] = nan  # all keys of a head
+                assert ops.gqa_decode(**decode)[0, 2:].isnan().all()
+        prefill: dict[str, Any] = prefill_case(m, [70], 2, 1, 32)
+        prefill["q"][66, 1, 0] = nan
+        assert ops.gqa_prefill(**prefill).isnan().flatten(1).any(1).nonzero().flatten().tolist() == [66]
+
+
+def test_an_odd_number_of_keys_counts_the_last_value_once() -> None:
+    args: dict[str, Any] = decode_case(Maker(BF16), [3], 2, 1, 32, 16)
+    args["v_cache"][0, 2, 0, 5] = float("inf")  # times a padding weight of 0 it would be NaN
+    for isa in native.isas():
+        with use_backend("cpu", isa=isa):
+            assert ops.gqa_decode(**args)[0, :, 5].tolist() == [float("inf")] * 2
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+def test_argmax_at_its_edges(isa: str) -> None:
+    require_isa(isa)
+    w = torch.zeros(700, 2)
+    w[:, 0] = -1
+    x = torch.tensor([[float("inf"), 1.0], [1.0, 0.0], [1.0, 1.0]])
+    w[650, 1], w[690, 1] = float("nan"), float("nan")
+    for rows in (w[:1], w[:600], w):
+        with use_backend("cpu", isa=isa):
+            assert ops.logits(x, rows, None, True).tolist() == torch.argmax(x @ rows.T, -1).tolist()
+
+
+def test_router_orders_experts_that_are_all_but_impossible() -> None:
+    proj = torch.tensor([[0.0], [-120.0], [-100.0], [-95.0], [-110.0]])
+    for isa in native.isas():
+        with use_backend("cpu", isa=isa):
+            _, ids = ops.route_topk(torch.ones(1, 1), torch.ones(1), proj, torch.ones(5), 5)
+        assert ids.tolist() == [[0, 3, 2, 4, 1]]
+
+
+def test_a_block_table_may_hold_anything_beyond_a_sequences_blocks() -> None:
+    m = Maker(BF16)
+    decode: dict[str, Any] = decode_case(m, [20, 33], 2, 1, 32, 64, block=16)
+    prefill: dict[str, Any] = prefill_case(m, [5, 4], 2, 1, 32, None, [16, 40], 64, block=16)
+    for name, args, used in (("gqa_decode", decode, (2, 3)), ("gqa_prefill", prefill, (1, 3))):
+        padded = args["block_table"].clone()
+        for row, n in zip(padded, used, strict=True):
+            row[n:] = -1
+        for isa in native.isas():
+            with use_backend("cpu", isa=isa):
+                assert torch.equal(getattr(ops, name)(**{**args, "block_table": padded}), getattr(ops, name)(**args))
+        padded[0, used[0] - 1] = -1
+        with use_backend("cpu"), pytest.raises(ValueError, match="block_table must lie in"):
+            getattr(ops, name)(**{**args, "block_table": padded})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_frequencies_written_in_place_are_seen(backend: str) -> None:
+    args: dict[str, Any] = decode_case(Maker(FP32), [40], 2, 1, 32, 64, v_only=True)
+    with use_backend(backend):
+        ops.gqa_decode(**args)
+        args["inv_freq"] *= 0.5
+        assert torch.equal(ops.gqa_decode(**args), ops.gqa_decode(**{**args, "inv_freq": args["inv_freq"].clone()}))
+
+
+def test_kernels_do_not_lose_gradients() -> None:
+    x, w = torch.randn(2, 8, requires_grad=True), torch.randn(3, 8)
+    assert ops.linear(x, w).requires_grad  # PyTorch serves
+    with use_backend("cpu"), pytest.raises(UnsupportedError, match="computes no gradients"):
+        ops.linear(x, w)
+    with use_backend("cpu"), torch.no_grad():
+        ops.linear(x, w)
+
+
+def test_shapes_without_columns() -> None:
+    with use_backend("cpu"):
+        assert ops.geglu_mlp(torch.ones(3, 0), torch.ones(4, 0), torch.ones(0, 2)).shape == (3, 0)
+        assert ops.linear(torch.ones(3, 0), torch.ones(4, 0)).tolist() == [[0.0] * 4] * 3
+        assert ops.rms_norm(torch.ones(3, 0)).shape == (3, 0)
+    none: dict[str, Any] = prefill_case(Maker(FP32), [3], 2, 1, 32)
+    decode: dict[str, Any] = decode_case(Maker(FP32), [3], 2, 1, 32, 8, v_only=True)
+    qkv = ops.TABLE["qkv_norm_rope"].inputs("shared_q_only", FP32)
+    for name, args, message in (
+        ("gqa_prefill", {**none, "q": none["q"][:, :0]}, "none may be 0"),
+        ("gqa_prefill", {**none, "k": none["k"][:, :0], "v": none["v"][:, :0]}, "none may be 0"),
+        ("gqa_decode", {**decode, "v_cache": decode["v_cache"][:, :, :0]}, "none may be 0"),
+        ("gqa_decode", {**decode, "inv_freq": torch.ones(17)}, "17 rotary pairs, head_dim 32 has 16"),
+        ("gqa_decode", {**decode, "kv_lens": torch.tensor([2**32 + 3])}, "lengths must lie in"),
+        ("qkv_norm_rope", {**qkv, "qkv": torch.ones(3, 0), "q_weight": torch.ones(0)}, "q_weight is empty"),
+    ):
+        with use_backend("cpu"), pytest.raises(ValueError, match=message):
+            getattr(ops, name)(**args)
+
+
+def test_more_threads_than_cores_make_progress(threads: Any) -> None:
+    args: dict[str, Any] = moe_case(Maker(BF16), 9, 256, 96, 8, 3)
+    alone = ops.moe(**args)
+    threads(8)
+    assert torch.equal(ops.moe(**args), alone)
+
+
 @pytest.mark.parametrize("name", sorted(n for n, op in ops.TABLE.items() if "cpu" in op.impls))
 def test_no_tokens(name: str) -> None:
     op = ops.TABLE[name]

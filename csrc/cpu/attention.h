@@ -63,9 +63,11 @@ GEMMA4_INLINE void add_values(const float* p, int keys, const bf16* const* v, in
     Vec lo[M], hi[M];
     for (int r = 0; r < M; ++r) lo[r] = hi[r] = set(0.0f);
     for (int c = 0; c < keys; c += 2) {
-      const bf16 *a = v[c] + d, *b = v[c + 1 < keys ? c + 1 : c] + d;
-      if (next) prefetch(next[c] + d), prefetch(next[c + 1 < keys ? c + 1 : c] + d);
-      const ValuePair pair = rest == 32 ? value_pair(load_step(a), load_step(b)) : value_pair(load_step(a, rest), load_step(b, rest));
+      const bool alone = c + 1 == keys;
+      const bf16 *a = v[c] + d, *b = v[alone ? c : c + 1] + d;
+      if (next) prefetch(next[c] + d), prefetch(next[alone ? c : c + 1] + d);
+      const __m512i second = alone ? _mm512_setzero_si512() : rest == 32 ? load_step(b) : load_step(b, rest);
+      const ValuePair pair = value_pair(rest == 32 ? load_step(a) : load_step(a, rest), second);
       for (int r = 0; r < M; ++r) {
         const __m512bh w = (__m512bh)_mm512_set1_epi32(static_cast<int>(weights[r][c / 2]));
         lo[r].v = _mm512_dpbf16_ps(lo[r].v, w, pair.lo);

@@ -105,7 +105,7 @@ void attend_split(const GqaDecode& a, int64_t b, int64_t h, int64_t split, int64
       // Meanwhile memory brings the keys of the next run, or the values that stand for them.
       const T* next[kKeys];
       for (int c = 0; c < keys; ++c)
-        next[c] = cache_row<T>(cache, cache.k ? cache.k : cache.v, b, min_of(slot + keys + c, slots - 1), h, a.kv_heads, dim);
+        next[c] = cache_row<T>(cache, cache.k ? cache.k : cache.v, b, min_of(slot + keys + c, min_of(slots - 1, last)), h, a.kv_heads, dim);
       take_tile<T>(s, scores, keys, v, next);
     }
     slot += keys;
@@ -140,7 +140,7 @@ void gqa_decode_of(const GqaDecode& a) {
     alignas(64) float sum[kMaxHeadDim] = {};
     for (int64_t s = 0; s < splits; ++s) {
       const float* from = place(b, h, part, s);
-      if (from[r] <= kNever) continue;  // nothing of this split is in the window
+      if (from[r] <= kNever && from[rows + r] == from[rows + r]) continue;  // nothing of this split is in the window
       const float weight = std::exp(from[r] - largest);
       total += weight * from[rows + r];
       const float* acc = from + 2 * rows + r * a.dim;
@@ -148,7 +148,7 @@ void gqa_decode_of(const GqaDecode& a) {
         store_some(sum + d, fma(load_some(acc + d, n), set(weight), load_some(sum + d, n)), n);
       });
     }
-    const Vec scale = set(total > 0.0f ? 1.0f / total : 0.0f);  // an idle row is 0
+    const Vec scale = set(total == 0.0f ? 0.0f : 1.0f / total);  // an idle row is 0, a NaN stays
     for_vecs(a.dim, [&](int64_t d, int n) GEMMA4_LAMBDA_INLINE { store_some(out + d, mul(load_some(sum + d, n), scale), n); });
   });
   run_phases(threads_for(a.batch * a.splits * kSplit * a.q_heads * a.dim), attend, merge);

@@ -23,6 +23,9 @@ void linear_of(const Linear& a) {
   });
 }
 
+// Whether a later logit takes the place of the best so far. As torch.argmax: the first NaN beats all.
+inline bool beats(float y, float best) { return y > best || (y != y && best == best); }
+
 template <class T>
 void logits_of(const Logits& a) {
   const T *x = static_cast<const T*>(a.x), *w = static_cast<const T*>(a.weight);
@@ -31,7 +34,7 @@ void logits_of(const Logits& a) {
   const auto task_body = [=](int64_t task) {
     const int64_t begin = task * rows;
     if (out == nullptr)
-      for (int64_t t = 0; t < a.tokens; ++t) a.best_of[t * a.tasks + task] = -INFINITY, a.best_id[t * a.tasks + task] = a.vocab;
+      for (int64_t t = 0; t < a.tokens; ++t) a.best_of[t * a.tasks + task] = -INFINITY, a.best_id[t * a.tasks + task] = begin;
     product<T>(
         a.tokens, max_of<int64_t>(0, min_of(rows, a.vocab - begin)), a.hidden, kTileN, kTileN * a.hidden,
         [&](int64_t i) { return x + i * a.hidden; }, [&](int64_t j) { return w + (begin + j) * a.hidden; },
@@ -40,7 +43,7 @@ void logits_of(const Logits& a) {
             for (int r = 0; r < mm; ++r)
               for (int c = 0; c < nn; ++c) {
                 float& best = a.best_of[(i + r) * a.tasks + task];
-                if (y[r * nn + c] > best) best = y[r * nn + c], a.best_id[(i + r) * a.tasks + task] = begin + j + c;
+                if (beats(y[r * nn + c], best)) best = y[r * nn + c], a.best_id[(i + r) * a.tasks + task] = begin + j + c;
               }
             return;
           }
@@ -56,8 +59,8 @@ void logits_of(const Logits& a) {
   for (int64_t t = 0; t < a.tokens; ++t) {  // the first task that has the largest has the lowest id
     int64_t best = 0;
     for (int64_t task = 1; task < a.tasks; ++task)
-      if (a.best_of[t * a.tasks + task] > a.best_of[t * a.tasks + best]) best = task;
-    a.best[t] = min_of(a.best_id[t * a.tasks + best], a.vocab - 1);
+      if (beats(a.best_of[t * a.tasks + task], a.best_of[t * a.tasks + best])) best = task;
+    a.best[t] = a.best_id[t * a.tasks + best];
   }
 }
 

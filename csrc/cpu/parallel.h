@@ -8,6 +8,8 @@
 // progress: a thread waits only for tasks that another one is already running.
 #pragma once
 
+#include <sched.h>
+
 #include <atomic>
 
 #include "cpu/kernels.h"
@@ -20,6 +22,7 @@ namespace gemma4_fast {
 namespace GEMMA4_ISA {
 
 constexpr int kMaxThreads = 256;
+constexpr int kSpins = 4096;  // some 50 us
 
 inline void pause_thread() {
 #if defined(__x86_64__)
@@ -64,8 +67,11 @@ struct Phase {
       }
     }
     done.fetch_add(mine, std::memory_order_acq_rel);
-    if (!last)
-      while (done.load(std::memory_order_acquire) < tasks) pause_thread();
+    if (last) return;
+    for (int spins = 0; done.load(std::memory_order_acquire) < tasks; ++spins) {
+      if (spins < kSpins) pause_thread();
+      else sched_yield();  // more threads than cores: the one that has the work may need this one's
+    }
   }
 };
 template <class Body>

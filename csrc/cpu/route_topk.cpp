@@ -25,27 +25,37 @@ GEMMA4_INLINE void wide_dots(const float* x, int64_t x_stride, const T* w, int64
   for (int r = 0; r < M; ++r) out[r * out_stride] = sum_lanes(add(acc[r][0], acc[r][1]));
 }
 
+// The lowest id that is not among ids [count].
+int64_t first_left(const int32_t* ids, int64_t count) {
+  for (int64_t e = 0;; ++e) {
+    bool taken = false;
+    for (int64_t i = 0; i < count; ++i) taken |= ids[i] == e;
+    if (!taken) return e;
+  }
+}
+
+// The K largest logits, of equals the one of the lower id; then their probabilities, from e^(logit - largest).
 template <class T>
 void choose(const RouteTopk& a, int64_t t) {
-  float* p = a.logits + t * a.experts;  // becomes the probabilities, then, chosen one by one, -1
-  float largest = p[0], total = 0.0f;
-  for (int64_t e = 1; e < a.experts; ++e) largest = max_of(largest, p[e]);
+  float* logits = a.logits + t * a.experts;  // a chosen one becomes NaN
+  float largest = logits[0], total = 0.0f, e_to[kWidth];
+  for (int64_t e = 1; e < a.experts; ++e) largest = max_of(largest, logits[e]);
   for_vecs(a.experts, [&](int64_t e, int n) GEMMA4_LAMBDA_INLINE {
-    store_some(p + e, exp(sub(load_some(p + e, n), set(largest))), n);
+    store(e_to, exp(sub(load_some(logits + e, n), set(largest))));
+    for (int i = 0; i < n; ++i) total += e_to[i];
   });
-  for (int64_t e = 0; e < a.experts; ++e) total += p[e];
-  for (int64_t e = 0; e < a.experts; ++e) p[e] /= total;
   float kept = 0.0f;
   float* weights = a.weights + t * a.top_k;
   int32_t* ids = a.ids + t * a.top_k;
   for (int64_t k = 0; k < a.top_k; ++k) {
     int64_t best = -1;
     for (int64_t e = 0; e < a.experts; ++e)
-      if (p[e] >= 0.0f && (best < 0 || p[e] > p[best])) best = e;
-    if (best < 0) best = k;  // NaN logits: any expert, and its weight is NaN
-    weights[k] = p[best], ids[k] = static_cast<int32_t>(best);
-    kept += p[best];
-    p[best] = -1.0f;
+      if (logits[e] == logits[e] && (best < 0 || logits[e] > logits[best])) best = e;
+    if (best < 0) best = first_left(ids, k);  // the router's logits have NaN in them, and so has `total`
+    store(e_to, exp(set(logits[best] - largest)));
+    weights[k] = e_to[0] / total, ids[k] = static_cast<int32_t>(best);
+    kept += weights[k];
+    logits[best] = NAN;
   }
   for (int64_t k = 0; k < a.top_k; ++k)
     weights[k] = weights[k] / kept * to_float(static_cast<const T*>(a.per_expert_scale)[ids[k]]);

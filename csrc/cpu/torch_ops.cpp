@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "cpu/kernels.h"
@@ -27,7 +28,7 @@ GEMMA4_DECLARE(avx512_bf16)
 
 int num_threads() {
   uint32_t threads = 1;
-  torch_get_num_threads(&threads);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
   return static_cast<int>(threads);
 }
 
@@ -36,8 +37,8 @@ void team(void (*body)(void*), void* context) {
     void (*body)(void*);
     void* context;
   } call{body, context};
-  torch_parallel_for(
-      0, num_threads(), 1, [](int64_t, int64_t, void* c) { static_cast<Call*>(c)->body(static_cast<Call*>(c)->context); }, &call);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(
+      0, num_threads(), 1, [](int64_t, int64_t, void* c) { static_cast<Call*>(c)->body(static_cast<Call*>(c)->context); }, &call));
 }
 
 namespace {
@@ -185,9 +186,13 @@ Cache cache_of(const CacheTensors& c, const int32_t* lens, int64_t sequences) {
   a.tile_cos = at<float>(c.tile_cos), a.tile_sin = at<float>(c.tile_sin);
   a.within_cos = at<float>(c.within_cos), a.within_sin = at<float>(c.within_sin);
   a.pairs = c.within_cos ? c.within_cos->size(1) : 0;
-  if (a.block_table) check_range(a.block_table, sequences * a.blocks, 0, c.v->size(0), "block_table");
   const int64_t limit = c.tile_cos ? c.tile_cos->size(0) * kKeyTile + 1 : INT32_MAX;
   check_range(lens, sequences, 0, limit, "lengths");
+  if (a.block_table)  // entries beyond a sequence's last block are never followed: they may hold anything
+    for (int64_t b = 0; b < sequences; ++b) {
+      const int64_t used = (std::min<int64_t>(lens[b], a.slots) + a.block_size - 1) / a.block_size;
+      check_range(a.block_table + b * a.blocks, used, 0, c.v->size(0), "block_table");
+    }
   return a;
 }
 
@@ -198,6 +203,8 @@ void gqa_decode(Tensor q, Optional k_cache, Tensor v_cache, Tensor kv_lens, Opti
   const int64_t batch = q.size(0), heads = q.size(1), kv_heads = v_cache.size(2), dim = q.size(2);
   const Cache cache =
       cache_of({k_cache, v_cache, block_table, k_weight, tile_cos, tile_sin, within_cos, within_sin}, lens, batch);
+  for (int64_t b = 0; b < batch; ++b)
+    STD_TORCH_CHECK(std::min<int64_t>(lens[b], cache.slots) <= splits * kDecodeSplit, "gqa_decode: too few splits");
   STD_TORCH_CHECK(partial.numel() >= batch * heads * splits * (dim + 2), "gqa_decode: scratch is too small");
   table(isa).gqa_decode({dtype_of(q), at(q), cache, lens, at(out), at<float>(partial), batch, heads, kv_heads, dim, window,
                          splits, (float)scale});

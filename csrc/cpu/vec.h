@@ -302,7 +302,7 @@ GEMMA4_INLINE Vec round_to_even(Vec x) {  // |x| < 2^22: adding and taking away 
   GEMMA4_LANES r.v[i] = (x.v[i] + 12582912.0f) - 12582912.0f;
   return r;
 }
-GEMMA4_INLINE Vec scale_by_power_of_two(Vec x, Vec n) { Vec r; GEMMA4_LANES r.v[i] = std::ldexp(x.v[i], (int)n.v[i]); return r; }
+GEMMA4_INLINE Vec scale_by_power_of_two(Vec x, Vec n) { Vec r; GEMMA4_LANES r.v[i] = std::ldexp(x.v[i], n.v[i] == n.v[i] ? (int)n.v[i] : 0); return r; }
 GEMMA4_INLINE float sum_lanes(Vec x) {
   float q[2];
   for (int h = 0; h < 2; ++h) q[h] = (x.v[4 * h] + x.v[4 * h + 2]) + (x.v[4 * h + 1] + x.v[4 * h + 3]);
@@ -349,7 +349,7 @@ GEMMA4_INLINE void store_some(T* p, Vec x, int n) {
 
 // exp(x) to 2 units in the last place: 2^n * e^r with |r| <= ln(2) / 2, e^r by its Taylor polynomial of degree 7.
 GEMMA4_INLINE Vec exp(Vec x) {
-  x = min(max(x, set(-87.0f)), set(88.0f));
+  x = min(set(88.0f), max(set(-87.0f), x));  // in this order NaN stays NaN: of two operands, the second is taken then
   const Vec n = round_to_even(mul(x, set(1.44269504f)));
   Vec r = fma(n, set(-0.693145752f), x);  // ln 2 in two parts: the first has few bits, so n times it is exact
   r = fma(n, set(-1.42860677e-6f), r);

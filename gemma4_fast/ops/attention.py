@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,14 @@ from torch import Tensor
 from gemma4_fast.ops import checks, cpu_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.reference import ops as reference
+
+
+def _check_heads(op: str, q: Tensor, kv_heads: int) -> None:
+    _, heads, dim = q.shape
+    checks.require(
+        op, heads > 0 and kv_heads > 0 and dim > 0, f"{heads} query heads, {kv_heads} KV heads, head_dim {dim}: none may be 0"
+    )
+    checks.require(op, heads % kv_heads == 0, f"{heads} query heads do not divide into {kv_heads} KV heads")
 
 
 def _check_cache(
@@ -28,16 +36,14 @@ def _check_cache(
     checks.shaped(op, "v_cache", v_cache, (-1 if block_table is not None else sequences, -1, -1, dim), q)
     checks.require(op, v_cache.shape[1] > 0, "v_cache has no slots")
     checks.shaped(op, "k_cache", k_cache, v_cache.shape, q, optional=True)
-    checks.require(
-        op,
-        q.shape[1] % v_cache.shape[2] == 0,
-        f"{q.shape[1]} query heads do not divide into {v_cache.shape[2]} KV heads",
-    )
+    _check_heads(op, q, v_cache.shape[2])
     checks.shaped(op, "lengths", lens, (sequences,), q, checks.INTS)
     checks.shaped(op, "block_table", block_table, (sequences, -1), q, (torch.int32,), optional=True)
     if k_cache is None:
         checks.require(op, inv_freq is not None and k_weight is not None, "without k_cache, inv_freq and k_weight are needed")
         checks.shaped(op, "inv_freq", inv_freq, (-1,), q, (torch.float32, torch.float64))
+        pairs = cast(Tensor, inv_freq).shape[0]
+        checks.require(op, pairs <= dim // 2, f"inv_freq has {pairs} rotary pairs, head_dim {dim} has {dim // 2}")
         checks.shaped(op, "k_weight", k_weight, (dim,), q)
 
 
@@ -178,7 +184,7 @@ def _check_prefill(
     checks.floating(op, "q", q, 3)
     checks.shaped(op, "k", k, (q.shape[0], -1, q.shape[2]), q)
     checks.shaped(op, "v", v, k.shape, q)
-    checks.require(op, q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads do not divide into {k.shape[1]} KV heads")
+    _check_heads(op, q, k.shape[1])
     if window is not None:
         checks.integer(op, "window", window, 1)
     checks.positive(op, "scale", scale)

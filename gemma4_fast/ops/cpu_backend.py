@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gemma4_fast.ops import checks
 from gemma4_fast.ops.table import cpu_isa
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -96,7 +97,7 @@ def qkv_norm_rope(
     else:
         k, v = (qkv.new_empty(qkv.shape[0], num_kv_heads, dim) for _ in range(2))
     weights = _whole(q_weight), _maybe(k_weight)
-    to = k, v, slots if cached else None
+    to = k, v, _maybe(slots) if cached else None
     _ops.qkv_norm_rope(qkv, *weights, _fp32(cos), _fp32(sin), num_q_heads, num_kv_heads, q, *to, eps, cpu_isa())
     return q, None if cached else k, None if cached else v
 
@@ -122,7 +123,7 @@ def _head_dim(dim: int) -> str | None:
     return f"takes even head dims up to {MAX_HEAD_DIM}, got {dim}" if dim > MAX_HEAD_DIM or dim % 2 else None
 
 
-_ANGLES: WeakIdKeyDictionary = WeakIdKeyDictionary()  # inv_freq -> (tile cos, tile sin, within cos, within sin)
+_ANGLES: WeakIdKeyDictionary = WeakIdKeyDictionary()  # inv_freq -> its values, (tile cos, tile sin, within cos, within sin)
 
 
 def _angles(inv_freq: Tensor, positions: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -130,15 +131,15 @@ def _angles(inv_freq: Tensor, positions: int) -> tuple[Tensor, Tensor, Tensor, T
 
     4096 tiles for 262144 positions: 2 MB, where a table of all positions would take 128. Computed in fp64, kept in fp32.
     """
-    kept = _ANGLES.get(inv_freq)
-    if kept is None or kept[0].shape[0] * TILE < positions:
+    values, kept = _ANGLES.get(inv_freq, (None, None))
+    if values is None or kept[0].shape[0] * TILE < positions or not torch.equal(values, inv_freq):  # written in place since
         tiles = max(16, 1 << (-(-positions // TILE) - 1).bit_length())
         freq = inv_freq.double()
         start = torch.arange(0, tiles * TILE, TILE, dtype=torch.float64)[:, None] * freq
         within = torch.arange(TILE, dtype=torch.float64)[:, None] * freq
         kept = cast(Any, tuple(x.float() for angle in (start, within) for x in (angle.cos(), angle.sin())))
-        _ANGLES[inv_freq] = kept
-    return kept
+        _ANGLES[inv_freq] = inv_freq.clone(), kept
+    return cast(Any, kept)
 
 
 def _rebuild(v_only: bool, positions: int, inv_freq: Tensor | None, k_weight: Tensor | None) -> tuple[Any, ...]:
@@ -146,6 +147,14 @@ def _rebuild(v_only: bool, positions: int, inv_freq: Tensor | None, k_weight: Te
     if not v_only:
         return (None,) * 5
     return _fp32(cast(Tensor, k_weight)), *_angles(cast(Tensor, inv_freq), positions)
+
+
+def _lengths(op: str, lens: Tensor) -> tuple[Tensor, int]:
+    """int32 of lengths in the cache, and the longest."""
+    values = lens.tolist()
+    longest = max(values, default=0)
+    checks.require(op, longest < 2**31 and min(values, default=0) >= 0, f"lengths must lie in [0, 2**31), got {values}")
+    return _whole(lens.int()), longest
 
 
 def gqa_decode(
@@ -161,12 +170,12 @@ def gqa_decode(
 ) -> Tensor:
     q = _whole(q)
     slots = v_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    longest = max(kv_lens.tolist(), default=0)
+    lens, longest = _lengths("gqa_decode", kv_lens)
     splits = max(1, -(-min(slots, longest) // SPLIT))
     out = torch.empty_like(q)
     partial = q.new_empty(q.shape[0] * q.shape[1] * splits * (q.shape[2] + 2), dtype=torch.float32)
     rebuild = _rebuild(k_cache is None, longest, inv_freq, k_weight)
-    cache = _maybe(k_cache), _whole(v_cache), _whole(kv_lens.int()), _maybe(block_table), *rebuild
+    cache = _maybe(k_cache), _whole(v_cache), lens, _maybe(block_table), *rebuild
     _ops.gqa_decode(q, *cache, partial, out, window or 0, splits, scale, cpu_isa())
     return out
 
@@ -192,9 +201,8 @@ def gqa_prefill(
 ) -> Tensor:
     q = _whole(q)
     out = torch.empty_like(q)
-    lens = None if prefix_lens is None else _whole(prefix_lens.int())
+    lens, longest = (None, 0) if prefix_lens is None else _lengths("gqa_prefill", prefix_lens)
     v_only = v_cache is not None and k_cache is None
-    longest = 0 if lens is None else max(lens.tolist(), default=0)
     cache = _maybe(k_cache), _maybe(v_cache), lens, _maybe(block_table), _maybe(image_ids)
     rebuild = _rebuild(v_only, longest, inv_freq, k_weight)
     _ops.gqa_prefill(q, _whole(k), _whole(v), _whole(cu_seqlens), *cache, *rebuild, out, window or 0, scale, cpu_isa())
@@ -272,6 +280,8 @@ def geglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     x = _whole(x)
     h = x.new_empty(*x.shape[:-1], down.shape[1])
     out = torch.empty_like(x)
+    if x.shape[-1] == 0:
+        return out
     _ops.geglu_mlp(x, _whole(gate_up), _whole(down), h, out, cpu_isa())
     return out
 

@@ -140,6 +140,7 @@ def _check_qkv_norm_rope(
     checks.positive(op, "eps", eps)
     tokens, dim = qkv.shape[0], q_weight.shape[0]
     checks.shaped(op, "q_weight", q_weight, (dim,), qkv)
+    checks.require(op, dim > 0, "q_weight is empty: a head must have columns")
     parts = (1, 2) if num_kv_heads else (0,)
     widths = [(num_q_heads + n * num_kv_heads) * dim for n in parts]
     checks.require(op, qkv.shape[1] in widths, f"qkv has {qkv.shape[1]} columns, expected {' or '.join(map(str, widths))}")

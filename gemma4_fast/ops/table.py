@@ -110,7 +110,10 @@ class Op:
             if backend == "reference":
                 return self.reference
             impl = self.impls[backend]
-            if impl.accepts is None or (reason := impl.accepts(*args)) is None:
+            reason = _no_gradients(args) if backend != "torch" else None
+            if reason is None and impl.accepts is not None:
+                reason = impl.accepts(*args)
+            if reason is None:
                 return impl.function
             reasons = {**reasons, backend: reason}
             if not wanted:
@@ -154,6 +157,13 @@ class Op:
     def inputs(self, case: str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
         """The arguments of a named case, by name, in the order of the signature."""
         return self.cases[case](Maker(dtype, device, seed))
+
+
+def _no_gradients(args: tuple[Any, ...]) -> str | None:
+    """Why a kernel cannot serve arguments that want a gradient: its outputs would have none, and no one would be told."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return "computes no gradients, and an argument requires one"
+    return None
 
 
 TABLE: dict[str, Op] = {}
@@ -252,7 +262,8 @@ def use_backend(
     """Choose backends for the calls inside: one name, or several in order of preference. `ops` limits it to these ops.
 
     A named backend never falls back to one that is not named: UnsupportedError says why it cannot serve a call. isa: the
-    instruction set of the CPU kernels, "plain", "avx2", "avx512" or "avx512_bf16", instead of the best that the machine has.
+    instruction set of the CPU kernels, "plain", "avx2", "avx512" or "avx512_bf16", instead of the best that the machine has;
+    of all of them, whatever `ops` says.
     """
     names, now = parse_backend(backend), _SELECTION.get()
     chosen_isa = _parse_isa(isa) or now.isa

@@ -84,18 +84,18 @@ def write_cache(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
     cache.view(-1, *cache.shape[-2:]).index_copy_(0, slots, rows)
 
 
-_ANGLES: WeakIdKeyDictionary = WeakIdKeyDictionary()  # inv_freq -> (cos, sin) [positions, R], grown by doubling
+_ANGLES: WeakIdKeyDictionary = WeakIdKeyDictionary()  # inv_freq -> its values, (cos, sin) [positions, R] grown by doubling
 
 
 def _angle_table(inv_freq: Tensor, positions: int) -> tuple[Tensor, Tensor]:
     """cos, sin [>= positions, R] of a V-only cache's slots: the same for every layer and step, so kept."""
-    table = _ANGLES.get(inv_freq)
-    if table is None or table[0].shape[0] < positions:
+    values, table = _ANGLES.get(inv_freq, (None, None))
+    if values is None or table[0].shape[0] < positions or not torch.equal(values, inv_freq):  # written in place since
         size = max(256, 1 << (positions - 1).bit_length())
         angles = torch.arange(size, device=inv_freq.device, dtype=inv_freq.dtype)[:, None] * inv_freq
         table = angles.cos(), angles.sin()
-        _ANGLES[inv_freq] = table
-    return table
+        _ANGLES[inv_freq] = inv_freq.clone(), table
+    return cast(tuple[Tensor, Tensor], table)
 
 
 def _blocks(cache: Tensor | None, block_table: Tensor | None) -> Tensor | None:

@@ -289,7 +289,7 @@ def grouped_gemm(
     epilogue "geglu": x [T, Kdim] is gathered (sorted row r reads x[order[r] // top_k]), N = 2I -> [M, I].
     epilogue "none": x [M, Kdim] sorted rows -> [M, N].
     epilogue "combine": x [M, Kdim] sorted rows; out[t] = sum_k topk_weights[t, k] * (row of (t, k)) @ weight^T -> [T, N],
-    summed in fp32 or wider in the order of k.
+    summed in fp32 or wider, here in the order of k; each backend has its own fixed order.
     """
     rows = x[order.long() // top_k] if epilogue == "geglu" else x
     y = rows.new_empty(order.shape[0], weight.shape[1])
