@@ -1,8 +1,7 @@
 // geglu_mlp: down (gelu_tanh(gate x) * up x), one fork for both products. ple_gate: the same shape with the per-layer
 // embedding in up's place, then norm_add_norm.
 #include "cpu/geglu.h"
-#include "cpu/parallel.h"
-#include "cpu/rows.h"
+#include "cpu/quantized.h"
 
 namespace gemma4_fast {
 namespace GEMMA4_ISA {
@@ -31,6 +30,34 @@ void geglu_mlp_of(const GegluMlp& a) {
         });
   });
   run_phases(threads_for(a.tokens * a.hidden * a.inter), first, second);
+}
+
+template <class T, int Bits>
+void quantized_mlp_of(const GegluMlp& a) {
+  const T* x = static_cast<const T*>(a.x);
+  T* out = static_cast<T*>(a.out);
+  Rounded *rounded = static_cast<Rounded*>(a.rounded), *h = static_cast<Rounded*>(a.h);
+  const int64_t groups = a.q_gate_up.groups, h_groups = a.q_down.groups;
+  const int64_t inter_panels = (a.inter + kPanel - 1) / kPanel, out_panels = (a.hidden + kPanel - 1) / kPanel;
+  const Panels<Bits> gate = panels_of<Bits>(a.gate_up, a.q_gate_up), up = gate.from(inter_panels);
+  const Panels<Bits> down = panels_of<Bits>(a.down, a.q_down);
+  const int64_t columns = panels_per_task(a.tokens, h_groups, 4 * gate.bytes());  // groups of 32 of h: 2 panels of gate, 2 of up
+  const int64_t rows = panels_per_task(a.tokens, out_panels, down.bytes());
+  Phase round(a.tokens, [=](int64_t t) { round_row(x + t * a.hidden, a.hidden, offset_of(Bits), rounded + t * groups); });
+  Phase first((h_groups + columns - 1) / columns, [=](int64_t task) {
+    geglu_panels<Bits>(
+        a.tokens, task * columns, min_of((task + 1) * columns, h_groups), inter_panels, gate, up, offset_of(Bits),
+        [&](int64_t i) { return rounded + i * groups; }, [&](int64_t i) { return h + i * h_groups; });
+  });
+  Phase second((out_panels + rows - 1) / rows, [=](int64_t task) {
+    panel_product<Bits>(
+        a.tokens, min_of(rows, out_panels - task * rows), down.from(task * rows), [&](int64_t i) { return h + i * h_groups; },
+        [&](int64_t i, int mm, int64_t p, const float* y) {
+          const int64_t n = (task * rows + p) * kPanel;
+          for (int r = 0; r < mm; ++r) store_panel_row(out + (i + r) * a.hidden + n, y + r * kPanel, a.hidden - n);
+        });
+  });
+  run_phases(threads_for(a.tokens * a.hidden * a.inter), round, first, second);
 }
 
 template <class T>
@@ -67,7 +94,11 @@ void ple_gate_of(const PleGate& a) {
 
 }  // namespace
 
-void geglu_mlp(const GegluMlp& a) { a.dtype == Dtype::f32 ? geglu_mlp_of<float>(a) : geglu_mlp_of<bf16>(a); }
+void geglu_mlp(const GegluMlp& a) {
+  if (a.q_down.scale == nullptr) return a.dtype == Dtype::f32 ? geglu_mlp_of<float>(a) : geglu_mlp_of<bf16>(a);
+  if (a.q_down.bits == 8) return a.dtype == Dtype::f32 ? quantized_mlp_of<float, 8>(a) : quantized_mlp_of<bf16, 8>(a);
+  return a.dtype == Dtype::f32 ? quantized_mlp_of<float, 4>(a) : quantized_mlp_of<bf16, 4>(a);
+}
 void ple_gate(const PleGate& a) { a.dtype == Dtype::f32 ? ple_gate_of<float>(a) : ple_gate_of<bf16>(a); }
 
 }  // namespace GEMMA4_ISA

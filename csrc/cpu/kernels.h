@@ -34,18 +34,30 @@ struct NormAddNorm {
   float eps;
 };
 
+// What makes a weight a quantized one: `weight` is then uint8 panels (see quantized.h), of rows that are filled up to 16.
+struct Quantized {
+  const uint16_t* scale;  // fp16 [.., panels, groups, 16], or null for a weight of floats
+  int64_t groups;         // of 32 columns
+  int bits;               // 8 or 4
+};
+constexpr int kRoundedGroup = 40;  // bytes of scratch for 32 values of x, rounded to 8 bits
+
 struct Linear {
   Dtype dtype;
   const void *x, *weight;  // [T, K], [N, K]
   void* out;               // [T, N]
   int64_t tokens, n, k;
+  Quantized q;
+  void* rounded;  // scratch of a quantized weight: x
 };
 
 struct GegluMlp {
   Dtype dtype;
   const void *x, *gate_up, *down;  // [T, H], [2I, H], [H, I]
-  void *h, *out;                   // scratch [T, I], [T, H]
+  void *h, *out;                   // scratch [T, I], or rounded h; [T, H]
   int64_t tokens, hidden, inter;
+  Quantized q_gate_up, q_down;  // both or none
+  void* rounded;
 };
 
 struct Moe {
@@ -53,10 +65,12 @@ struct Moe {
   const void *x, *gate_up, *down;  // [T, H], [E, 2I, H], [E, H, I]
   const float* topk_weights;       // [T, K]
   const int32_t* ids;              // [T, K]
-  void *h, *out;                   // scratch [T * K, I], [T, H]
+  void *h, *out;                   // scratch [T * K, I], or rounded h; [T, H]
   float* sum;                      // scratch [T, H]
   int32_t *order, *offsets;        // scratch [T * K], [E + 1]
   int64_t tokens, top_k, experts, hidden, inter;
+  Quantized q_gate_up, q_down;
+  void* rounded;
 };
 
 struct GroupedGemm {
@@ -97,6 +111,8 @@ struct Logits {
   int64_t* best_id;        // scratch: [T, tasks] ids
   int64_t tokens, vocab, hidden, tasks;
   float softcap;  // 0: none
+  Quantized q;
+  void* rounded;
 };
 
 struct QkvNormRope {

@@ -6,8 +6,7 @@
 // to which it adds expert by expert, in the order of their ids: no atomics, no scratch for the single products, and a
 // token's bits are the same alone or in a batch.
 #include "cpu/geglu.h"
-#include "cpu/parallel.h"
-#include "cpu/rows.h"
+#include "cpu/quantized.h"
 
 namespace gemma4_fast {
 namespace GEMMA4_ISA {
@@ -40,14 +39,26 @@ GEMMA4_INLINE void first_half(const Sorted& s, int64_t task, int64_t chunks, int
       [&](int64_t i) { return x + static_cast<uint32_t>(s.order[begin + i]) / static_cast<uint32_t>(top_k) * hidden; }, [&](int64_t i) { return h + (begin + i) * inter; });
 }
 
+// Columns n .. n + columns of sum [tokens, hidden].
+GEMMA4_INLINE void zero_sums(float* sum, int64_t tokens, int64_t hidden, int64_t n, int64_t columns) {
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t c = 0; c < columns; ++c) sum[t * hidden + n + c] = 0.0f;
+}
+template <class T>
+GEMMA4_INLINE void round_sums(const float* sum, int64_t tokens, int64_t hidden, int64_t n, int64_t columns, T* out) {
+  for (int64_t t = 0; t < tokens; ++t)
+    for_vecs(columns, [&](int64_t c, int count) GEMMA4_LAMBDA_INLINE {
+      store_some(out + t * hidden + n + c, load_some(sum + t * hidden + n + c, count), count);
+    });
+}
+
 // Columns n .. n + columns of the second product, of all experts, weighted and summed; then rounded to out.
 template <class T>
 GEMMA4_INLINE void second_half(const Sorted& s, int64_t n, int64_t columns, const T* h, const T* down,
                                const float* topk_weights, float* sum, T* out, int64_t tokens, int64_t hidden, int64_t inter,
                                int64_t experts, int64_t top_k) {
   columns = min_of(columns, hidden - n);
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t c = 0; c < columns; ++c) sum[t * hidden + n + c] = 0.0f;
+  zero_sums(sum, tokens, hidden, n, columns);
   for (int64_t e = 0; e < experts; ++e) {
     const int64_t begin = s.offsets[e], rows = s.offsets[e + 1] - begin;
     if (rows == 0) continue;
@@ -63,10 +74,7 @@ GEMMA4_INLINE void second_half(const Sorted& s, int64_t n, int64_t columns, cons
           }
         });
   }
-  for (int64_t t = 0; t < tokens; ++t)
-    for_vecs(columns, [&](int64_t c, int count) GEMMA4_LAMBDA_INLINE {
-      store_some(out + t * hidden + n + c, load_some(sum + t * hidden + n + c, count), count);
-    });
+  round_sums(sum, tokens, hidden, n, columns, out);
 }
 
 template <class T>
@@ -87,6 +95,55 @@ void moe_of(const Moe& a) {
     second_half(s, task * rows, rows, h, down, a.topk_weights, a.sum, out, a.tokens, a.hidden, a.inter, a.experts, a.top_k);
   });
   run_phases(threads_for(pairs * a.hidden * a.inter), first, second);
+}
+
+// The same over quantized weights: x is rounded before the first half, h as the first half writes it.
+template <class T, int Bits>
+void quantized_moe_of(const Moe& a) {
+  const T* x = static_cast<const T*>(a.x);
+  T* out = static_cast<T*>(a.out);
+  Rounded *rounded = static_cast<Rounded*>(a.rounded), *h = static_cast<Rounded*>(a.h);
+  const int64_t pairs = a.tokens * a.top_k, groups = a.q_gate_up.groups, h_groups = a.q_down.groups;
+  const int64_t inter_panels = (a.inter + kPanel - 1) / kPanel, out_panels = (a.hidden + kPanel - 1) / kPanel;
+  const Panels<Bits> gate_up = panels_of<Bits>(a.gate_up, a.q_gate_up), down = panels_of<Bits>(a.down, a.q_down);
+  sort_by_expert(a.ids, pairs, a.experts, a.order, a.offsets);
+  const Sorted s{a.order, a.offsets};
+  const int64_t active = count_active(s, a.experts), per_expert = active ? (pairs + active - 1) / active : 0;
+  const int64_t columns = panels_per_task(per_expert, h_groups, 4 * gate_up.bytes());
+  const int64_t chunks = (h_groups + columns - 1) / columns;
+  const int64_t rows = panels_per_task(per_expert, out_panels, down.bytes());
+  Phase round(a.tokens, [=](int64_t t) { round_row(x + t * a.hidden, a.hidden, offset_of(Bits), rounded + t * groups); });
+  Phase first(active * chunks, [=](int64_t task) {
+    const int64_t e = nth_active(s, task / chunks), c = task % chunks * columns;
+    const int64_t begin = s.offsets[e];
+    const Panels<Bits> gate = gate_up.from(2 * e * inter_panels);
+    geglu_panels<Bits>(
+        s.offsets[e + 1] - begin, c, min_of(c + columns, h_groups), inter_panels, gate, gate.from(inter_panels), offset_of(Bits),
+        [&](int64_t i) { return rounded + static_cast<uint32_t>(s.order[begin + i]) / static_cast<uint32_t>(a.top_k) * groups; },
+        [&](int64_t i) { return h + (begin + i) * h_groups; });
+  });
+  Phase second((out_panels + rows - 1) / rows, [=](int64_t task) {
+    const int64_t n = task * rows * kPanel, columns = min_of(rows * kPanel, a.hidden - n);
+    zero_sums(a.sum, a.tokens, a.hidden, n, columns);
+    for (int64_t e = 0; e < a.experts; ++e) {
+      const int64_t begin = s.offsets[e];
+      panel_product<Bits>(
+          s.offsets[e + 1] - begin, min_of(rows, out_panels - task * rows), down.from(e * out_panels + task * rows),
+          [&](int64_t i) { return h + (begin + i) * h_groups; },
+          [&](int64_t i, int mm, int64_t p, const float* y) {
+            for (int r = 0; r < mm; ++r) {
+              const uint32_t pair = static_cast<uint32_t>(s.order[begin + i + r]);
+              const Vec weight = set(a.topk_weights[pair]);
+              float* to = a.sum + static_cast<int64_t>(pair / static_cast<uint32_t>(a.top_k)) * a.hidden + n + p * kPanel;
+              for_vecs(min_of<int64_t>(kPanel, columns - p * kPanel), [&](int64_t c, int count) GEMMA4_LAMBDA_INLINE {
+                store_some(to + c, fma(load_some(y + r * kPanel + c, count), weight, load_some(to + c, count)), count);
+              });
+            }
+          });
+    }
+    round_sums(a.sum, a.tokens, a.hidden, n, columns, out);
+  });
+  run_phases(threads_for(pairs * a.hidden * a.inter), round, first, second);
 }
 
 template <class T>
@@ -123,7 +180,11 @@ void grouped_gemm_of(const GroupedGemm& a) {
 
 }  // namespace
 
-void moe(const Moe& a) { a.dtype == Dtype::f32 ? moe_of<float>(a) : moe_of<bf16>(a); }
+void moe(const Moe& a) {
+  if (a.q_down.scale == nullptr) return a.dtype == Dtype::f32 ? moe_of<float>(a) : moe_of<bf16>(a);
+  if (a.q_down.bits == 8) return a.dtype == Dtype::f32 ? quantized_moe_of<float, 8>(a) : quantized_moe_of<bf16, 8>(a);
+  return a.dtype == Dtype::f32 ? quantized_moe_of<float, 4>(a) : quantized_moe_of<bf16, 4>(a);
+}
 void grouped_gemm(const GroupedGemm& a) { a.dtype == Dtype::f32 ? grouped_gemm_of<float>(a) : grouped_gemm_of<bf16>(a); }
 
 }  // namespace GEMMA4_ISA

@@ -98,22 +98,32 @@ void norm_add_norm(Tensor x, Tensor residual, Tensor weight, Optional scale, Opt
   table(isa).norm_add_norm(norm_args(x, residual, weight, scale, next_weight, y, z, eps));
 }
 
-void linear(Tensor x, Tensor weight, Tensor out, int64_t isa) {
-  const int64_t k = weight.size(1);
-  table(isa).linear({dtype_of(x), at(x), at(weight), at(out), x.numel() / k, weight.size(0), k});
+// What a weight's scale says, if it has one: data [.., panels, groups * bits, 16, 4], scale [.., panels, groups, 16].
+Quantized quantized(const Tensor& data, const Optional& scale) {
+  if (!scale) return {};
+  const int64_t groups = scale->size(-2);
+  return {at<uint16_t>(scale), groups, data.size(-3) == 8 * groups ? 8 : 4};
 }
 
-void geglu_mlp(Tensor x, Tensor gate_up, Tensor down, Tensor h, Tensor out, int64_t isa) {
-  const int64_t hidden = down.size(0);
-  table(isa).geglu_mlp({dtype_of(x), at(x), at(gate_up), at(down), at(h), at(out), x.numel() / hidden, hidden, down.size(1)});
+void linear(Tensor x, Tensor weight, Optional scale, Optional rounded, Tensor out, int64_t isa) {
+  const int64_t k = x.size(-1);
+  table(isa).linear({dtype_of(x), at(x), at(weight), at(out), x.numel() / k, out.size(-1), k, quantized(weight, scale), at(rounded)});
 }
 
-void moe(Tensor x, Tensor topk_weights, Tensor ids, Tensor gate_up, Tensor down, Tensor h, Tensor sum, Tensor order, Tensor out,
-         int64_t isa) {
+void geglu_mlp(Tensor x, Tensor gate_up, Tensor down, Optional gate_up_scale, Optional down_scale, int64_t inter,
+               Optional rounded, Tensor h, Tensor out, int64_t isa) {
+  const int64_t hidden = x.size(-1);
+  table(isa).geglu_mlp({dtype_of(x), at(x), at(gate_up), at(down), at(h), at(out), x.numel() / hidden, hidden, inter,
+                        quantized(gate_up, gate_up_scale), quantized(down, down_scale), at(rounded)});
+}
+
+void moe(Tensor x, Tensor topk_weights, Tensor ids, Tensor gate_up, Tensor down, Optional gate_up_scale, Optional down_scale,
+         int64_t inter, Optional rounded, Tensor h, Tensor sum, Tensor order, Tensor out, int64_t isa) {
   const int64_t experts = gate_up.size(0);
   check_range(at<int32_t>(ids), ids.numel(), 0, experts, "moe: expert ids");
   table(isa).moe({dtype_of(x), at(x), at(gate_up), at(down), at<float>(topk_weights), at<int32_t>(ids), at(h), at(out),
-                  at<float>(sum), at<int32_t>(order), at<int32_t>(order) + ids.numel(), ids.size(0), ids.size(1), experts, x.size(1), down.size(2)});
+                  at<float>(sum), at<int32_t>(order), at<int32_t>(order) + ids.numel(), ids.size(0), ids.size(1), experts, x.size(1),
+                  inter, quantized(gate_up, gate_up_scale), quantized(down, down_scale), at(rounded)});
 }
 
 void expert_dispatch(Tensor ids, int64_t block_m, Tensor order, Tensor offsets, Tensor tiles) {
@@ -152,15 +162,12 @@ void ple_gate(Tensor x, Tensor ple, Tensor gate, Tensor proj, Tensor weight, Opt
                        ple.stride(0)});
 }
 
-void logits(Tensor x, Tensor weight, Tensor out, double softcap, int64_t isa) {
-  const int64_t vocab = weight.size(0), tasks = vocab < 2048 ? (vocab + 255) / 256 : vocab / 256;
-  table(isa).logits({dtype_of(x), at(x), at(weight), at(out), nullptr, nullptr, nullptr, x.size(0), vocab, x.size(1), tasks,
-                     (float)softcap});
-}
-
-void logits_argmax(Tensor x, Tensor weight, Tensor best, Tensor best_of, Tensor best_id, int64_t isa) {
-  table(isa).logits({dtype_of(x), at(x), at(weight), nullptr, at<int64_t>(best), at<float>(best_of), at<int64_t>(best_id),
-                     x.size(0), weight.size(0), x.size(1), best_of.size(1), 0.0f});
+// out [T, vocab], or for the argmax best [T] and scratch best_of, best_id [T, tasks].
+void logits(Tensor x, Tensor weight, Optional scale, Optional rounded, int64_t vocab, Optional out, Optional best,
+            Optional best_of, Optional best_id, double softcap, int64_t isa) {
+  const int64_t tasks = best_of ? best_of->size(1) : vocab < 2048 ? (vocab + 255) / 256 : vocab / 256;
+  table(isa).logits({dtype_of(x), at(x), at(weight), at(out), at<int64_t>(best), at<float>(best_of), at<int64_t>(best_id),
+                     x.size(0), vocab, x.size(1), tasks, (float)softcap, quantized(weight, scale), at(rounded)});
 }
 
 void qkv_norm_rope(Tensor qkv, Tensor q_weight, Optional k_weight, Tensor cos, Tensor sin, int64_t q_heads, int64_t kv_heads,
@@ -227,10 +234,12 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cpu, m) {
   m.def("rms_norm(Tensor x, Tensor? weight, Tensor(a!) out, float eps, int isa) -> ()");
   m.def("norm_add_norm(Tensor x, Tensor residual, Tensor weight, Tensor? scale, Tensor? next_weight, Tensor(a!) y, "
         "Tensor(b!)? z, float eps, int isa) -> ()");
-  m.def("linear(Tensor x, Tensor weight, Tensor(a!) out, int isa) -> ()");
-  m.def("geglu_mlp(Tensor x, Tensor gate_up, Tensor down, Tensor(a!) h, Tensor(b!) out, int isa) -> ()");
-  m.def("moe(Tensor x, Tensor topk_weights, Tensor ids, Tensor gate_up, Tensor down, Tensor(a!) h, Tensor(b!) sum, "
-        "Tensor(c!) order, Tensor(d!) out, int isa) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor? scale, Tensor(a!)? rounded, Tensor(b!) out, int isa) -> ()");
+  m.def("geglu_mlp(Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_scale, Tensor? down_scale, int inter, "
+        "Tensor(a!)? rounded, Tensor(b!) h, Tensor(c!) out, int isa) -> ()");
+  m.def("moe(Tensor x, Tensor topk_weights, Tensor ids, Tensor gate_up, Tensor down, Tensor? gate_up_scale, "
+        "Tensor? down_scale, int inter, Tensor(a!)? rounded, Tensor(b!) h, Tensor(c!) sum, Tensor(d!) order, Tensor(e!) out, "
+        "int isa) -> ()");
   m.def("expert_dispatch(Tensor ids, int block_m, Tensor(a!) order, Tensor(b!) offsets, Tensor(c!) tiles) -> ()");
   m.def("grouped_gemm(Tensor x, Tensor weight, Tensor order, Tensor offsets, int top_k, int epilogue, Tensor? topk_weights, "
         "Tensor(a!)? sum, Tensor(b!) out, int isa) -> ()");
@@ -238,8 +247,8 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cpu, m) {
         "Tensor(c!) normed, Tensor(d!) logits, float eps, int isa) -> ()");
   m.def("ple_gate(Tensor x, Tensor ple, Tensor gate, Tensor proj, Tensor weight, Tensor? scale, Tensor? next_weight, "
         "Tensor(a!) g, Tensor(b!) h, Tensor(c!) y, Tensor(d!)? z, float eps, int isa) -> ()");
-  m.def("logits(Tensor x, Tensor weight, Tensor(a!) out, float softcap, int isa) -> ()");
-  m.def("logits_argmax(Tensor x, Tensor weight, Tensor(a!) best, Tensor(b!) best_of, Tensor(c!) best_id, int isa) -> ()");
+  m.def("logits(Tensor x, Tensor weight, Tensor? scale, Tensor(a!)? rounded, int vocab, Tensor(b!)? out, Tensor(c!)? best, "
+        "Tensor(d!)? best_of, Tensor(e!)? best_id, float softcap, int isa) -> ()");
   m.def("qkv_norm_rope(Tensor qkv, Tensor q_weight, Tensor? k_weight, Tensor cos, Tensor sin, int q_heads, int kv_heads, "
         "Tensor(a!) q, Tensor(b!)? k, Tensor(c!)? v, Tensor? slots, float eps, int isa) -> ()");
   m.def("gqa_decode(Tensor q, Tensor? k_cache, Tensor v_cache, Tensor kv_lens, Tensor? block_table, Tensor? k_weight, "
@@ -261,7 +270,6 @@ STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cpu, CPU, m) {
   m.impl("route_topk", TORCH_BOX(&route_topk));
   m.impl("ple_gate", TORCH_BOX(&ple_gate));
   m.impl("logits", TORCH_BOX(&logits));
-  m.impl("logits_argmax", TORCH_BOX(&logits_argmax));
   m.impl("qkv_norm_rope", TORCH_BOX(&qkv_norm_rope));
   m.impl("gqa_decode", TORCH_BOX(&gqa_decode));
   m.impl("gqa_prefill", TORCH_BOX(&gqa_prefill));

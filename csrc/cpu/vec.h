@@ -100,6 +100,10 @@ GEMMA4_INLINE void store(bf16* p, Vec x, int n) {
   _mm512_mask_storeu_epi16(p, first(n), _mm512_castsi256_si512(narrow(x)));
 }
 
+// lanes that are whole numbers of at most 127, or NaN, which becomes anything
+GEMMA4_INLINE void store_int8(int8_t* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
+}
 GEMMA4_INLINE Vec round_to_even(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 GEMMA4_INLINE Vec scale_by_power_of_two(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
@@ -213,6 +217,11 @@ GEMMA4_INLINE void store(bf16* p, Vec x, int n) {
   std::memcpy(p, t, static_cast<size_t>(n) * 2);
 }
 
+GEMMA4_INLINE void store_int8(int8_t* p, Vec x) {
+  const __m256i wide = _mm256_cvtps_epi32(x.v);
+  const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(pairs, pairs));
+}
 GEMMA4_INLINE Vec round_to_even(Vec x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 GEMMA4_INLINE Vec scale_by_power_of_two(Vec x, Vec n) {
   const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
@@ -297,6 +306,7 @@ GEMMA4_INLINE void store(float* p, Vec x) { GEMMA4_LANES p[i] = x.v[i]; }
 GEMMA4_INLINE void store(float* p, Vec x, int n) { for (int i = 0; i < n; ++i) p[i] = x.v[i]; }
 GEMMA4_INLINE void store(bf16* p, Vec x) { GEMMA4_LANES p[i] = from_float<bf16>(x.v[i]); }
 GEMMA4_INLINE void store(bf16* p, Vec x, int n) { for (int i = 0; i < n; ++i) p[i] = from_float<bf16>(x.v[i]); }
+GEMMA4_INLINE void store_int8(int8_t* p, Vec x) { GEMMA4_LANES p[i] = static_cast<int8_t>(x.v[i] == x.v[i] ? x.v[i] : 0.0f); }
 GEMMA4_INLINE Vec round_to_even(Vec x) {  // |x| < 2^22: adding and taking away 1.5 * 2^23 rounds
   Vec r;
   GEMMA4_LANES r.v[i] = (x.v[i] + 12582912.0f) - 12582912.0f;

@@ -28,6 +28,7 @@ from gemma4_fast.ops.table import (
     require,
     use_backend,
 )
+from gemma4_fast.quant import WeightLike
 
 __all__ = [
     "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "bound", "decide", "default_backend", "expert_dispatch",
@@ -120,7 +121,7 @@ def expert_dispatch(ids: Tensor, num_experts: int, block_m: int = 64) -> tuple[T
 
 def grouped_gemm(
     x: Tensor,
-    weight: Tensor,
+    weight: WeightLike,
     order: Tensor,
     offsets: Tensor,
     top_k: int,
@@ -131,22 +132,22 @@ def grouped_gemm(
     return GROUPED_GEMM(x, weight, order, offsets, top_k, epilogue, topk_weights)
 
 
-def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
     """Routed experts for few tokens, x [T, H] -> [T, H]."""
     return MOE_DECODE(x, topk_weights, ids, gate_up, down)
 
 
-def moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
     """Routed experts, x [T, H] -> [T, H]: moe_decode or expert_dispatch + grouped_gemm, by the number of tokens."""
     return MOE(x, topk_weights, ids, gate_up, down)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: WeightLike) -> Tensor:
     """x [..., K] @ weight [N, K]^T."""
     return LINEAR(x, weight)
 
 
-def geglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def geglu_mlp(x: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
     """gelu_tanh(x @ gate^T) * (x @ up^T) @ down^T."""
     return GEGLU_MLP(x, gate_up, down)
 
@@ -165,6 +166,6 @@ def ple_gate(
     return PLE_GATE(x, ple, gate, proj, weight, scale, next_weight, eps)
 
 
-def logits(x: Tensor, weight: Tensor, softcap: float | None = None, argmax: bool = False) -> Tensor:
+def logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: bool = False) -> Tensor:
     """x [T, H] -> softcapped logits [T, V], or the argmax ids [T]."""
     return LOGITS(x, weight, softcap, argmax)

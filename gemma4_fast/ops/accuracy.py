@@ -1,7 +1,8 @@
 """Is a backend right? The one bound that tests and benchmarks share.
 
 Truth is the reference in a wider dtype. An error may be at most `slack` times what plain PyTorch (the reference in the given
-dtype) loses, plus 1e-5; integers are exact, and nothing may be NaN.
+dtype) loses, plus 1e-5; integers are exact, and nothing may be NaN. With a quantized weight truth is the reference over the
+values that it stands for, and plain PyTorch rounds the activations as the format's kernels do: see quant.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gemma4_fast.ops.table import Op
+from gemma4_fast.quant import QuantizedWeight
 
 ALWAYS = 1e-5
 
@@ -45,8 +47,9 @@ def nan_poison() -> Iterator[None]:
 
 
 def converted(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Floating tensors in `dtype`."""
-    return {k: v.to(dtype) if isinstance(v, Tensor) and v.dtype.is_floating_point else v for k, v in args.items()}
+    """Floating tensors in `dtype`, quantized weights dequantized."""
+    wide = (Tensor, QuantizedWeight)
+    return {k: v.to(dtype) if isinstance(v, wide) and v.dtype.is_floating_point else v for k, v in args.items()}
 
 
 def outputs(op: Op, fn: Callable[..., Any], args: Mapping[str, Any]) -> list[Tensor]:

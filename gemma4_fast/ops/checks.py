@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gemma4_fast.quant import QuantizedWeight, WeightLike
+
 INTS = (torch.int32, torch.int64)
 
 
@@ -42,6 +44,15 @@ def shaped(
     if x.dtype != like.dtype if dtypes is None else x.dtype not in dtypes:
         expected = " or ".join(str(d) for d in dtypes or (like.dtype,))
         raise ValueError(f"{op}: {name} has dtype {x.dtype}, expected {expected}")
+
+
+def weight(op: str, name: str, w: WeightLike, shape: Sequence[int], like: Tensor) -> None:
+    """w is a tensor as in `shaped`, or a quantized weight of that shape, device and dtype."""
+    if not isinstance(w, QuantizedWeight):
+        return shaped(op, name, w, shape, like)
+    require(op, _fits(w.shape, shape), f"{name} has shape {list(w.shape)}, expected {['any' if s == -1 else s for s in shape]}")
+    require(op, w.device == like.device, f"{name} is on {w.device}, expected {like.device}")
+    require(op, w.dtype == like.dtype, f"{name} is for {w.dtype}, expected {like.dtype}")
 
 
 def _fits(shape: Sequence[int], pattern: Sequence[int]) -> bool:

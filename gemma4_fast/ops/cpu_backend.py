@@ -1,4 +1,4 @@
-"""The `cpu` backend: the C++ kernels of csrc/cpu behind the table's signatures, for fp32 and bf16.
+"""The `cpu` backend: the C++ kernels of csrc/cpu behind the table's signatures, for fp32 and bf16, and quantized weights.
 
 Everything is allocated here, outputs and scratch, so that the kernels own no memory. Shapes, formulas and sources:
 `gemma4_fast.reference.ops`. Same bits for one sequence whatever the batch or the number of threads.
@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gemma4_fast.ops import checks
 from gemma4_fast.ops.table import cpu_isa
+from gemma4_fast.quant import GROUP, QuantizedWeight, WeightLike
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/cpu/kernels.h
@@ -257,32 +258,80 @@ def grouped_gemm(
     return out
 
 
-def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def accepts_grouped(x: Tensor, weight: WeightLike, *_: object) -> str | None:
+    return None if isinstance(weight, Tensor) else "takes no quantized weights; moe_decode does, for any number of tokens"
+
+
+# ---- products with weights of floats, or of 8 or 4 bits ----
+ROUNDED = 40  # kRoundedGroup in csrc/cpu/kernels.h
+
+
+def _parts(weight: WeightLike) -> tuple[Tensor, Tensor | None]:
+    """What a kernel is given: values, and the scales of a quantized weight."""
+    return (_whole(weight), None) if isinstance(weight, Tensor) else (weight.data, weight.scale)
+
+
+def _rounded(rows: int, weight: WeightLike) -> Tensor | None:
+    """Scratch for rows of what is multiplied by `weight`, rounded to 8 bits; None for a weight of floats."""
+    if isinstance(weight, Tensor):
+        return None
+    return torch.empty(rows * -(-weight.shape[-1] // GROUP) * ROUNDED, dtype=torch.uint8)
+
+
+def accepts_weights(x: Tensor, weight: WeightLike, *_: object) -> str | None:
+    return None if isinstance(weight, Tensor) else _whole_weight(weight, 1)
+
+
+def _whole_weight(weight: QuantizedWeight, parts: int) -> str | None:
+    if not weight.is_contiguous():
+        return "takes whole quantized weights, no views of some rows"
+    return None if weight.parts == parts else f"takes this quantized weight in {parts} parts, got {weight.parts}"
+
+
+def accepts_geglu(x: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        return None
+    if isinstance(gate_up, Tensor) or isinstance(down, Tensor) or gate_up.bits != down.bits:
+        return "takes gate_up and down of the same number of bits"
+    return _whole_weight(gate_up, 2) or _whole_weight(down, 1)
+
+
+def accepts_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:
+    return accepts_geglu(x, gate_up, down)
+
+
+def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
     x, pairs = _whole(x), ids.numel()
-    h = x.new_empty(pairs, down.shape[2])
+    inter, rounded = down.shape[2], _rounded(x.shape[0], gate_up)
+    h = x.new_empty(pairs, inter) if rounded is None else _rounded(pairs, down)
     total = x.new_empty(x.shape, dtype=torch.float32)
     order = ids.new_empty(pairs + gate_up.shape[0] + 1)
     out = torch.empty_like(x)
-    _ops.moe(x, _fp32(topk_weights), _whole(ids), _whole(gate_up), _whole(down), h, total, order, out, cpu_isa())
+    (w1, s1), (w2, s2) = _parts(gate_up), _parts(down)
+    weights = w1, w2, s1, s2, inter, rounded
+    _ops.moe(x, _fp32(topk_weights), _whole(ids), *weights, h, total, order, out, cpu_isa())
     return out
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: WeightLike) -> Tensor:
     x = _whole(x)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     if x.shape[-1] == 0:
         return out.zero_()
-    _ops.linear(x, _whole(weight), out, cpu_isa())
+    _ops.linear(x, *_parts(weight), _rounded(x.numel() // x.shape[-1], weight), out, cpu_isa())
     return out
 
 
-def geglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def geglu_mlp(x: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
     x = _whole(x)
-    h = x.new_empty(*x.shape[:-1], down.shape[1])
     out = torch.empty_like(x)
     if x.shape[-1] == 0:
         return out
-    _ops.geglu_mlp(x, _whole(gate_up), _whole(down), h, out, cpu_isa())
+    rows, inter = x.numel() // x.shape[-1], down.shape[1]
+    rounded = _rounded(rows, gate_up)
+    h = x.new_empty(rows, inter) if rounded is None else _rounded(rows, down)
+    (w1, s1), (w2, s2) = _parts(gate_up), _parts(down)
+    _ops.geglu_mlp(x, w1, w2, s1, s2, inter, rounded, h, out, cpu_isa())
     return out
 
 
@@ -305,14 +354,15 @@ def ple_gate(
     return y, z
 
 
-def logits(x: Tensor, weight: Tensor, softcap: float | None = None, argmax: bool = False) -> Tensor:
-    x, weight, vocab = _whole(x), _whole(weight), weight.shape[0]
+def logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: bool = False) -> Tensor:
+    x, vocab = _whole(x), weight.shape[0]
+    args = x, *_parts(weight), _rounded(x.shape[0], weight), vocab
     if not argmax:
         out = x.new_empty(x.shape[0], vocab)
-        _ops.logits(x, weight, out, softcap or 0.0, cpu_isa())
+        _ops.logits(*args, out, None, None, None, softcap or 0.0, cpu_isa())
         return out
     tasks = -(-vocab // 256)
     best_of = x.new_empty(x.shape[0], tasks, dtype=torch.float32)
     best_id, best = (x.new_empty(shape, dtype=torch.int64) for shape in ((x.shape[0], tasks), (x.shape[0],)))
-    _ops.logits_argmax(x, weight, best, best_of, best_id, cpu_isa())
+    _ops.logits(*args, None, best, best_of, best_id, 0.0, cpu_isa())
     return best

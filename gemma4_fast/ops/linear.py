@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gemma4_fast.ops import checks, cpu_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
+from gemma4_fast.quant import WeightLike
 from gemma4_fast.reference import ops as reference
 
 
-def _check_linear(x: Tensor, weight: Tensor) -> None:
+def _check_linear(x: Tensor, weight: WeightLike) -> None:
     checks.floating("linear", "x", x)
-    checks.shaped("linear", "weight", weight, (-1, x.shape[-1]), x)
+    checks.weight("linear", "weight", weight, (-1, x.shape[-1]), x)
 
 
-def linear_case(m: Maker, *shape: int, out: int) -> dict[str, Any]:
-    return dict(x=m.randn(*shape), weight=m.randn(out, shape[-1], scale=1 / math.sqrt(shape[-1])))
+def linear_case(m: Maker, *shape: int, out: int, bits: int = 0) -> dict[str, Any]:
+    return dict(x=m.randn(*shape), weight=m.weight(bits, out, shape[-1], scale=1 / math.sqrt(shape[-1])))
 
 
 LINEAR = register(
@@ -33,6 +35,10 @@ LINEAR = register(
             "batched": lambda m: linear_case(m, 2, 5, 64, out=96),
             "odd": lambda m: linear_case(m, 3, 97, out=31),
             "no_tokens": lambda m: linear_case(m, 0, 64, out=32),
+            "int8_one_token": lambda m: linear_case(m, 1, 2816, out=512, bits=8),
+            "int8_odd": lambda m: linear_case(m, 3, 97, out=31, bits=8),
+            "int4": lambda m: linear_case(m, 2, 5, 2048, out=96, bits=4),
+            "int4_odd": lambda m: linear_case(m, 11, 33, out=17, bits=4),
         },
         cost=lambda x, weight: Cost(
             2 * x.numel() * weight.shape[0],
@@ -42,28 +48,32 @@ LINEAR = register(
             "26b_qkv_1_token": lambda m: linear_case(m, 1, 2816, out=8192),
             "26b_qkv_16_tokens": lambda m: linear_case(m, 16, 2816, out=8192),
             "26b_qkv_512_tokens": lambda m: linear_case(m, 512, 2816, out=8192),
+            "26b_qkv_1_token_int8": lambda m: linear_case(m, 1, 2816, out=8192, bits=8),
+            "26b_qkv_1_token_int4": lambda m: linear_case(m, 1, 2816, out=8192, bits=4),
+            "26b_qkv_512_tokens_int8": lambda m: linear_case(m, 512, 2816, out=8192, bits=8),
+            "26b_qkv_512_tokens_int4": lambda m: linear_case(m, 512, 2816, out=8192, bits=4),
         },
         impls={
-            "cpu": Impl("gemma4_fast.ops.cpu_backend:linear", cpu_backend.DTYPES),
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:linear", cpu_backend.DTYPES, accepts=cpu_backend.accepts_weights),
             "torch": Impl("gemma4_fast.ops.torch_backend:linear"),
         },
     )
 )
 
 
-def _check_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> None:
+def _check_mlp(x: Tensor, gate_up: WeightLike, down: WeightLike) -> None:
     op = "geglu_mlp"
     checks.floating(op, "x", x)
-    checks.shaped(op, "gate_up", gate_up, (-1, x.shape[-1]), x)
+    checks.weight(op, "gate_up", gate_up, (-1, x.shape[-1]), x)
     checks.require(op, gate_up.shape[0] % 2 == 0, f"gate_up has {gate_up.shape[0]} rows, expected an even number")
-    checks.shaped(op, "down", down, (x.shape[-1], gate_up.shape[0] // 2), x)
+    checks.weight(op, "down", down, (x.shape[-1], gate_up.shape[0] // 2), x)
 
 
-def mlp_case(m: Maker, tokens: int, hidden: int, inter: int) -> dict[str, Any]:
+def mlp_case(m: Maker, tokens: int, hidden: int, inter: int, bits: int = 0) -> dict[str, Any]:
     return dict(
         x=m.randn(tokens, hidden),
-        gate_up=m.randn(2 * inter, hidden, scale=1 / math.sqrt(hidden)),
-        down=m.randn(hidden, inter, scale=1 / math.sqrt(inter)),
+        gate_up=m.weight(bits, 2 * inter, hidden, scale=1 / math.sqrt(hidden), parts=2),
+        down=m.weight(bits, hidden, inter, scale=1 / math.sqrt(inter)),
     )
 
 
@@ -77,6 +87,10 @@ GEGLU_MLP = register(
             "26b_dense_one_token": lambda m: mlp_case(m, 1, 2816, 2112),
             "e2b": lambda m: mlp_case(m, 7, 1536, 6144),
             "odd": lambda m: mlp_case(m, 3, 97, 33),
+            "int8": lambda m: mlp_case(m, 9, 256, 704, bits=8),
+            "int8_odd": lambda m: mlp_case(m, 3, 97, 33, bits=8),
+            "int4_one_token": lambda m: mlp_case(m, 1, 2816, 2112, bits=4),
+            "int4_odd": lambda m: mlp_case(m, 5, 97, 17, bits=4),
         },
         cost=lambda x, gate_up, down: Cost(
             2 * x.numel() // x.shape[-1] * (gate_up.numel() + down.numel()), gate_up.nbytes + down.nbytes + 2 * x.nbytes
@@ -84,29 +98,38 @@ GEGLU_MLP = register(
         bench_cases={
             "26b_1_token": lambda m: mlp_case(m, 1, 2816, 2112),
             "26b_512_tokens": lambda m: mlp_case(m, 512, 2816, 2112),
+            "26b_1_token_int8": lambda m: mlp_case(m, 1, 2816, 2112, bits=8),
+            "26b_1_token_int4": lambda m: mlp_case(m, 1, 2816, 2112, bits=4),
         },
         impls={
-            "cpu": Impl("gemma4_fast.ops.cpu_backend:geglu_mlp", cpu_backend.DTYPES),
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:geglu_mlp", cpu_backend.DTYPES, accepts=cpu_backend.accepts_geglu),
             "torch": Impl("gemma4_fast.ops.torch_backend:geglu_mlp"),
         },
     )
 )
 
 
-def _check_logits(x: Tensor, weight: Tensor, softcap: float | None = None, argmax: bool = False) -> None:
+def _check_logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: bool = False) -> None:
     checks.floating("logits", "x", x, 2)
-    checks.shaped("logits", "weight", weight, (-1, x.shape[1]), x)
+    checks.weight("logits", "weight", weight, (-1, x.shape[1]), x)
     checks.require("logits", weight.shape[0] > 0, "weight has no rows")
     if softcap is not None:
         checks.positive("logits", "softcap", softcap)
 
 
 def _logits_case(
-    m: Maker, tokens: int, hidden: int, vocab: int, cap: float | None = 30.0, argmax: bool = False, big: float = 1.0
+    m: Maker,
+    tokens: int,
+    hidden: int,
+    vocab: int,
+    cap: float | None = 30.0,
+    argmax: bool = False,
+    big: float = 1.0,
+    bits: int = 0,
 ) -> dict[str, Any]:
     return dict(
         x=m.randn(tokens, hidden),
-        weight=m.randn(vocab, hidden, scale=big / math.sqrt(hidden)),
+        weight=m.weight(bits, vocab, hidden, scale=big / math.sqrt(hidden)),
         softcap=cap,
         argmax=argmax,
     )
@@ -114,11 +137,11 @@ def _logits_case(
 
 def _clear(args: dict[str, Any]) -> dict[str, Any]:
     """x becomes the direction of a row of the weight: of a quarter of a million logits no rounding decides which is largest."""
-    args["x"] = args["weight"][1000:1001] * args["x"].shape[1] ** 0.5
+    args["x"] = args["weight"][torch.tensor([1000])] * args["x"].shape[1] ** 0.5
     return args
 
 
-def _logits_cost(x: Tensor, weight: Tensor, softcap: float | None = None, argmax: bool = False) -> Cost:
+def _logits_cost(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: bool = False) -> Cost:
     out = 8 * x.shape[0] if argmax else x.shape[0] * weight.shape[0] * x.element_size()
     return Cost(2 * x.shape[0] * weight.numel(), x.nbytes + weight.nbytes + out)
 
@@ -135,14 +158,18 @@ LOGITS = register(
             "no_cap": lambda m: _logits_case(m, 3, 64, 100, cap=None),
             "argmax": lambda m: _logits_case(m, 5, 2816, 4096, argmax=True),
             "odd": lambda m: _logits_case(m, 3, 97, 1001),
+            "int8": lambda m: _logits_case(m, 3, 256, 1001, bits=8),
+            "int4_odd": lambda m: _logits_case(m, 3, 97, 1001, cap=None, bits=4),
+            "int8_argmax": lambda m: _clear(_logits_case(m, 5, 2816, 4099, argmax=True, bits=8)),
         },
         cost=_logits_cost,
         bench_cases={
             "26b_1_token": lambda m: _logits_case(m, 1, 2816, 262144),
             "26b_1_token_argmax": lambda m: _clear(_logits_case(m, 1, 2816, 262144, argmax=True)),
+            "26b_1_token_argmax_int8": lambda m: _clear(_logits_case(m, 1, 2816, 262144, argmax=True, bits=8)),
         },
         impls={
-            "cpu": Impl("gemma4_fast.ops.cpu_backend:logits", cpu_backend.DTYPES),
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:logits", cpu_backend.DTYPES, accepts=cpu_backend.accepts_weights),
             "torch": Impl("gemma4_fast.ops.torch_backend:logits"),
         },
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from gemma4_fast.ops import checks, cpu_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
+from gemma4_fast.quant import WeightLike
 from gemma4_fast.reference import ops as reference
 
 WEIGHTS = (torch.float32, torch.float64)  # routing weights stay wide whatever x is
@@ -121,7 +123,7 @@ EXPERT_DISPATCH = register(
 
 def _check_grouped(
     x: Tensor,
-    weight: Tensor,
+    weight: WeightLike,
     order: Tensor,
     offsets: Tensor,
     top_k: int,
@@ -131,8 +133,7 @@ def _check_grouped(
     op = "grouped_gemm"
     checks.floating(op, "x", x, 2)
     checks.require(op, epilogue in ("none", "geglu", "combine"), f"epilogue must be none, geglu or combine, got {epilogue!r}")
-    checks.floating(op, "weight", weight, 3)
-    checks.shaped(op, "weight", weight, (-1, -1, x.shape[1]), x)
+    checks.weight(op, "weight", weight, (-1, -1, x.shape[1]), x)
     checks.shaped(op, "order", order, (-1,), x, (torch.int32,))
     checks.shaped(op, "offsets", offsets, (weight.shape[0] + 1,), x, (torch.int32,))
     rows = order.shape[0]
@@ -164,7 +165,7 @@ def _grouped_case(
 
 def _grouped_cost(
     x: Tensor,
-    weight: Tensor,
+    weight: WeightLike,
     order: Tensor,
     offsets: Tensor,
     top_k: int,
@@ -198,37 +199,39 @@ GROUPED_GEMM = register(
             "26b_combine_512_tokens": lambda m: _grouped_case(m, 512, 128, 8, 2816, 704, "combine"),
         },
         impls={
-            "cpu": Impl("gemma4_fast.ops.cpu_backend:grouped_gemm", cpu_backend.DTYPES),
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:grouped_gemm", cpu_backend.DTYPES, accepts=cpu_backend.accepts_grouped),
             "torch": Impl("gemma4_fast.ops.torch_backend:grouped_gemm"),
         },
     )
 )
 
 
-def _check_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> None:
+def _check_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> None:
     op = "moe"
     checks.floating(op, "x", x, 2)
-    checks.floating(op, "gate_up", gate_up, 3)
+    checks.weight(op, "gate_up", gate_up, (-1, -1, -1), x)
     experts, tokens, hidden = gate_up.shape[0], x.shape[0], x.shape[1]
     _check_ids(op, ids, experts)
     checks.shaped(op, "ids", ids, (tokens, -1), x, (torch.int32,))
     checks.shaped(op, "topk_weights", topk_weights, ids.shape, x, WEIGHTS)
-    checks.shaped(op, "gate_up", gate_up, (experts, -1, hidden), x)
+    checks.weight(op, "gate_up", gate_up, (experts, -1, hidden), x)
     checks.require(op, gate_up.shape[1] % 2 == 0, f"gate_up has {gate_up.shape[1]} rows per expert, expected an even number")
-    checks.shaped(op, "down", down, (experts, hidden, gate_up.shape[1] // 2), x)
+    checks.weight(op, "down", down, (experts, hidden, gate_up.shape[1] // 2), x)
 
 
-def moe_case(m: Maker, tokens: int, hidden: int, inter: int, experts: int, top_k: int, skew: str = "") -> dict[str, Any]:
+def moe_case(
+    m: Maker, tokens: int, hidden: int, inter: int, experts: int, top_k: int, skew: str = "", bits: int = 0
+) -> dict[str, Any]:
     return dict(
         x=m.randn(tokens, hidden),
         topk_weights=m.randn(tokens, top_k, dtype=torch.float32).abs(),
         ids=_ids(m, tokens, experts, top_k, skew),
-        gate_up=m.randn(experts, 2 * inter, hidden, scale=1 / math.sqrt(hidden)),
-        down=m.randn(experts, hidden, inter, scale=1 / math.sqrt(inter)),
+        gate_up=m.weight(bits, experts, 2 * inter, hidden, scale=1 / math.sqrt(hidden), parts=2),
+        down=m.weight(bits, experts, hidden, inter, scale=1 / math.sqrt(inter)),
     )
 
 
-def _moe_cost(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Cost:
+def _moe_cost(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> Cost:
     hit = int(ids.unique().numel())
     per_row = 2 * (gate_up[0].numel() + down[0].numel())
     return Cost(ids.numel() * per_row, hit * (gate_up[0].nbytes + down[0].nbytes) + 2 * x.nbytes)
@@ -246,14 +249,20 @@ MOE_DECODE = register(
             "skewed": lambda m: moe_case(m, 16, 96, 32, 16, 4, "one"),
             "no_tokens": lambda m: moe_case(m, 0, 96, 32, 16, 4),
             "odd": lambda m: moe_case(m, 3, 97, 33, 5, 3),
+            "int8_one_token": lambda m: moe_case(m, 1, 2816, 704, 8, 8, bits=8),
+            "int8_odd": lambda m: moe_case(m, 13, 97, 49, 5, 3, bits=8),
+            "int4": lambda m: moe_case(m, 30, 256, 704, 8, 2, bits=4),
+            "int4_odd": lambda m: moe_case(m, 3, 97, 33, 5, 3, bits=4),
         },
         cost=_moe_cost,
         bench_cases={
             "26b_1_token": lambda m: moe_case(m, 1, 2816, 704, 128, 8),
             "26b_8_tokens": lambda m: moe_case(m, 8, 2816, 704, 128, 8),
+            "26b_1_token_int8": lambda m: moe_case(m, 1, 2816, 704, 128, 8, bits=8),
+            "26b_1_token_int4": lambda m: moe_case(m, 1, 2816, 704, 128, 8, bits=4),
         },
         impls={
-            "cpu": Impl("gemma4_fast.ops.cpu_backend:moe_decode", cpu_backend.DTYPES),
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:moe_decode", cpu_backend.DTYPES, accepts=cpu_backend.accepts_moe),
             "torch": Impl("gemma4_fast.ops.torch_backend:moe_decode"),
         },
     )
@@ -270,12 +279,14 @@ CROSSOVER: dict[str, int] = {
 def moe_crossover(device: torch.device, dtype: torch.dtype) -> int:
     """The largest number of tokens that `moe` hands to moe_decode, for the backend that serves it there.
 
-    Where it was not measured: 16, from which vLLM saw gathered experts lose to the grouped path (vllm#41379).
+    `cpu` has one algorithm for both, in moe_decode with one call less. Where it was not measured: 16, from which vLLM saw
+    gathered experts lose to the grouped path (vllm#41379).
     """
-    return CROSSOVER.get(f"{device.type} {MOE_DECODE.first_serving(device, dtype)}", 16)
+    serving = MOE_DECODE.first_serving(device, dtype)
+    return sys.maxsize if serving == "cpu" else CROSSOVER.get(f"{device.type} {serving}", 16)
 
 
-def grouped_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def grouped_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
     """The path for many tokens: sorted by expert, each expert's weights read once."""
     top_k = ids.shape[1]
     order, offsets, _ = EXPERT_DISPATCH(ids, gate_up.shape[0])
@@ -283,7 +294,7 @@ def grouped_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, d
     return GROUPED_GEMM(h, down, order, offsets, top_k, "combine", topk_weights)
 
 
-def _compose_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _compose_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
     if x.shape[0] <= moe_crossover(x.device, x.dtype):
         return MOE_DECODE.select((x, topk_weights, ids, gate_up, down))(x, topk_weights, ids, gate_up, down)
     return grouped_moe(x, topk_weights, ids, gate_up, down)
@@ -302,12 +313,16 @@ MOE = register(
             "skewed": lambda m: moe_case(m, 40, 96, 32, 16, 4, "one"),
             "empty_experts": lambda m: moe_case(m, 40, 96, 32, 16, 4, "empty"),
             "odd": lambda m: moe_case(m, 19, 97, 33, 5, 3),
+            "int8": lambda m: moe_case(m, 40, 96, 32, 16, 4, bits=8),
+            "int4": lambda m: moe_case(m, 70, 97, 33, 5, 3, bits=4),
         },
         cost=_moe_cost,
         bench_cases={
             "26b_1_token": lambda m: moe_case(m, 1, 2816, 704, 128, 8),
             "26b_128_tokens": lambda m: moe_case(m, 128, 2816, 704, 128, 8),
             "26b_512_tokens": lambda m: moe_case(m, 512, 2816, 704, 128, 8),
+            "26b_512_tokens_int8": lambda m: moe_case(m, 512, 2816, 704, 128, 8, bits=8),
+            "26b_512_tokens_int4": lambda m: moe_case(m, 512, 2816, 704, 128, 8, bits=4),
         },
         compose=_compose_moe,
         parts=("moe_decode", "expert_dispatch", "grouped_gemm"),

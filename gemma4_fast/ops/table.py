@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gemma4_fast import native
 from gemma4_fast.errors import UnsupportedError
+from gemma4_fast.quant import QuantizedWeight, WeightLike
 
 log = logging.getLogger("gemma4_fast")
 
@@ -72,6 +73,14 @@ class Maker:
     def gain(self, *shape: int) -> Tensor:
         """A norm weight: around 1, never all the same, so that a forgotten one shows."""
         return (1 + 0.3 * self.randn(*shape, dtype=torch.float32)).to(self.dtype)
+
+    def quantized(self, bits: int, *shape: int, scale: float = 1.0, parts: int = 1) -> QuantizedWeight:
+        """The same values as `randn`, quantized."""
+        return QuantizedWeight.of(self.randn(*shape, scale=scale), bits, parts)
+
+    def weight(self, bits: int, *shape: int, scale: float, parts: int = 1) -> WeightLike:
+        """bits 0: a tensor."""
+        return self.quantized(bits, *shape, scale=scale, parts=parts) if bits else self.randn(*shape, scale=scale)
 
     def ints(self, values: Iterable[Any], dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(list(values), dtype=dtype, device=self.device)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gemma4_fast.reference.ops import geglu, geglu_mlp, linear, rotate, route_topk
+from gemma4_fast.quant import WeightLike
+from gemma4_fast.reference.ops import geglu, rotate, route_topk
 
 __all__ = [
     "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear", "logits", "moe_decode",
@@ -25,6 +26,19 @@ __all__ = [
 def _rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """fp32 or wider in and out: F.rms_norm is one fused pass."""
     return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def dense(weight: WeightLike) -> Tensor:
+    """A weight as a Tensor: a quantized one dequantized, at each call."""
+    return weight if isinstance(weight, Tensor) else weight.dequantize()
+
+
+def linear(x: Tensor, weight: WeightLike) -> Tensor:
+    return F.linear(x, dense(weight))
+
+
+def geglu_mlp(x: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
+    return F.linear(geglu(F.linear(x, dense(gate_up))), dense(down))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -260,7 +274,7 @@ def expert_dispatch(ids: Tensor, num_experts: int, block_m: int = 64) -> tuple[T
 
 def grouped_gemm(
     x: Tensor,
-    weight: Tensor,
+    weight: WeightLike,
     order: Tensor,
     offsets: Tensor,
     top_k: int,
@@ -268,14 +282,14 @@ def grouped_gemm(
     topk_weights: Tensor | None = None,
 ) -> Tensor:
     rows = x[order.long() // top_k] if epilogue == "geglu" else x
-    if x.device.type == "cuda" and x.dtype == torch.bfloat16:  # no host sync
+    if x.device.type == "cuda" and x.dtype == torch.bfloat16 and isinstance(weight, Tensor):  # no host sync
         y = F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets[1:])
     else:
         y = rows.new_empty(rows.shape[0], weight.shape[1])
         bounds = offsets.tolist()
         for expert, (lo, hi) in enumerate(itertools.pairwise(bounds)):
             if lo < hi:
-                y[lo:hi] = F.linear(rows[lo:hi], weight[expert])
+                y[lo:hi] = F.linear(rows[lo:hi], dense(weight[expert]))
     if epilogue == "geglu":
         return geglu(y)
     if epilogue == "none":
@@ -289,15 +303,15 @@ def _combine(y: Tensor, topk_weights: Tensor) -> Tensor:
     return (terms * topk_weights[..., None].to(terms.dtype)).sum(1)
 
 
-def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
     tokens, top_k = ids.shape
     flat = ids.flatten().long()
-    if x.device.type != "cpu":  # no host sync: copies of the weights of few experts
+    if x.device.type != "cpu" and isinstance(gate_up, Tensor):  # no host sync: copies of the weights of few experts
         h = geglu(torch.bmm(gate_up[flat], x.repeat_interleave(top_k, 0)[..., None]).squeeze(-1))
         y = torch.bmm(down[flat], h[..., None]).squeeze(-1)
     elif tokens == 1:  # no weight is copied, nothing is sorted
         experts = flat.tolist()
-        y = torch.cat([F.linear(geglu(F.linear(x, gate_up[e])), down[e]) for e in experts])
+        y = torch.cat([F.linear(geglu(F.linear(x, dense(gate_up[e]))), dense(down[e])) for e in experts])
     else:  # each expert's weights are read once for all of its tokens
         order, offsets, _ = expert_dispatch(ids, gate_up.shape[0])
         h = grouped_gemm(x, gate_up, order, offsets, top_k, "geglu")
@@ -319,8 +333,8 @@ def ple_gate(
     return norm_add_norm(h, x, weight, scale, next_weight, eps)
 
 
-def logits(x: Tensor, weight: Tensor, softcap: float | None = None, argmax: bool = False) -> Tensor:
-    y = F.linear(x, weight)
+def logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: bool = False) -> Tensor:
+    y = F.linear(x, dense(weight))
     if argmax:
         return y.argmax(-1)
     return y if softcap is None else (torch.tanh(_wide(y) / softcap) * softcap).to(x.dtype)

@@ -1,0 +1,249 @@
+"""Weights of 8 or 4 bits: `QuantizedWeight`, the one format that every backend reads.
+
+Symmetric, one fp16 scale for each 32 consecutive values of a row: w = scale * q. The values are exactly those of GGUF's Q8_0
+(q in [-127, 127], scale = largest |w| / 127) and Q4_0 (q in [-8, 7], scale = the w of largest magnitude / -8), by the rules of
+llama.cpp's gguf package, with roundings half away from zero.
+
+Backends without kernels for it multiply by the dequantized weight. The CPU kernels also round the activations, to Q8_0 (with a
+scale in fp32); `F.linear(x, weight)` does the same in plain PyTorch: what the kernels are judged by.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GROUP = 32  # values that share a scale
+PANEL = 16  # rows that are stored interleaved
+BITS = {"int8": 8, "int4": 4}
+_CHUNK = 1 << 24  # values that are widened at once while quantizing
+
+
+def parse_quantize(quantize: str | None) -> int | None:
+    """None, "int8" or "int4" -> bits of a weight."""
+    if quantize is not None and quantize not in BITS:
+        raise ValueError(f"quantize must be {', '.join(map(repr, BITS))} or None, got {quantize!r}")
+    return None if quantize is None else BITS[quantize]
+
+
+class QuantizedWeight:
+    """A matrix [N, K], or one for each expert [E, N, K], in 8 or 4 bits.
+
+    bits: 8 or 4. dtype: the floating dtype that the model computes in, and that rows of a table come in.
+    data: uint8 [.., P, G * bits, 16, 4], scale: fp16 [.., P, G, 16], for P panels of 16 rows and G groups of 32 columns; rows
+    and columns are filled up with zeros. In 64 bytes lie four consecutive columns of each of 16 rows: the stored value is q + 128, or
+    of four bits q + 8, columns 8 j .. 8 j + 3 in the low halves and the next four in the high ones.
+    parts: a matrix of several projections, gate and up, has rows filled up in each of them.
+
+    Indexing and `split` along the first axis give views; `copy_` quantizes into one. It is no Tensor, but has what a model and
+    the reference ask of a weight.
+    """
+
+    def __init__(
+        self, bits: int, data: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype, parts: int = 1
+    ) -> None:
+        self.bits, self.data, self.scale, self.dtype, self.parts = bits, data, scale, dtype, parts
+        self.shape = torch.Size(shape)
+        self.first = 0  # the row of the matrix that a view begins with
+        self.rows = self.shape[-2]  # of the whole matrix
+
+    @classmethod
+    def empty(
+        cls,
+        bits: int,
+        shape: Sequence[int],
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        parts: int = 1,
+    ) -> QuantizedWeight:
+        """Zeros, to be filled by `copy_`. ValueError for bits or a shape that there is not."""
+        if bits not in BITS.values():
+            raise ValueError(f"a weight is quantized to 8 or 4 bits, got {bits!r}")
+        if len(shape) not in (2, 3) or min(shape[-2:]) < 1 or shape[-2] % parts:
+            raise ValueError(
+                f"a weight of shape {list(shape)} in {parts} parts cannot be quantized: expected [N, K] or [E, N, K]"
+            )
+        *experts, n, k = shape
+        panels, groups = parts * -(-(n // parts) // PANEL), -(-k // GROUP)
+        data = torch.full(
+            (*experts, panels, groups * bits, PANEL, 4), 128 if bits == 8 else 0x88, dtype=torch.uint8, device=device
+        )
+        scale = torch.zeros((*experts, panels, groups, PANEL), dtype=torch.float16, device=device)
+        return cls(bits, data, scale, shape, dtype, parts)
+
+    @classmethod
+    def of(cls, weight: Tensor, bits: int, parts: int = 1) -> QuantizedWeight:
+        """`weight` [N, K] or [E, N, K], of a floating dtype, quantized."""
+        return cls.empty(bits, weight.shape, weight.dtype, weight.device, parts).copy_(weight)
+
+    # ---- what a model and the reference ask of a weight ----
+    device = property(lambda self: self.data.device)
+    is_meta = property(lambda self: self.data.is_meta)
+    requires_grad = False
+
+    @property
+    def nbytes(self) -> int:
+        """Of the rows of this view, scales included."""
+        whole = self.data.nbytes + self.scale.nbytes
+        return whole if self.shape[-2] == self.rows else whole * self.shape[-2] // self.rows
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def detach(self) -> QuantizedWeight:
+        return self
+
+    def is_contiguous(self) -> bool:
+        """Whether this is all that is stored, so that kernels may take it as it is."""
+        return self.shape[-2] == self.rows and self.data.is_contiguous() and self.scale.is_contiguous()
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        return self.dequantize(dtype)
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+        """What `nn.Module._apply` does to a parameter: another device is obeyed, another dtype is that of computing alone."""
+        new = copy.copy(self)
+        new.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        new.data, scale = fn(self.data), fn(self.scale)
+        new.scale = scale if scale.dtype == self.scale.dtype else self.scale.to(scale.device)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
+        new = copy.copy(self)
+        new.data, new.scale = self.data.clone(), self.scale.clone()
+        return new
+
+    def __repr__(self) -> str:
+        return f"QuantizedWeight(int{self.bits}, {list(self.shape)}, {self.device})"
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, at: int | slice | Tensor) -> Any:
+        """An expert by its number, a slice along the first axis: views. Rows of a matrix by their ids: a Tensor in `dtype`."""
+        if isinstance(at, Tensor):
+            return self._values(at.flatten(), self.dtype).view(*at.shape, self.shape[-1])
+        if isinstance(at, int) and self.dim() == 2:
+            return self._values(torch.tensor([range(self.shape[0])[at]], device=self.device), self.dtype)[0]
+        new = copy.copy(self)
+        if self.dim() == 3:
+            new.data, new.scale = self.data[at], self.scale[at]
+            new.shape = self.shape[1:] if isinstance(at, int) else torch.Size((new.data.shape[0], *self.shape[1:]))
+            return new
+        start, stop, step = at.indices(self.shape[0])  # type: ignore[union-attr]
+        if step != 1:
+            raise ValueError(f"rows of a quantized weight are taken one after the other, got a step of {step}")
+        new.first, new.shape = self.first + start, torch.Size((max(0, stop - start), self.shape[1]))
+        return new
+
+    def split(self, sizes: int | Sequence[int]) -> list[QuantizedWeight]:
+        """Views along the first axis, as Tensor.split."""
+        if isinstance(sizes, int):
+            sizes = [min(sizes, len(self) - at) for at in range(0, len(self), sizes)]
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        return [self[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """F.linear(x, weight), with x rounded to Q8_0; F.embedding(ids, weight)."""
+        if func is F.linear:
+            x, weight = args
+            product = F.linear(rounded(x), weight.dequantize(torch.promote_types(x.dtype, torch.float32)))
+            return product.to(x.dtype)
+        if func is F.embedding:
+            ids, weight = args
+            return weight[ids]
+        return NotImplemented
+
+    # ---- values ----
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The values as a Tensor of `shape`. fp32 and wider hold them exactly; None: `self.dtype`."""
+        dtype = dtype or self.dtype
+        if self.dim() == 3:
+            out = torch.empty(self.shape, dtype=dtype, device=self.device)
+            for e in range(len(self)):
+                out[e] = self[e].dequantize(dtype)
+            return out
+        return self._values(torch.arange(self.shape[0], device=self.device), dtype)
+
+    def _values(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of this view of a matrix -> [n, K]."""
+        panel, lane = self._place(rows)
+        q = self.data[panel, :, lane]  # [n, G * bits, 4]
+        if self.bits == 4:
+            q = torch.stack((q & 15, q >> 4), dim=2)  # quads 2 j and 2 j + 1
+        wide = torch.promote_types(dtype, torch.float32)
+        values = q.view(rows.shape[0], -1, GROUP).to(wide) - (128 if self.bits == 8 else 8)
+        values *= self.scale[panel, :, lane].to(wide)[..., None]
+        return values.flatten(1)[:, : self.shape[1]].to(dtype)
+
+    def _place(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Panel, and row of the panel, of rows of this view."""
+        row, per_part = rows + self.first, self.rows // self.parts
+        stored = row // per_part * (-(-per_part // PANEL) * PANEL) + row % per_part
+        return stored // PANEL, stored % PANEL
+
+    def copy_(self, source: Tensor) -> QuantizedWeight:
+        """Quantizes `source`, of this shape, into this view. ValueError if a value is not finite, or too large for a scale."""
+        if source.shape != self.shape:
+            raise ValueError(f"a source of shape {list(source.shape)} does not fit a weight of shape {list(self.shape)}")
+        if self.dim() == 3:
+            for e in range(len(self)):
+                self[e].copy_(source[e])
+            return self
+        step = max(1, _CHUNK // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            self._write(start, source[start : start + step])
+        return self
+
+    def _write(self, start: int, source: Tensor) -> None:
+        """Rows [start, start + n) from source [n, K]."""
+        k = self.shape[1]
+        q, scale = quantized(F.pad(source.to(self.device), (0, -k % GROUP)), self.bits)
+        if not scale.isfinite().all():
+            raise ValueError("a value is not finite, or too large for a scale in fp16")
+        panel, lane = self._place(torch.arange(start, start + source.shape[0], device=self.device))
+        if self.bits == 4:
+            pairs = q.view(q.shape[0], -1, 2, 4)
+            self.data[panel, :, lane] = pairs[:, :, 0] | pairs[:, :, 1] << 4
+        else:
+            self.data[panel, :, lane] = q.view(q.shape[0], -1, 4)
+        self.scale[panel, :, lane] = scale
+
+
+def quantized(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """w [n, K], K a multiple of 32 -> q + offset, uint8 [n, K], and scales, fp16 [n, K / 32], by GGUF's rules."""
+    x = w.float().view(w.shape[0], -1, GROUP)
+    if bits == 8:
+        scale = x.abs().amax(-1, keepdim=True) / 127
+    else:
+        largest = x.gather(-1, x.abs().argmax(-1, keepdim=True))
+        scale = largest / -8
+    y = x * torch.where(scale == 0, 0.0, 1 / scale)
+    # Q8_0 rounds halves away from zero, Q4_0 upwards.
+    if bits == 8:
+        q = torch.trunc(y + torch.copysign(torch.full_like(y, 0.5), y)).clamp_(-127, 127) + 128
+    else:
+        q = torch.trunc(y + 8.5).clamp_(0, 15)
+    return q.nan_to_num_(0).to(torch.uint8).flatten(1), scale[..., 0].half()
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x [..., K] to 8 bits with a scale for each 32 values, and back: fp32 or wider. What the CPU kernels multiply by."""
+    wide = F.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (0, -x.shape[-1] % GROUP))
+    groups = wide.unflatten(-1, (-1, GROUP))
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    q = torch.where(scale == 0, 0.0, (groups / scale).round())
+    return (q * scale).flatten(-2)[..., : x.shape[-1]]
+
+
+WeightLike = Tensor | QuantizedWeight
