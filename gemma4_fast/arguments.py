@@ -281,6 +281,7 @@ def _model(p: Parser) -> None:
     g.add_argument("--model", default="tiny", metavar="M", help="checkpoint folder, hub id, or tiny (the default)")
     g.add_argument("--backend", metavar="B", help="auto (default), cuda, triton, cpu, torch, reference; or several: cpu,torch")
     g.add_argument("--dtype", metavar="T", help="bfloat16, float16, float32, float64 (default: the checkpoint's)")
+    g.add_argument("--quantize", choices=("int8", "int4"), help="weights in 8 or 4 bits, quantized as they are read")
     g.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     g.add_argument("--threads", metavar="N", type=threads, help="CPU threads (default: PyTorch's choice)")
     g.add_argument("--json", action="store_true", help="machine-readable output")

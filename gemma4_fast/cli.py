@@ -152,7 +152,8 @@ def load(args: Namespace, path: Path, level: str, tokenizer: Tokenizer | None = 
     from gemma4_fast.model import Gemma4
 
     start = time.perf_counter()
-    model = Gemma4.from_pretrained(path, dtype=args.dtype, device=args.device, backend=args.backend, check=False)
+    options = {name: getattr(args, name) for name in ("dtype", "device", "backend", "quantize")}
+    model = Gemma4.from_pretrained(path, **options, check=False)
     model._tokenizer = tokenizer  # large ones take a second to read
     loaded = Loaded(model, None, time.perf_counter() - start, 0.0)
     if level != "off":

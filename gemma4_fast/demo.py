@@ -159,7 +159,7 @@ def failure(e: BaseException) -> str:
 
 def benchmark(model: Gemma4, prompt: list[int]) -> list[Contender]:
     contenders = [ours(model, prompt), plain(model, prompt)]
-    weights = sum(p.nbytes for p in model.parameters())
+    weights = sum(t.nbytes for t in model.state_dict().values())
     other = Contender("transformers", lambda: ([], 0.0, 0.0))
     if weights > SECOND_COPY:
         other.note = f"not measured: it would need {terminal.size(weights)} for weights of its own"

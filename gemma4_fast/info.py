@@ -18,7 +18,7 @@ from gemma4_fast.cache import KVCache, allocate
 from gemma4_fast.config import PRESETS, Gemma4Config
 from gemma4_fast.explain import Explanation, explain
 from gemma4_fast.layers import model_ops
-from gemma4_fast.model import Gemma4, parse_device, parse_dtype
+from gemma4_fast.model import Gemma4, meta_model, parse_device, parse_dtype, weights_size
 from gemma4_fast.tables import render
 from gemma4_fast.weights import INDEX, SINGLE, resolve, validate
 
@@ -31,12 +31,6 @@ def find(name: str) -> tuple[Gemma4Config, Path | None]:
         return PRESETS[name], None
     path = resolve(name, patterns=("config.json",), on_download=terminal.fetching)
     return Gemma4Config.from_pretrained(path), path
-
-
-def meta_model(config: Gemma4Config) -> Gemma4:
-    """The model's tensors as shapes alone."""
-    with torch.device("meta"):
-        return Gemma4(config)
 
 
 def parameters(model: Gemma4) -> dict[str, int]:
@@ -185,6 +179,7 @@ def run(args: Namespace) -> int:
     limit = config.max_position_embeddings
     contexts = args.context or [*(c for c in CONTEXTS if c < limit), limit]
     weight_bytes = {n: count["total"] * w for n, w in (("bfloat16", 2), ("float32", 4))}
+    weight_bytes |= {n: weights_size(config, dtype, n) for n in ("int8", "int4")}
     facts = {
         "model": args.model,
         "path": None if path is None else str(path),
@@ -194,7 +189,8 @@ def run(args: Namespace) -> int:
         "checkpoint": stored(model, path),
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "memory": memory(config, contexts, args.batch, dtype, count["total"] * dtype.itemsize),
+        "quantize": args.quantize,
+        "memory": memory(config, contexts, args.batch, dtype, weights_size(config, dtype, args.quantize)),
         "kernels": (chosen := kernels(config, device, dtype, args.backend)).to_dict()["ops"],
         "machine": machine(),
     }
@@ -211,7 +207,7 @@ def _page(facts: dict[str, Any], chosen: Explanation) -> str:
         render(
             ("context", "batch", "cache", "were K and V of every token kept", "weights + cache"),
             [(f"{r['context']:,}", f"{r['batch']}", *(terminal.size(r[k]) for k in _MEMORY_COLUMNS)) for r in facts["memory"]],
-            title=f"memory in {facts['dtype']} (activations come on top)",
+            title=f"memory in {facts['quantize'] or facts['dtype']} (activations come on top)",
         ),
         "kernels, " + str(chosen),
         render(("machine", ""), _machine_rows(facts["machine"])),

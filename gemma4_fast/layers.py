@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gemma4_fast import ops
 from gemma4_fast.cache import KVCache, LayerCache
 from gemma4_fast.config import Gemma4Config, LayerConfig
+from gemma4_fast.quant import QuantizedWeight
 
 # The ops a model calls; `moe` chooses among the last three.
 MODEL_OPS = ("rms_norm", "norm_add_norm", "linear", "qkv_norm_rope", "gqa_prefill", "gqa_decode", "geglu_mlp", "logits")
@@ -40,16 +41,57 @@ class Weight(nn.Module):
         self.weight = nn.Parameter(torch.empty(*shape), requires_grad=False)
 
 
-class PackedWeight(nn.Module):
+class Quantizable(nn.Module):
+    """A module whose parameters may become QuantizedWeights. Under the same names, and in the state dict too."""
+
+    least_bits = 4
+    parts_apart = 1  # see QuantizedWeight.parts
+
+    def quantize(self, bits: int) -> None:
+        """Each parameter becomes a quantized one of `bits`, or of `least_bits`; on the meta device its shape alone does."""
+        for name, old in list(self.named_parameters(recurse=False)):
+            parts = self.parts_apart if name != "down_proj" else 1
+            new = QuantizedWeight.empty(max(bits, self.least_bits), old.shape, old.dtype, old.device, parts)
+            if not old.is_meta:
+                new.copy_(old)
+            delattr(self, name)
+            setattr(self, name, new)
+
+    def quantized(self) -> dict[str, QuantizedWeight]:
+        return {name: w for name, w in vars(self).items() if isinstance(w, QuantizedWeight)}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizable:
+        super()._apply(fn, recurse)
+        for name, w in self.quantized().items():
+            setattr(self, name, w.apply(fn))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: w for name, w in self.quantized().items()})
+
+
+class Matrix(Quantizable, Weight):
+    """A projection [N, K] that may be quantized."""
+
+    weight: Any
+
+
+class Table(Matrix):
+    """[V, H]: embeddings, the head. Never below 8 bits: llama.cpp too keeps 6 or 8 where the rest has 4."""
+
+    least_bits = 8
+
+
+class PackedWeight(Matrix):
     """Several projections of one input in one [N, K] parameter, so that one product serves them.
 
     In the state dict each part has its own name, as in transformers, and is a view of the parameter.
     """
 
-    def __init__(self, in_features: int, parts: dict[str, int]) -> None:
-        super().__init__()
-        self.parts = parts
-        self.weight = nn.Parameter(torch.empty(sum(parts.values()), in_features), requires_grad=False)
+    def __init__(self, in_features: int, parts: dict[str, int], parts_apart: int = 1) -> None:
+        super().__init__(sum(parts.values()), in_features)
+        self.parts, self.parts_apart = parts, parts_apart
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         parent = prefix[: prefix[:-1].rfind(".") + 1]  # without this module's own name
@@ -100,7 +142,7 @@ class Attention(nn.Module):
             self.k_norm = Weight(layer.head_dim)
         self.qkv_proj = PackedWeight(config.hidden_size, parts)
         self.q_norm = Weight(layer.head_dim)
-        self.o_proj = Weight(config.hidden_size, q)
+        self.o_proj = Matrix(config.hidden_size, q)
         self.register_load_state_dict_pre_hook(_pack_parts)
 
     def forward(self, h: Tensor, step: Step, cache: KVCache | None, owner: Attention, inv_freq: Tensor) -> Tensor:
@@ -149,8 +191,8 @@ def write_new(kv: LayerCache, step: Step, k: Tensor, v: Tensor) -> None:
 class MLP(nn.Module):
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
-        self.gate_up_proj = PackedWeight(hidden, {"gate_proj": intermediate, "up_proj": intermediate})
-        self.down_proj = Weight(hidden, intermediate)
+        self.gate_up_proj = PackedWeight(hidden, {"gate_proj": intermediate, "up_proj": intermediate}, parts_apart=2)
+        self.down_proj = Matrix(hidden, intermediate)
         self.register_load_state_dict_pre_hook(_pack_parts)
 
 
@@ -162,7 +204,11 @@ class Router(nn.Module):
         self.per_expert_scale = nn.Parameter(torch.empty(num_experts), requires_grad=False)
 
 
-class Experts(nn.Module):
+class Experts(Quantizable):
+    gate_up_proj: Any
+    down_proj: Any
+    parts_apart = 2
+
     def __init__(self, hidden: int, intermediate: int, num_experts: int) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate, hidden), requires_grad=False)
@@ -224,18 +270,26 @@ class Layer(nn.Module):
         return ops.ple_gate(x, ple, gate, proj, self.post_per_layer_input_norm.weight, *end)
 
 
+def quantize(model: nn.Module, bits: int) -> None:
+    """Projections, experts and tables of the model become quantized ones, one after the other, so that memory never holds
+    more than one of them twice. What stays: norms, scalars, the router, and the small matrices of per-layer embeddings."""
+    for module in model.modules():
+        if isinstance(module, Quantizable):
+            module.quantize(bits)
+
+
 class Text(nn.Module):
     """Embedding, layers, final norm: what transformers' state dict calls `model`."""
 
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Table(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in config.layers())
         self.norm = Weight(config.hidden_size)
         if size := config.hidden_size_per_layer_input:
             width = config.num_hidden_layers * size
-            self.embed_tokens_per_layer = Weight(config.vocab_size_per_layer_input, width)
+            self.embed_tokens_per_layer = Table(config.vocab_size_per_layer_input, width)
             self.per_layer_model_projection = Weight(width, config.hidden_size)
             self.per_layer_projection_norm = Weight(size)
         self._inv_freq: dict[tuple[bool, torch.device, torch.dtype], Tensor] = {}

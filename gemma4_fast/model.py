@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from gemma4_fast import ops
 from gemma4_fast.cache import KVCache
 from gemma4_fast.config import Gemma4Config
-from gemma4_fast.layers import Text, Weight, model_ops
+from gemma4_fast.layers import Table, Text, model_ops, quantize
+from gemma4_fast.quant import WeightLike, parse_quantize
 
 if TYPE_CHECKING:
     from gemma4_fast.generate import Generation, Stream
@@ -37,7 +38,8 @@ class Gemma4(nn.Module):
         ops.parse_backend(backend)
         self.model = Text(config)
         if not config.tie_word_embeddings:
-            self.lm_head = Weight(config.vocab_size, config.hidden_size)
+            self.lm_head = Table(config.vocab_size, config.hidden_size)
+        self.quantization: str | None = None  # see `quantize`
         self.generation_config: dict[str, Any] = {}
         self.path: Path | None = None  # the checkpoint's folder, where the tokenizer lies
         self._tokenizer: Tokenizer | None = None
@@ -50,6 +52,7 @@ class Gemma4(nn.Module):
         device: torch.device | str | None = None,
         backend: str | None = None,
         *,
+        quantize: str | None = None,
         check: bool | str = True,
         load_format: str = "auto",
         seed: int = 0,
@@ -58,6 +61,8 @@ class Gemma4(nn.Module):
         """A model from a checkpoint folder or a hub id ("google/gemma-4-E4B-it"); "tiny" is the one in this package.
 
         dtype: bfloat16, float16, float32 or float64 (None: as the config says). device: None takes the GPU if there is one.
+        quantize: "int8" or "int4" for weights of 8 or 4 bits, see `quantize`; each tensor is quantized as it is read, so that
+        the bf16 weights need not fit into memory.
         check: True compares one layer of each kind with the reference before returning and raises SelfCheckError if it is
         wrong; "full" compares every layer and the whole model; False does neither. load_format "dummy" reads config.json
         only and fills in seeded random weights. Errors: CheckpointError (files), UnsupportedError (backend cannot run
@@ -70,6 +75,7 @@ class Gemma4(nn.Module):
             raise ValueError(f"check must be True, False, 'quick' or 'full', got {check!r}")
         if load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format must be 'auto' or 'dummy', got {load_format!r}")
+        parse_quantize(quantize)
         backends = ops.parse_backend(backend)
         target = parse_device(device)
         path = weights.resolve(path_or_hub_id)
@@ -83,6 +89,8 @@ class Gemma4(nn.Module):
         with torch.device("meta"):
             model = cls(config, backend)
         model.to(chosen)
+        if quantize is not None:
+            model.quantize(quantize)
         if load_format == "dummy":
             model.to_empty(device=target)
             weights.dummy(model, seed)
@@ -102,6 +110,7 @@ class Gemma4(nn.Module):
         dtype: torch.dtype | str = torch.bfloat16,
         device: torch.device | str | None = None,
         backend: str | None = None,
+        quantize: str | None = None,
         seed: int = 0,
     ) -> Gemma4:
         """A model with seeded random weights of the right scale, made on the device: for benchmarks at true shapes."""
@@ -109,13 +118,39 @@ class Gemma4(nn.Module):
 
         with torch.device("meta"):
             model = cls(config, backend)
-        model.to(parse_dtype(dtype)).to_empty(device=parse_device(device))
+        model.to(parse_dtype(dtype))
+        if quantize is not None:
+            model.quantize(quantize)
+        model.to_empty(device=parse_device(device))
         weights.dummy(model, seed)
         return model
 
+    def quantize(self, to: str) -> Gemma4:
+        """Weights of 8 or 4 bits, in place: "int8" has the values of GGUF's Q8_0, "int4" those of Q4_0, with a scale for each
+        32 of a row. Projections and experts; embeddings and the head never below 8 bits; norms, router and the small matrices
+        of per-layer embeddings stay. ValueError for another word, and for a model that is quantized already.
+        """
+        bits = parse_quantize(to)
+        if bits is None:
+            raise ValueError("quantize to what? 'int8' or 'int4'")
+        if self.quantization is not None:
+            raise ValueError(f"this model is quantized to {self.quantization} already")
+        quantize(self, bits)
+        self.quantization = to
+        return self
+
     def save_pretrained(self, path: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
-        """Write a checkpoint that transformers and `from_pretrained` load: config, weights, and the tokenizer if known."""
+        """Write a checkpoint that transformers and `from_pretrained` load: config, weights, and the tokenizer if known.
+
+        UnsupportedError for a quantized model: there is no such file format yet.
+        """
         from gemma4_fast import weights
+        from gemma4_fast.errors import UnsupportedError
+
+        if self.quantization is not None:
+            raise UnsupportedError(
+                f"a model quantized to {self.quantization} cannot be saved; keep the checkpoint it came from"
+            )
 
         weights.save_pretrained(self, path, max_shard_bytes=max_shard_bytes, tokenizer_from=self.path)
 
@@ -128,7 +163,7 @@ class Gemma4(nn.Module):
         return self.model.norm.weight.dtype
 
     @property
-    def head(self) -> Tensor:
+    def head(self) -> WeightLike:
         """[V, H]: the embedding table, or lm_head where they are not tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
@@ -211,6 +246,18 @@ class Gemma4(nn.Module):
         from gemma4_fast.generate import stream
 
         return stream(self, prompt, **options)
+
+
+def meta_model(config: Gemma4Config, dtype: torch.dtype = torch.bfloat16, quantize: str | None = None) -> Gemma4:
+    """The model's tensors as shapes alone."""
+    with torch.device("meta"):
+        model = Gemma4(config).to(dtype)
+    return model if quantize is None else model.quantize(quantize)
+
+
+def weights_size(config: Gemma4Config, dtype: torch.dtype, quantize: str | None = None) -> int:
+    """Bytes of the model's weights."""
+    return sum(t.nbytes for t in meta_model(config, dtype, quantize).state_dict().values())
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:

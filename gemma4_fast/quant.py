@@ -37,8 +37,8 @@ class QuantizedWeight:
 
     bits: 8 or 4. dtype: the floating dtype that the model computes in, and that rows of a table come in.
     data: uint8 [.., P, G * bits, 16, 4], scale: fp16 [.., P, G, 16], for P panels of 16 rows and G groups of 32 columns; rows
-    and columns are filled up with zeros. In 64 bytes lie four consecutive columns of each of 16 rows: the stored value is q + 128, or
-    of four bits q + 8, columns 8 j .. 8 j + 3 in the low halves and the next four in the high ones.
+    and columns are filled up with zeros. In 64 bytes lie four consecutive columns of each of 16 rows: the stored value is
+    q + 128, or of four bits q + 8, columns 8 j .. 8 j + 3 in the low halves and the next four in the high ones.
     parts: a matrix of several projections, gate and up, has rows filled up in each of them.
 
     Indexing and `split` along the first axis give views; `copy_` quantizes into one. It is no Tensor, but has what a model and
@@ -71,11 +71,11 @@ class QuantizedWeight:
             )
         *experts, n, k = shape
         panels, groups = parts * -(-(n // parts) // PANEL), -(-k // GROUP)
-        data = torch.full(
-            (*experts, panels, groups * bits, PANEL, 4), 128 if bits == 8 else 0x88, dtype=torch.uint8, device=device
-        )
-        scale = torch.zeros((*experts, panels, groups, PANEL), dtype=torch.float16, device=device)
-        return cls(bits, data, scale, shape, dtype, parts)
+        data = torch.empty((*experts, panels, groups * bits, PANEL, 4), dtype=torch.uint8, device=device)
+        scale = torch.empty((*experts, panels, groups, PANEL), dtype=torch.float16, device=device)
+        new = cls(bits, data, scale, shape, dtype, parts)
+        new._clear()
+        return new
 
     @classmethod
     def of(cls, weight: Tensor, bits: int, parts: int = 1) -> QuantizedWeight:
@@ -115,7 +115,14 @@ class QuantizedWeight:
         new.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         new.data, scale = fn(self.data), fn(self.scale)
         new.scale = scale if scale.dtype == self.scale.dtype else self.scale.to(scale.device)
+        if self.is_meta and not new.is_meta:
+            new._clear()
         return new
+
+    def _clear(self) -> None:
+        """All zeros: what fills up rows and columns must not be whatever memory held."""
+        self.data.fill_(128 if self.bits == 8 else 0x88)
+        self.scale.zero_()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
         new = copy.copy(self)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gemma4_fast import ops
@@ -24,6 +25,7 @@ from gemma4_fast.config import LayerConfig
 from gemma4_fast.edges import relative_error, window_edges
 from gemma4_fast.layers import model_ops
 from gemma4_fast.ops.moe import moe_crossover
+from gemma4_fast.quant import QuantizedWeight, WeightLike
 from gemma4_fast.reference import model as reference
 from gemma4_fast.reference import ops as reference_ops
 from gemma4_fast.report import Comparison, EndToEnd, Report
@@ -88,8 +90,10 @@ def _tokens(model: Gemma4, given: Sequence[int] | Tensor | None, seed: int) -> T
     return picked.long().to(model.device)
 
 
-def _all_finite(x: Tensor) -> bool:
+def _all_finite(x: WeightLike) -> bool:
     """A sum is finite only if every term is (or, rarely, overflows: then look again). In blocks: PyTorch widens a whole one."""
+    if isinstance(x, QuantizedWeight):
+        return bool(x.scale.isfinite().all())
     blocks = x.reshape(-1).split(1 << 24)
     sums = torch.stack([b.sum(dtype=torch.float32) for b in blocks])
     return bool(sums.isfinite().all()) or all(bool(b.isfinite().all()) for b in blocks)
@@ -386,8 +390,8 @@ class _Check:
             self.report.comparisons.append(row if row.ok else replace(row, op=op))
 
     def _reference_logits(self, hidden: Tensor) -> Tensor:
-        blocks = [hidden @ block.to(hidden.dtype).T for block in self.model.head.split(16384)]
-        return reference.softcap(torch.cat(blocks, -1), self.config)
+        blocks = [b if b.dtype == hidden.dtype else b.to(hidden.dtype) for b in self.model.head.split(16384)]
+        return reference.softcap(torch.cat([F.linear(hidden, block) for block in blocks], -1), self.config)
 
     def _end_to_end(self) -> EndToEnd:
         plan, n = self.plans[0], min(LOGIT_TOKENS, self.ids.shape[0])

@@ -261,7 +261,10 @@ def load(model: nn.Module, path: Path, *, device: torch.device | str, dtype: tor
                 with safe_open(file, framework="pt", device="cpu") as f:  # memory-mapped: get_tensor copies nothing
                     for name in names:
                         source = f.get_tensor(stored[name].key)
-                        targets[name].copy_(source)
+                        try:
+                            targets[name].copy_(source)
+                        except ValueError as e:  # of a quantized weight
+                            raise CheckpointError(f"{file}: {stored[name].key}: {e}") from e
                         advance(source.nbytes)
             except (SafetensorError, OSError) as e:
                 raise CheckpointError(f"{file}: reading the weights failed: {one_line(e)}") from e
@@ -296,7 +299,7 @@ def dummy(model: nn.Module, seed: int = 0) -> None:
             mean, std = _dummy_scale(name, t, per_layer)  # type: ignore[arg-type]
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()  # hash() changes from process to process
             generator = torch.Generator(t.device).manual_seed(int.from_bytes(digest[:7], "little"))
-            for part in t.split(max(1, _CHUNK // max(1, t[0].numel()))):  # rows, so any stride will do
+            for part in t.split(max(1, _CHUNK // max(1, math.prod(t.shape[1:])))):  # rows, so any stride will do
                 noise = torch.empty(part.shape, dtype=torch.float32, device=t.device)
                 if name.endswith("layer_scalar"):
                     part.copy_(noise.uniform_(0.5, 1.0, generator=generator))

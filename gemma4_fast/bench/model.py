@@ -34,14 +34,13 @@ from gemma4_fast.bench.plan import (
     process_of,
     processes,
     room_for,
-    weight_bytes,
 )
 from gemma4_fast.bench.process import Worker
 from gemma4_fast.bench.recorder import fault
 from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.bench.timing import Roofline, Stopwatch, rotated
 from gemma4_fast.errors import UnsupportedError
-from gemma4_fast.model import Gemma4
+from gemma4_fast.model import Gemma4, weights_size
 
 PATIENCE = 30.0  # seconds that all turns of one contender with one workload may take together
 REST = 0.3  # seconds before each turn: OpenMP's threads spin for a while after their work, on the cores of the next
@@ -114,7 +113,7 @@ class ModelBench:
         plan = self.plan
         if plan.path is not None or not set(self._peers()) & set(FROM_FILES):
             return plan.path
-        need = 3 * weight_bytes(plan.config, plan.dtype)  # safetensors, and what a peer converts them to
+        need = 3 * weights_size(plan.config, plan.dtype)  # safetensors, and what a peer converts them to
         free = shutil.disk_usage(self.scratch).free
         if need > free:
             message = f"its files need {terminal.size(need)} of disk, and there are {terminal.size(free)}"
@@ -157,7 +156,7 @@ class ModelBench:
     def _fit_together(self) -> bool:
         plan = self.plan
         free = free_bytes(plan.device)
-        each = weight_bytes(plan.config, plan.dtype, plan.quantize)
+        each = weights_size(plan.config, plan.dtype, plan.quantize)
         return free is None or each <= room_for(len(processes(plan.peers)), free)
 
     # ---- workers

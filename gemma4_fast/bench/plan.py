@@ -13,7 +13,7 @@ from gemma4_fast import ops, terminal
 from gemma4_fast.cache import KVCache
 from gemma4_fast.config import Gemma4Config
 from gemma4_fast.layers import model_ops
-from gemma4_fast.model import Gemma4
+from gemma4_fast.model import meta_model, weights_size
 
 OURS = "gemma4-fast"
 # Peer -> the file that runs it, and the variants that are contenders of their own (for models with experts, and without).
@@ -29,8 +29,6 @@ GGUF = ("llama.cpp", "llama-bench")  # these load a GGUF file
 FROM_FILES = ("vllm", *GGUF)  # and these any file; the others can make dummy weights themselves
 ROUNDS = 5
 _SPARE = 1 << 30  # bytes that a process needs beside its weights
-# Bytes a weight takes: quantized ones with an fp16 scale for each 32 (Q8_0, Q4_0).
-QUANTIZED = {"int8": 34 / 32, "int4": 18 / 32}
 
 
 @dataclass(frozen=True)
@@ -92,15 +90,12 @@ class Plan:
         return found
 
     def _baseline(self) -> tuple[str, ...]:
-        """The torch backend is a contender too where the automatic choice is something else."""
+        """The torch backend is a contender too where the automatic choice is something else, but not over quantized weights:
+        it dequantizes them at each call."""
+        if self.quantize:
+            return ()
         chosen = {ops.decide(name, self.device, self.dtype)[0] for name in model_ops(self.config)}
         return ("torch",) if chosen - {"torch", "composed"} else ()
-
-
-def weight_bytes(config: Gemma4Config, dtype: torch.dtype, quantize: str | None = None) -> int:
-    with torch.device("meta"):
-        count = sum(p.numel() for p in Gemma4(config).parameters())
-    return round(count * (QUANTIZED[quantize] if quantize else dtype.itemsize))
 
 
 def room_for(processes: int, free: int) -> int:
@@ -124,10 +119,10 @@ def fitting(config: Gemma4Config, dtype: torch.dtype, room: int) -> Gemma4Config
     period = next(i + 1 for i, t in enumerate(config.layer_types) if t == "full_attention")
     for layers in sorted({n, n // 2, max(period, n // 5), 2, 1}, reverse=True):
         cut = config if layers == n else config.slice(num_layers=layers, vocab_size=config.vocab_size * layers // n)
-        if weight_bytes(cut, dtype) <= room:
+        if weights_size(cut, dtype) <= room:
             return cut
     raise ValueError(
-        f"not even one layer fits: it takes {terminal.size(weight_bytes(cut, dtype))}, and there is room for "
+        f"not even one layer fits: it takes {terminal.size(weights_size(cut, dtype))}, and there is room for "
         f"{terminal.size(room)} per contender; name fewer --peers, or a smaller --config"
     )
 
@@ -152,27 +147,25 @@ def floor(config: Gemma4Config, dtype: torch.dtype, quantize: str | None, batch:
     Of the experts those that are hit, in expectation over uniform routing; of the cache what this package's layout holds;
     logits of one token a sequence. Sources: facts of the architecture alone, no measurement.
     """
-    with torch.device("meta"):
-        model = Gemma4(config)
     tokens = batch * new
     missed = (1 - config.top_k_experts / config.num_experts) ** tokens if config.enable_moe_block else 0.0
     share = config.top_k_experts / config.num_experts if config.enable_moe_block else 0.0
     read = flops = 0.0
-    for name, p in model.named_parameters():
+    for name, p in meta_model(config, dtype, quantize).state_dict().items():
         if name.endswith("embed_tokens_per_layer.weight"):
-            read += tokens * p.shape[1]
+            read += tokens * p.nbytes / p.shape[0]
         elif name == "lm_head.weight" or (name.endswith("embed_tokens.weight") and config.tie_word_embeddings):
-            read += p.numel()
+            read += p.nbytes
             flops += 2 * batch * p.numel()
         elif name.endswith("embed_tokens.weight"):
-            read += tokens * p.shape[1]
+            read += tokens * p.nbytes / p.shape[0]
         elif ".experts." in name:
-            read += (1 - missed) * p.numel()
+            read += (1 - missed) * p.nbytes
             flops += 2 * tokens * share * p.numel()
         else:
-            read += p.numel()
+            read += p.nbytes
             flops += 2 * tokens * p.numel() if p.dim() > 1 else 0
-    moved = read * (QUANTIZED[quantize] if quantize else dtype.itemsize)
+    moved = read
     cache = KVCache(config, 1, before + new, dtype, device="meta")
     for layer in config.layers():
         seen = sum(min(before + i + 1, layer.window or before + i + 1) for i in range(new))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import torch
@@ -279,11 +278,9 @@ CROSSOVER: dict[str, int] = {
 def moe_crossover(device: torch.device, dtype: torch.dtype) -> int:
     """The largest number of tokens that `moe` hands to moe_decode, for the backend that serves it there.
 
-    `cpu` has one algorithm for both, in moe_decode with one call less. Where it was not measured: 16, from which vLLM saw
-    gathered experts lose to the grouped path (vllm#41379).
+    Where it was not measured: 16, from which vLLM saw gathered experts lose to the grouped path (vllm#41379).
     """
-    serving = MOE_DECODE.first_serving(device, dtype)
-    return sys.maxsize if serving == "cpu" else CROSSOVER.get(f"{device.type} {serving}", 16)
+    return CROSSOVER.get(f"{device.type} {MOE_DECODE.first_serving(device, dtype)}", 16)
 
 
 def grouped_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
@@ -295,7 +292,8 @@ def grouped_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLik
 
 
 def _compose_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
-    if x.shape[0] <= moe_crossover(x.device, x.dtype):
+    # Quantized weights: moe_decode of every backend that takes them is made for any number of tokens.
+    if not isinstance(gate_up, Tensor) or x.shape[0] <= moe_crossover(x.device, x.dtype):
         return MOE_DECODE.select((x, topk_weights, ids, gate_up, down))(x, topk_weights, ids, gate_up, down)
     return grouped_moe(x, topk_weights, ids, gate_up, down)
 

@@ -121,7 +121,8 @@ def head(w: Weights, tensors: Mapping[str, Tensor], config: Gemma4Config, x: Ten
     x = ops.rms_norm(x, w["norm.weight"], config.rms_norm_eps)
     table = tensors["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"].detach()
     blocks = table.split(16384)  # widened block by block, so that fp64 never holds the whole table
-    return softcap(torch.cat([F.linear(x, block.to(x.dtype)) for block in blocks], -1), config)
+    y = torch.cat([F.linear(x, block if block.dtype == x.dtype else block.to(x.dtype)) for block in blocks], -1)
+    return softcap(y, config)
 
 
 def softcap(y: Tensor, config: Gemma4Config) -> Tensor:

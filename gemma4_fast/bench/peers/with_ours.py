@@ -22,11 +22,9 @@ class Unsupported(Exception):
 
 class Peer:
     def load(self, spec: dict[str, Any]) -> dict[str, Any]:
-        if spec["quantize"]:
-            raise Unsupported(f"this package does not take quantize={spec['quantize']} yet")
         if spec["device"] == "cpu":
             torch.set_num_threads(spec["threads"])
-        options: dict[str, Any] = {n: spec[n] for n in ("dtype", "device")}
+        options: dict[str, Any] = {n: spec[n] for n in ("dtype", "device", "quantize")}
         if spec["path"] is not None:
             self.model = Gemma4.from_pretrained(spec["path"], check=False, progress=False, **options)
         else:
