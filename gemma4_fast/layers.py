@@ -105,7 +105,7 @@ def _pack_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
     for name, child in module.named_children():
         if isinstance(child, PackedWeight):
             parts = [f"{prefix}{part}.weight" for part in child.parts]
-            if all(part in state_dict for part in parts):
+            if all(isinstance(state_dict.get(part), Tensor) for part in parts):
                 state_dict[f"{prefix}{name}.weight"] = torch.cat([state_dict.pop(part) for part in parts])
 
 

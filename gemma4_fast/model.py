@@ -148,9 +148,7 @@ class Gemma4(nn.Module):
         from gemma4_fast.errors import UnsupportedError
 
         if self.quantization is not None:
-            raise UnsupportedError(
-                f"a model quantized to {self.quantization} cannot be saved; keep the checkpoint it came from"
-            )
+            raise UnsupportedError(f"a model quantized to {self.quantization} cannot be saved; keep what it was loaded from")
 
         weights.save_pretrained(self, path, max_shard_bytes=max_shard_bytes, tokenizer_from=self.path)
 

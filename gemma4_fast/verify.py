@@ -391,7 +391,7 @@ class _Check:
 
     def _reference_logits(self, hidden: Tensor) -> Tensor:
         blocks = [b if b.dtype == hidden.dtype else b.to(hidden.dtype) for b in self.model.head.split(16384)]
-        return reference.softcap(torch.cat([F.linear(hidden, block) for block in blocks], -1), self.config)
+        return reference.softcap(torch.cat([F.linear(hidden, cast(Tensor, block)) for block in blocks], -1), self.config)
 
     def _end_to_end(self) -> EndToEnd:
         plan, n = self.plans[0], min(LOGIT_TOKENS, self.ids.shape[0])

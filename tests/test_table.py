@@ -16,6 +16,7 @@ import gemma4_fast
 from gemma4_fast import UnsupportedError, explain, native, ops, use_backend
 from gemma4_fast.explain import support_table
 from gemma4_fast.ops import table
+from gemma4_fast.quant import QuantizedWeight
 from gemma4_fast.reference import ops as reference
 
 DESIGN = [

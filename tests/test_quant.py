@@ -1,0 +1,293 @@
+"""Weights of 8 and 4 bits: their values, their edges, models that have them, and what they cost in quality."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from test_native import require_native
+from torch import Tensor
+
+import gemma4_fast
+from gemma4_fast import UnsupportedError, cli, native, ops, use_backend, verify
+from gemma4_fast.errors import CheckpointError
+from gemma4_fast.model import Gemma4, weights_size
+from gemma4_fast.ops.accuracy import Judge
+from gemma4_fast.quant import GROUP, QuantizedWeight, rounded
+from gemma4_fast.weights import save_pretrained, tiny_path
+
+BITS = [8, 4]
+
+
+def by_loops(row: list[float], bits: int) -> list[float]:
+    """GGUF's Q8_0 and Q4_0 of one row, value by value, as the formats define them."""
+    out: list[float] = []
+    for at in range(0, len(row), GROUP):
+        group = row[at : at + GROUP]
+        if bits == 8:
+            d = torch.tensor(max(map(abs, group)), dtype=torch.float32) / 127
+        else:
+            d = torch.tensor(max(group, key=abs), dtype=torch.float32) / -8
+        inverse = 1 / d if d else torch.tensor(0.0)
+        scale = d.half().float()
+        for x in group:
+            y = float(torch.tensor(x) * inverse)
+            if bits == 8:
+                q = math.copysign(math.floor(abs(y) + 0.5), y)
+            else:
+                q = min(15, math.floor(y + 8.5)) - 8
+            out.append(float(scale * q))
+    return out
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_values_are_those_of_gguf(bits: int) -> None:
+    w = torch.randn(5, 96, generator=torch.Generator().manual_seed(bits))
+    w[1, :32] = 0  # a group of zeros
+    w[2, 40] = 300  # an outlier
+    w[3] *= 1e-6  # scales that fp16 holds with few bits
+    found = QuantizedWeight.of(w, bits).dequantize(torch.float32)
+    assert found.tolist() == [by_loops(row, bits) for row in w.tolist()]
+    assert found[1, :32].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("bits, kind", [(8, "Q8_0"), (4, "Q4_0")])
+def test_values_are_those_of_the_gguf_package(bits: int, kind: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    w[7, 3] = 1000
+    blocks = gguf.quants.quantize(w.numpy(), gguf.GGMLQuantizationType[kind])
+    theirs = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind]))
+    assert torch.equal(QuantizedWeight.of(w, bits).dequantize(torch.float32), theirs)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape, parts", [((1, 1), 1), ((31, 33), 1), ((34, 97), 2), ((3, 20, 70), 2), ((2, 16, 32), 1)])
+def test_what_is_stored_is_what_comes_out(bits: int, shape: tuple[int, ...], parts: int) -> None:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    quantized = QuantizedWeight.of(w, bits, parts)
+    whole = quantized.dequantize(torch.float32)
+    flat = w.float().flatten(0, -2)
+    assert whole.flatten(0, -2).tolist() == [by_loops(row, bits) for row in flat.tolist()]
+    assert quantized.dequantize().dtype == torch.bfloat16 and quantized.numel() == w.numel()
+    matrix, rows = (quantized[-1], whole[-1]) if len(shape) == 3 else (quantized, whole)
+    for part, want in zip(matrix.split(7), rows.split(7), strict=True):
+        assert torch.equal(part.dequantize(torch.float32), want)
+    ids = torch.tensor([[shape[-2] - 1, 0]])
+    assert torch.equal(F.embedding(ids, matrix), rows[ids].bfloat16())  # type: ignore[arg-type]
+    assert torch.equal(matrix[0], rows[0].bfloat16())
+    again = copy.deepcopy(quantized)
+    matrix.copy_(torch.zeros_like(rows))
+    assert matrix.dequantize().count_nonzero() == 0 and torch.equal(again.dequantize(torch.float32), whole)
+
+
+def test_a_view_takes_new_values_alone() -> None:
+    quantized = QuantizedWeight.of(torch.ones(40, 64), 4)
+    quantized[5:9].copy_(torch.full((4, 64), 2.0))
+    assert quantized.dequantize()[:, 0].tolist() == [1.0] * 5 + [2.0] * 4 + [1.0] * 31
+
+
+def test_wrong_sources_and_shapes() -> None:
+    for bad in (math.nan, math.inf, 1e8):
+        w = torch.ones(2, 32)
+        w[1, 4] = bad
+        with pytest.raises(ValueError, match="too large for a scale"):
+            QuantizedWeight.of(w, 8)
+    with pytest.raises(ValueError, match=r"shape \[2, 31\] does not fit a weight of shape \[2, 32\]"):
+        QuantizedWeight.empty(8, (2, 32)).copy_(torch.ones(2, 31))
+    for bits, shape, parts in ((3, (2, 2), 1), (8, (2,), 1), (8, (0, 2), 1), (8, (3, 2), 2)):
+        with pytest.raises(ValueError, match=r"8 or 4 bits|cannot be quantized"):
+            QuantizedWeight.empty(bits, shape, parts=parts)
+    with pytest.raises(ValueError, match="one after the other"):
+        QuantizedWeight.empty(8, (4, 2))[::2]
+
+
+def test_the_yardstick_rounds_activations_in_groups() -> None:
+    x = torch.zeros(2, 40)
+    x[0, 0], x[0, 1], x[0, 35], x[1, 3] = 127.0, 0.4, 1e-3, -5.0
+    assert rounded(x)[0, 0] == 127 and rounded(x)[0, 1] == 0 and rounded(x)[0, 35] == x[0, 35]
+    assert torch.allclose(rounded(x)[1], x[1])
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("bits", BITS)
+def test_no_sum_saturates(isa: str, bits: int) -> None:
+    """The largest products that 16-bit sums of pairs can meet, of both signs."""
+    require_native()
+    if isa not in native.isas():
+        pytest.skip(f"this processor has no {isa}")
+    for sign in (1, -1):
+        w = torch.full((17, 64), -127.0 if bits == 8 else -8.0)  # scales of 1: all sums are whole numbers
+        w[::2, ::2] *= sign
+        x = torch.full((3, 64), 127.0 * sign)
+        x[1, 1::2] *= -1
+        quantized = QuantizedWeight.of(w, bits)
+        with use_backend("cpu", isa=isa):
+            assert torch.equal(ops.linear(x, quantized), F.linear(x, quantized.dequantize()))
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("bits", BITS)
+def test_edges_of_tiles_batches_and_faults(isa: str, bits: int) -> None:
+    require_native()
+    if isa not in native.isas():
+        pytest.skip(f"this processor has no {isa}")
+    m = ops.table.Maker(torch.bfloat16)
+    for tokens, n, k in ((1, 1, 1), (9, 15, 31), (65, 17, 33), (17, 1000, 64), (130, 33, 65)):
+        args = dict(x=m.randn(tokens, k), weight=m.quantized(bits, n, k, scale=k**-0.5))
+        with use_backend("cpu", isa=isa):
+            assert (verdict := Judge(ops.TABLE["linear"], args)(ops.linear)).ok, verdict.message
+            whole = ops.linear(**args)
+            for i in {0, tokens // 2, tokens - 1}:  # the same bits alone
+                assert torch.equal(ops.linear(args["x"][i : i + 1], args["weight"]), whole[i : i + 1])
+    x, w = m.randn(3, 64), m.quantized(bits, 20, 64)
+    x[1, 40], x[2, 3] = math.nan, math.inf
+    with use_backend("cpu", isa=isa):
+        out = ops.linear(x, w)
+        assert out[0].isfinite().all() and not out[1:].isfinite().any()
+        assert ops.linear(x[:0], w).shape == (0, 20)
+        h = ops.geglu_mlp(x, m.quantized(bits, 2 * 17, 64, parts=2), m.quantized(bits, 64, 17))
+        assert h[0].isfinite().all() and not h[1:].isfinite().any()
+
+
+def test_what_the_kernels_do_not_take_pytorch_serves() -> None:
+    require_native()
+    m = ops.table.Maker(torch.float32)
+    x, w = m.randn(2, 64), m.quantized(8, 32, 64)
+    mixed: dict[str, Any] = dict(x=x, gate_up=m.quantized(8, 34, 64, parts=2), down=m.quantized(4, 64, 17))
+    for op, args, why in (
+        ("linear", dict(x=x, weight=w[4:]), "no views of some rows"),
+        ("linear", dict(x=x, weight=m.quantized(8, 32, 64, parts=2)), "in 1 parts, got 2"),
+        ("geglu_mlp", mixed, "same number of bits"),
+        ("geglu_mlp", {**mixed, "down": m.randn(64, 17)}, "same number of bits"),
+        ("geglu_mlp", {**mixed, "gate_up": m.quantized(4, 34, 64)}, "in 2 parts, got 1"),
+    ):
+        with use_backend("cpu"), pytest.raises(UnsupportedError, match=why):
+            getattr(ops, op)(**args)
+        getattr(ops, op)(**args)
+    with pytest.raises(ValueError, match=r"weight has shape \[32, 64\], expected \['any', 63\]"):
+        ops.linear(x[:, :63], w)
+    with pytest.raises(ValueError, match=r"weight is for torch.float32, expected torch.bfloat16"):
+        ops.linear(x.bfloat16(), w)
+
+
+# ---- models ----
+def perplexity(model: Gemma4, ids: list[int]) -> float:
+    with torch.inference_mode():
+        logp = model(torch.tensor([ids]))[0, :-1].float().log_softmax(-1)
+    return math.exp(-logp.gather(-1, torch.tensor(ids[1:])[:, None]).mean().item())
+
+
+def rounded_like_gguf(bits: int) -> Gemma4:
+    """The tiny model over weights that went through Q8_0 or Q4_0 and back, in fp32 and plain PyTorch alone."""
+    model = Gemma4.from_pretrained("tiny", "float32", backend="torch", check=False, progress=False)
+    kept = ("norm", "router", "scalar", "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection")
+    for name, t in model.state_dict().items():
+        if t.dim() > 1 and not any(k in name for k in kept):
+            own = 8 if "embed_tokens" in name or "lm_head" in name else bits
+            x = F.pad(t, (0, -t.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+            largest = x.gather(-1, x.abs().argmax(-1, keepdim=True))
+            d = largest.abs() / 127 if own == 8 else largest / -8
+            y = x * torch.where(d == 0, 0.0, 1 / d)
+            q = torch.where(y < 0, -(0.5 - y).floor(), (y + 0.5).floor()) if own == 8 else (y + 8.5).floor().clamp(0, 15) - 8
+            t.copy_((q * d.half().float()).flatten(-2)[..., : t.shape[-1]])
+    return model
+
+
+@pytest.mark.parametrize("quantize, bits", [("int8", 8), ("int4", 4)])
+def test_quality_is_that_of_gguf_rounding(quantize: str, bits: int) -> None:
+    require_native()
+    text = (tiny_path() / "heldout.txt").read_text(encoding="utf-8") if (tiny_path() / "heldout.txt").exists() else TEXT
+    model = Gemma4.from_pretrained("tiny", quantize=quantize, check=False, progress=False)
+    ids = model.tokenizer.encode(text)[:1000]
+    ours, theirs = perplexity(model, ids), perplexity(rounded_like_gguf(bits), ids)
+    plain = perplexity(Gemma4.from_pretrained("tiny", check=False, progress=False), ids)
+    print(f"perplexity over {len(ids)} tokens: bf16 {plain:.3f}, {quantize} {ours:.3f}, GGUF rounding in fp32 {theirs:.3f}")
+    assert ours == pytest.approx(theirs, rel=0.01)
+    assert ours < plain * (1.02 if bits == 8 else 1.3)
+
+
+TEXT = (
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. "
+    "However little known the feelings or views of such a man may be on his first entering a neighbourhood, this truth is so "
+    "well fixed in the minds of the surrounding families, that he is considered the rightful property of some one or other of "
+    "their daughters. My dear Mr. Bennet, said his lady to him one day, have you heard that Netherfield Park is let at last?"
+)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_quantized_model_is_checked_and_the_same_however_it_came_about(quantize: str) -> None:
+    require_native()
+    model = Gemma4.from_pretrained("tiny", quantize=quantize, check="full", progress=False)  # raises if it is wrong
+    later = Gemma4.from_pretrained("tiny", check=False, progress=False).quantize(quantize)
+    ids = torch.tensor([[5, 6, 7, 8] * 5])
+    assert torch.equal(model(ids), later(ids)) and torch.equal(copy.deepcopy(model)(ids), model(ids))
+    size = sum(t.nbytes for t in model.state_dict().values())
+    assert size == weights_size(model.config, torch.bfloat16, quantize) < 0.6 * weights_size(model.config, torch.bfloat16)
+    assert model.quantization == quantize and model.dtype == torch.bfloat16
+    assert model.generate([5, 6, 7], max_new_tokens=4).token_ids
+    wide = model.to(torch.float32)
+    assert verify(wide).ok and wide(ids).dtype == torch.float32
+
+
+def test_the_self_check_sees_a_wrong_quantized_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_native()
+    model = Gemma4.from_pretrained("tiny", quantize="int8", check=False, progress=False)
+    right = ops.TABLE["geglu_mlp"].impls["cpu"].function
+    monkeypatch.setitem(ops.TABLE["geglu_mlp"].impls["cpu"].__dict__, "function", lambda *a: right(*a).roll(1, -1))
+    assert not verify(model).ok
+    monkeypatch.undo()
+    layer = model.model.layer(2).mlp.down_proj
+    layer.weight.scale[0, 0, 0] = math.nan
+    assert verify(model).not_finite == ["model.layers.2.mlp.down_proj.weight"]
+
+
+def test_dummy_weights_are_the_quantized_draws() -> None:
+    config = gemma4_fast.Gemma4Config.from_pretrained(tiny_path())
+    dense, small = (Gemma4.dummy(config, device="cpu", quantize=q) for q in (None, "int8"))
+    got, want = small.state_dict(), dense.state_dict()
+    for name, t in got.items():
+        if isinstance(t, QuantizedWeight):
+            error = (t.dequantize(torch.float32) - want[name].float()).abs().max().item()
+            assert error <= want[name].abs().max().item() / 127
+        else:
+            assert torch.equal(t, want[name])
+
+
+def test_words_and_states_that_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="quantize must be 'int8', 'int4' or None, got 'q4'"):
+        Gemma4.from_pretrained("tiny", quantize="q4")
+    model = Gemma4.from_pretrained("tiny", quantize="int4", check=False, progress=False)
+    with pytest.raises(ValueError, match="quantized to int4 already"):
+        model.quantize("int8")
+    with pytest.raises(UnsupportedError, match="quantized to int4 cannot be saved"):
+        model.save_pretrained(tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.load_state_dict(model.state_dict())
+
+
+def test_a_weight_too_large_for_its_scale_is_named(tmp_path: Path) -> None:
+    model = Gemma4.from_pretrained("tiny", check=False, progress=False)
+    save_pretrained(model, tmp_path)
+    tensors: dict[str, Tensor] = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name][3, 5] = 1e30
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=re.escape(name) + ".*too large"):
+        Gemma4.from_pretrained(tmp_path, quantize="int8", check=False, progress=False)
+
+
+def test_the_command_line_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "It is a truth", "--max-new-tokens", "4", "--quantize", "int4", "--json"]) == 0
+    assert cli.main(["check", "--level", "quick", "--quantize", "int8"]) == 0
+    capsys.readouterr()
+    assert cli.main(["info", "--model", "26b-a4b", "--quantize", "int4"]) == 0
+    assert "memory in int4" in capsys.readouterr().out
