@@ -13,11 +13,12 @@ PACKAGE = Path(gemma4_fast.__file__).parent
 # Each room, and what it may import of this package at its top level.
 LOW = {"errors", "files", "tables", "config", "native"}
 ALLOWED: dict[str, set[str]] = {
+    "quant": set(),
     "reference": {"reference", "config"},
-    "ops": {"ops", "reference", "errors", "native"},
+    "ops": {"ops", "reference", "errors", "native", "quant"},
     "cache": {"config"},
-    "layers": {"ops", "cache", "config"},
-    "model": {"ops", "cache", "config", "layers"},
+    "layers": {"ops", "cache", "config", "quant"},
+    "model": {"ops", "cache", "config", "layers", "quant"},
     "explain": {"ops", "layers", "tables"},
     "sampling": set(),
     "tokenizer": LOW | {"weights"},
@@ -26,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": LOW,
     "edges": {"ops", "cache", "config", "reference"},
     "bench": LOW | {"bench", "ops", "cache", "layers", "model", "terminal", "explain", "weights"},
-    "verify": {"ops", "cache", "config", "layers", "edges", "report", "reference"},
+    "verify": {"ops", "cache", "config", "layers", "edges", "report", "reference", "quant"},
 }
 
 
