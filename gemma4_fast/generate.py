@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from gemma4_fast.cache import KVCache
 from gemma4_fast.errors import CheckpointError
+from gemma4_fast.graph import DecodeGraph
 from gemma4_fast.sampling import Sampling, sample
 
 if TYPE_CHECKING:
-    from gemma4_fast.layers import Step
     from gemma4_fast.model import Gemma4
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]] | Tensor
@@ -137,6 +138,7 @@ class Session:
         self.going = [True] * batch
         start = time.perf_counter()
         cache, hidden = self._prefill(on_prefill)
+        graph = DecodeGraph(self.model, cache)
         tokens, ids = self._choose(hidden, 0)
         self.prefill_seconds = time.perf_counter() - start
         yield tokens
@@ -144,9 +146,9 @@ class Session:
             if not any(self.going):
                 return
             start = time.perf_counter()
+            going = [int(g) for g in self.going]
             with self.model.running():
-                plan = self.model.model.step([int(g) for g in self.going], cache, decode=True)
-                hidden = self._pass(ids, [tokens[0].id], plan, cache)
+                hidden = self._pass(partial(graph.run, ids, going), [tokens[0].id], cache)
             tokens, ids = self._choose(hidden, step)
             self.decode_seconds += time.perf_counter() - start
             yield tokens
@@ -170,19 +172,21 @@ class Session:
                 ids = torch.tensor(flat, device=self.model.device)
                 done = [d + n for d, n in zip(done, new, strict=True)]
                 ends = [n > 0 and d == len(p) for d, n, p in zip(done, new, self.prompts, strict=True)]
-                h = self._pass(ids, flat, self.model.model.step(new, cache), cache, ends)
+                step = self.model.model.step(new, cache)
+                h = self._pass(partial(self.model.model, ids, step, cache, last=ends), flat, cache)
                 hidden = h if hidden is None else torch.where(torch.tensor(ends, device=h.device)[:, None], h, hidden)
                 if on_prefill is not None:
                     on_prefill(sum(done), total)
         assert hidden is not None  # every prompt has at least one token to run
         return cache, hidden
 
-    def _pass(self, ids: Tensor, flat: list[int], step: Step, cache: KVCache, last: list[bool] | None = None) -> Tensor:
-        """One pass of the model. Until it ends a kept prefix has no cache: an interrupt would leave it half-written."""
+    def _pass(self, run: Callable[[], Tensor], flat: list[int], cache: KVCache) -> Tensor:
+        """One pass of the model over the new tokens `flat`. Until it ends a kept prefix has no cache: an interrupt would
+        leave it half-written."""
         if self.prefix is None:
-            return self.model.model(ids, step, cache, last=last)
+            return run()
         self.prefix.cache = None
-        hidden = self.model.model(ids, step, cache, last=last)
+        hidden = run()
         self.prefix.ids.extend(flat)
         self.prefix.cache = cache
         return hidden

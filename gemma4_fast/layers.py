@@ -396,6 +396,14 @@ class Text(nn.Module):
         h = cast(Tensor, h)
         return h if picked else h[self.last_rows(step)]
 
+    def decode(self, x: Tensor, ple: Tensor | None, step: Step, cache: KVCache) -> Tensor:
+        """All layers of a decode step: x [B, H], ple [B, L, P] as `embed` gives them -> final normed hidden states [B, H].
+        The cache is written, and does not count the new tokens yet."""
+        h: Tensor | None = None
+        for index in range(self.config.num_hidden_layers):
+            x, h = self.run_layer(index, x, h, step, cache, None if ple is None else ple[:, index])
+        return cast(Tensor, h)
+
     def run_layer(
         self,
         index: int,

@@ -20,13 +20,14 @@ constexpr int64_t kMaxPairs = kMaxHeadDim / 2;
 // The rotated columns of the keys of a run: [w v]_i cos - [w v]_{i + D/2} sin, ... at angles of distance 0, 1, 2, ...
 template <class T>
 void rotate_keys(const Cache& cache, int keys, const T* const* v, int64_t dim, T* out) {
+  const T* weight = static_cast<const T*>(cache.k_weight);
   const int64_t pairs = cache.pairs, half = dim / 2;
   for (int c = 0; c < keys; ++c) {
     const float *cos = cache.within_cos + c * pairs, *sin = cache.within_sin + c * pairs;
     T* to = out + c * 2 * pairs;
     for_vecs(pairs, [&](int64_t i, int n) GEMMA4_LAMBDA_INLINE {
-      const Vec a = mul(load_some(v[c] + i, n), load_some(cache.k_weight + i, n));
-      const Vec b = mul(load_some(v[c] + half + i, n), load_some(cache.k_weight + half + i, n));
+      const Vec a = mul(load_some(v[c] + i, n), load_some(weight + i, n));
+      const Vec b = mul(load_some(v[c] + half + i, n), load_some(weight + half + i, n));
       const Vec cs = load_some(cos + i, n), sn = load_some(sin + i, n);
       store_some(to + i, sub(mul(a, cs), mul(b, sn)), n);
       store_some(to + pairs + i, fma(a, sn, mul(b, cs)), n);
@@ -66,7 +67,7 @@ void attend_split(const GqaDecode& a, int64_t b, int64_t h, int64_t split, int64
     for (int64_t r = 0; r < rows; ++r) {
       T* to = folded + r * dim;
       for_vecs(dim, [&](int64_t i, int n) GEMMA4_LAMBDA_INLINE {
-        store_some(to + i, mul(load_some(q[r] + i, n), load_some(cache.k_weight + i, n)), n);
+        store_some(to + i, mul(load_some(q[r] + i, n), load_some(static_cast<const T*>(cache.k_weight) + i, n)), n);
       });
       for (int64_t i = 0; i < cache.pairs; ++i) to[i] = to[dim / 2 + i] = from_float<T>(0.0f);
       q_folded[r] = to, q_rotary[r] = turned + r * 2 * cache.pairs;

@@ -17,7 +17,7 @@ void rebuild_keys(const Cache& cache, int keys, const T* const* v, int64_t dim, 
   float wide[kMaxHeadDim], cos[kMaxHeadDim / 2], sin[kMaxHeadDim / 2];
   for (int c = 0; c < keys; ++c) {
     for_vecs(dim, [&](int64_t i, int n) GEMMA4_LAMBDA_INLINE {
-      store_some(wide + i, mul(load_some(v[c] + i, n), load_some(cache.k_weight + i, n)), n);
+      store_some(wide + i, mul(load_some(v[c] + i, n), load_some(static_cast<const T*>(cache.k_weight) + i, n)), n);
     });
     angles_at(cache, position + c, cos, sin);
     rotate_row(wide, cos, sin, dim, cache.pairs);

@@ -130,7 +130,7 @@ struct Cache {
   const void *k, *v;           // [B, S, Hkv, D] or [num_blocks, block_size, Hkv, D]; k is null for a V-only cache
   const int32_t* block_table;  // [B, blocks] or null
   int64_t slots, block_size, blocks;
-  const float* k_weight;       // [D], of a V-only cache
+  const void* k_weight;        // [D] in the cache's dtype, of a V-only cache
   const float *tile_cos, *tile_sin;      // [tiles, pairs]: angles of the tiles' first positions
   const float *within_cos, *within_sin;  // [tile, pairs]: angles of positions inside a tile
   int64_t pairs;

@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "cpu/kernels.h"
+#include "cpu/recording.h"
 
 namespace gemma4_fast {
 
@@ -83,9 +84,11 @@ void check_range(const T* values, int64_t count, int64_t low, int64_t limit, con
 }
 
 void rms_norm(Tensor x, Optional weight, Tensor out, double eps, int64_t isa) {
-  const int64_t hidden = x.size(-1);
-  RmsNorm a{dtype_of(x), at(x), at(weight), at(out), hidden ? x.numel() / hidden : 0, hidden, hidden, (float)eps};
-  table(isa).rms_norm(a);
+  submit([=] {
+    const int64_t hidden = x.size(-1);
+    RmsNorm a{dtype_of(x), at(x), at(weight), at(out), hidden ? x.numel() / hidden : 0, hidden, hidden, (float)eps};
+    table(isa).rms_norm(a);
+  });
 }
 
 NormAddNorm norm_args(const Tensor& x, const Tensor& residual, const Tensor& weight, const Optional& scale, const Optional& next,
@@ -95,7 +98,9 @@ NormAddNorm norm_args(const Tensor& x, const Tensor& residual, const Tensor& wei
 
 void norm_add_norm(Tensor x, Tensor residual, Tensor weight, Optional scale, Optional next_weight, Tensor y, Optional z,
                    double eps, int64_t isa) {
-  table(isa).norm_add_norm(norm_args(x, residual, weight, scale, next_weight, y, z, eps));
+  submit([=] {
+    table(isa).norm_add_norm(norm_args(x, residual, weight, scale, next_weight, y, z, eps));
+  });
 }
 
 // What a weight's scale says, if it has one: data [.., panels, groups * bits, 16, 4], scale [.., panels, groups, 16].
@@ -106,77 +111,95 @@ Quantized quantized(const Tensor& data, const Optional& scale) {
 }
 
 void linear(Tensor x, Tensor weight, Optional scale, Optional rounded, Tensor out, int64_t isa) {
-  const int64_t k = x.size(-1);
-  table(isa).linear({dtype_of(x), at(x), at(weight), at(out), x.numel() / k, out.size(-1), k, quantized(weight, scale), at(rounded)});
+  submit([=] {
+    const int64_t k = x.size(-1);
+    table(isa).linear({dtype_of(x), at(x), at(weight), at(out), x.numel() / k, out.size(-1), k, quantized(weight, scale), at(rounded)});
+  });
 }
 
 void geglu_mlp(Tensor x, Tensor gate_up, Tensor down, Optional gate_up_scale, Optional down_scale, int64_t inter,
                Optional rounded, Tensor h, Tensor out, int64_t isa) {
-  const int64_t hidden = x.size(-1);
-  table(isa).geglu_mlp({dtype_of(x), at(x), at(gate_up), at(down), at(h), at(out), x.numel() / hidden, hidden, inter,
-                        quantized(gate_up, gate_up_scale), quantized(down, down_scale), at(rounded)});
+  submit([=] {
+    const int64_t hidden = x.size(-1);
+    table(isa).geglu_mlp({dtype_of(x), at(x), at(gate_up), at(down), at(h), at(out), x.numel() / hidden, hidden, inter,
+                          quantized(gate_up, gate_up_scale), quantized(down, down_scale), at(rounded)});
+  });
 }
 
 void moe(Tensor x, Tensor topk_weights, Tensor ids, Tensor gate_up, Tensor down, Optional gate_up_scale, Optional down_scale,
          int64_t inter, Optional rounded, Tensor h, Tensor sum, Tensor order, Tensor out, int64_t isa) {
-  const int64_t experts = gate_up.size(0);
-  check_range(at<int32_t>(ids), ids.numel(), 0, experts, "moe: expert ids");
-  table(isa).moe({dtype_of(x), at(x), at(gate_up), at(down), at<float>(topk_weights), at<int32_t>(ids), at(h), at(out),
-                  at<float>(sum), at<int32_t>(order), at<int32_t>(order) + ids.numel(), ids.size(0), ids.size(1), experts, x.size(1),
-                  inter, quantized(gate_up, gate_up_scale), quantized(down, down_scale), at(rounded)});
+  submit([=] {
+    const int64_t experts = gate_up.size(0);
+    check_range(at<int32_t>(ids), ids.numel(), 0, experts, "moe: expert ids");
+    table(isa).moe({dtype_of(x), at(x), at(gate_up), at(down), at<float>(topk_weights), at<int32_t>(ids), at(h), at(out),
+                    at<float>(sum), at<int32_t>(order), at<int32_t>(order) + ids.numel(), ids.size(0), ids.size(1), experts, x.size(1),
+                    inter, quantized(gate_up, gate_up_scale), quantized(down, down_scale), at(rounded)});
+  });
 }
 
 void expert_dispatch(Tensor ids, int64_t block_m, Tensor order, Tensor offsets, Tensor tiles) {
-  const int64_t pairs = ids.numel(), experts = offsets.numel() - 1;
-  const int32_t* id = at<int32_t>(ids);
-  check_range(id, pairs, 0, experts, "expert_dispatch: expert ids");
-  int32_t *to = at<int32_t>(order), *first = at<int32_t>(offsets), *tile = at<int32_t>(tiles);
-  sort_by_expert(id, pairs, experts, to, first);
-  int32_t* const end = tile + tiles.numel();
-  for (int32_t e = 0; e < experts; ++e)
-    for (int64_t row = first[e]; row < first[e + 1]; row += block_m) *tile++ = e, *tile++ = static_cast<int32_t>(row);
-  while (tile < end) *tile++ = -1;
+  submit([=] {
+    const int64_t pairs = ids.numel(), experts = offsets.numel() - 1;
+    const int32_t* id = at<int32_t>(ids);
+    check_range(id, pairs, 0, experts, "expert_dispatch: expert ids");
+    int32_t *to = at<int32_t>(order), *first = at<int32_t>(offsets), *tile = at<int32_t>(tiles);
+    sort_by_expert(id, pairs, experts, to, first);
+    int32_t* const end = tile + tiles.numel();
+    for (int32_t e = 0; e < experts; ++e)
+      for (int64_t row = first[e]; row < first[e + 1]; row += block_m) *tile++ = e, *tile++ = static_cast<int32_t>(row);
+    while (tile < end) *tile++ = -1;
+  });
 }
 
 void grouped_gemm(Tensor x, Tensor weight, Tensor order, Tensor offsets, int64_t top_k, int64_t epilogue, Optional topk_weights,
                   Optional sum, Tensor out, int64_t isa) {
-  const int64_t rows = order.numel(), experts = weight.size(0);
-  check_range(at<int32_t>(order), rows, 0, rows, "grouped_gemm: order");
-  const int32_t* o = at<int32_t>(offsets);
-  for (int64_t e = 0; e < experts; ++e) STD_TORCH_CHECK(o[e] <= o[e + 1], "grouped_gemm: offsets must not fall");
-  STD_TORCH_CHECK(o[0] == 0 && o[experts] == rows, "grouped_gemm: offsets must go from 0 to ", rows);
-  table(isa).grouped_gemm({dtype_of(x), at(x), at(weight), at<int32_t>(order), o, at<float>(topk_weights), at(out),
-                           at<float>(sum), rows, top_k, experts, weight.size(1), weight.size(2), (int)epilogue});
+  submit([=] {
+    const int64_t rows = order.numel(), experts = weight.size(0);
+    check_range(at<int32_t>(order), rows, 0, rows, "grouped_gemm: order");
+    const int32_t* o = at<int32_t>(offsets);
+    for (int64_t e = 0; e < experts; ++e) STD_TORCH_CHECK(o[e] <= o[e + 1], "grouped_gemm: offsets must not fall");
+    STD_TORCH_CHECK(o[0] == 0 && o[experts] == rows, "grouped_gemm: offsets must go from 0 to ", rows);
+    table(isa).grouped_gemm({dtype_of(x), at(x), at(weight), at<int32_t>(order), o, at<float>(topk_weights), at(out),
+                             at<float>(sum), rows, top_k, experts, weight.size(1), weight.size(2), (int)epilogue});
+  });
 }
 
 void route_topk(Tensor x, Tensor scale, Tensor proj, Tensor per_expert_scale, Tensor weights, Tensor ids, Tensor normed,
                 Tensor logits, double eps, int64_t isa) {
-  table(isa).route_topk({dtype_of(x), at(x), at(scale), at(proj), at(per_expert_scale), at<float>(weights), at<int32_t>(ids),
-                         at<float>(normed), at<float>(logits), x.size(0), x.size(1), proj.size(0), ids.size(1), (float)eps});
+  submit([=] {
+    table(isa).route_topk({dtype_of(x), at(x), at(scale), at(proj), at(per_expert_scale), at<float>(weights), at<int32_t>(ids),
+                           at<float>(normed), at<float>(logits), x.size(0), x.size(1), proj.size(0), ids.size(1), (float)eps});
+  });
 }
 
 void ple_gate(Tensor x, Tensor ple, Tensor gate, Tensor proj, Tensor weight, Optional scale, Optional next_weight, Tensor g,
               Tensor h, Tensor y, Optional z, double eps, int64_t isa) {
-  table(isa).ple_gate({dtype_of(x), at(x), at(ple), at(gate), at(proj), at(g), at(h),
-                       norm_args(h, x, weight, scale, next_weight, y, z, eps), x.size(0), x.size(1), gate.size(0),
-                       ple.stride(0)});
+  submit([=] {
+    table(isa).ple_gate({dtype_of(x), at(x), at(ple), at(gate), at(proj), at(g), at(h),
+                         norm_args(h, x, weight, scale, next_weight, y, z, eps), x.size(0), x.size(1), gate.size(0),
+                         ple.stride(0)});
+  });
 }
 
 // out [T, vocab], or for the argmax best [T] and scratch best_of, best_id [T, tasks].
 void logits(Tensor x, Tensor weight, Optional scale, Optional rounded, int64_t vocab, Optional out, Optional best,
             Optional best_of, Optional best_id, double softcap, int64_t isa) {
-  const int64_t tasks = best_of ? best_of->size(1) : vocab < 2048 ? (vocab + 255) / 256 : vocab / 256;
-  table(isa).logits({dtype_of(x), at(x), at(weight), at(out), at<int64_t>(best), at<float>(best_of), at<int64_t>(best_id),
-                     x.size(0), vocab, x.size(1), tasks, (float)softcap, quantized(weight, scale), at(rounded)});
+  submit([=] {
+    const int64_t tasks = best_of ? best_of->size(1) : vocab < 2048 ? (vocab + 255) / 256 : vocab / 256;
+    table(isa).logits({dtype_of(x), at(x), at(weight), at(out), at<int64_t>(best), at<float>(best_of), at<int64_t>(best_id),
+                       x.size(0), vocab, x.size(1), tasks, (float)softcap, quantized(weight, scale), at(rounded)});
+  });
 }
 
 void qkv_norm_rope(Tensor qkv, Tensor q_weight, Optional k_weight, Tensor cos, Tensor sin, int64_t q_heads, int64_t kv_heads,
                    Tensor q, Optional k, Optional v, Optional slots, double eps, int64_t isa) {
-  const int64_t dim = q_weight.size(0), heads = qkv.size(1) / dim, tokens = qkv.size(0);
-  if (slots) check_range(at<int64_t>(slots), tokens, 0, v->numel() / (kv_heads * dim), "qkv_norm_rope: slots");
-  table(isa).qkv_norm_rope({dtype_of(qkv), at(qkv), at(q_weight), at(k_weight), at<float>(cos), at<float>(sin), at(q), at(k),
-                            at(v), at<int64_t>(slots), tokens, q_heads, kv_heads, dim, cos.size(1), qkv.size(1),
-                            kv_heads ? (heads - q_heads) / kv_heads : 1, (float)eps});
+  submit([=] {
+    const int64_t dim = q_weight.size(0), heads = qkv.size(1) / dim, tokens = qkv.size(0);
+    if (slots) check_range(at<int64_t>(slots), tokens, 0, v->numel() / (kv_heads * dim), "qkv_norm_rope: slots");
+    table(isa).qkv_norm_rope({dtype_of(qkv), at(qkv), at(q_weight), at(k_weight), at<float>(cos), at<float>(sin), at(q), at(k),
+                              at(v), at<int64_t>(slots), tokens, q_heads, kv_heads, dim, cos.size(1), qkv.size(1),
+                              kv_heads ? (heads - q_heads) / kv_heads : 1, (float)eps});
+  });
 }
 
 struct CacheTensors {
@@ -189,7 +212,7 @@ Cache cache_of(const CacheTensors& c, const int32_t* lens, int64_t sequences) {
   a.k = at(c.k), a.v = at(c.v), a.block_table = at<int32_t>(c.block_table);
   a.block_size = c.v->size(1), a.blocks = c.block_table ? c.block_table->size(1) : 1;
   a.slots = a.block_size * a.blocks;
-  a.k_weight = at<float>(c.k_weight);
+  a.k_weight = at(c.k_weight);
   a.tile_cos = at<float>(c.tile_cos), a.tile_sin = at<float>(c.tile_sin);
   a.within_cos = at<float>(c.within_cos), a.within_sin = at<float>(c.within_sin);
   a.pairs = c.within_cos ? c.within_cos->size(1) : 0;
@@ -206,29 +229,50 @@ Cache cache_of(const CacheTensors& c, const int32_t* lens, int64_t sequences) {
 void gqa_decode(Tensor q, Optional k_cache, Tensor v_cache, Tensor kv_lens, Optional block_table, Optional k_weight,
                 Optional tile_cos, Optional tile_sin, Optional within_cos, Optional within_sin, Tensor partial, Tensor out,
                 int64_t window, int64_t splits, double scale, int64_t isa) {
-  const int32_t* lens = at<int32_t>(kv_lens);
-  const int64_t batch = q.size(0), heads = q.size(1), kv_heads = v_cache.size(2), dim = q.size(2);
-  const Cache cache =
-      cache_of({k_cache, v_cache, block_table, k_weight, tile_cos, tile_sin, within_cos, within_sin}, lens, batch);
-  for (int64_t b = 0; b < batch; ++b)
-    STD_TORCH_CHECK(std::min<int64_t>(lens[b], cache.slots) <= splits * kDecodeSplit, "gqa_decode: too few splits");
-  STD_TORCH_CHECK(partial.numel() >= batch * heads * splits * (dim + 2), "gqa_decode: scratch is too small");
-  table(isa).gqa_decode({dtype_of(q), at(q), cache, lens, at(out), at<float>(partial), batch, heads, kv_heads, dim, window,
-                         splits, (float)scale});
+  submit([=] {
+    const int32_t* lens = at<int32_t>(kv_lens);
+    const int64_t batch = q.size(0), heads = q.size(1), kv_heads = v_cache.size(2), dim = q.size(2);
+    const Cache cache =
+        cache_of({k_cache, v_cache, block_table, k_weight, tile_cos, tile_sin, within_cos, within_sin}, lens, batch);
+    for (int64_t b = 0; b < batch; ++b)
+      STD_TORCH_CHECK(std::min<int64_t>(lens[b], cache.slots) <= splits * kDecodeSplit, "gqa_decode: too few splits");
+    STD_TORCH_CHECK(partial.numel() >= batch * heads * splits * (dim + 2), "gqa_decode: scratch is too small");
+    table(isa).gqa_decode({dtype_of(q), at(q), cache, lens, at(out), at<float>(partial), batch, heads, kv_heads, dim, window,
+                           splits, (float)scale});
+  });
 }
 
 void gqa_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Optional k_cache, Optional v_cache, Optional prefix_lens,
                  Optional block_table, Optional image_ids, Optional k_weight, Optional tile_cos, Optional tile_sin,
                  Optional within_cos, Optional within_sin, Tensor out, int64_t window, double scale, int64_t isa) {
-  const int64_t batch = cu_seqlens.numel() - 1;
-  const int32_t *cu = at<int32_t>(cu_seqlens), *prefix = at<int32_t>(prefix_lens);
-  for (int64_t b = 0; b < batch; ++b) STD_TORCH_CHECK(cu[b] <= cu[b + 1], "gqa_prefill: cu_seqlens must not fall");
-  STD_TORCH_CHECK(cu[0] == 0 && cu[batch] == q.size(0), "gqa_prefill: cu_seqlens must go from 0 to ", q.size(0));
-  const Cache cache =
-      cache_of({k_cache, v_cache, block_table, k_weight, tile_cos, tile_sin, within_cos, within_sin}, prefix, batch);
-  table(isa).gqa_prefill({dtype_of(q), at(q), at(k), at(v), cu, cache, prefix, at<int32_t>(image_ids), at(out), batch, q.size(1),
-                          k.size(1), q.size(2), window, (float)scale});
+  submit([=] {
+    const int64_t batch = cu_seqlens.numel() - 1;
+    const int32_t *cu = at<int32_t>(cu_seqlens), *prefix = at<int32_t>(prefix_lens);
+    for (int64_t b = 0; b < batch; ++b) STD_TORCH_CHECK(cu[b] <= cu[b + 1], "gqa_prefill: cu_seqlens must not fall");
+    STD_TORCH_CHECK(cu[0] == 0 && cu[batch] == q.size(0), "gqa_prefill: cu_seqlens must go from 0 to ", q.size(0));
+    const Cache cache =
+        cache_of({k_cache, v_cache, block_table, k_weight, tile_cos, tile_sin, within_cos, within_sin}, prefix, batch);
+    table(isa).gqa_prefill({dtype_of(q), at(q), at(k), at(v), cu, cache, prefix, at<int32_t>(image_ids), at(out), batch, q.size(1),
+                            k.size(1), q.size(2), window, (float)scale});
+  });
 }
+
+// ---- recordings: see recording.h ---------------------------------------------------------------------------------------
+
+void record_start() {
+  STD_TORCH_CHECK(!recording_now, "this thread records already");
+  recording_now = std::make_unique<Recording>();
+}
+int64_t record_stop() {
+  STD_TORCH_CHECK(recording_now, "this thread does not record");
+  return recordings().keep(std::move(recording_now));
+}
+void replay(int64_t number) {
+  const auto recording = recordings().find(number);
+  STD_TORCH_CHECK(recording, "no such recording: ", number);
+  for (const auto& work : *recording) work();
+}
+void release(int64_t number) { recordings().drop(number); }
 
 STABLE_TORCH_LIBRARY(gemma4_fast_cpu, m) {
   m.def("rms_norm(Tensor x, Tensor? weight, Tensor(a!) out, float eps, int isa) -> ()");
@@ -257,6 +301,17 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cpu, m) {
   m.def("gqa_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? k_cache, Tensor? v_cache, Tensor? prefix_lens, "
         "Tensor? block_table, Tensor? image_ids, Tensor? k_weight, Tensor? tile_cos, Tensor? tile_sin, Tensor? within_cos, "
         "Tensor? within_sin, Tensor(a!) out, int window, float scale, int isa) -> ()");
+  m.def("record_start() -> ()");
+  m.def("record_stop() -> int");
+  m.def("replay(int recording) -> ()");
+  m.def("release(int recording) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cpu, CompositeExplicitAutograd, m) {  // no tensor tells where they run
+  m.impl("record_start", TORCH_BOX(&record_start));
+  m.impl("record_stop", TORCH_BOX(&record_stop));
+  m.impl("replay", TORCH_BOX(&replay));
+  m.impl("release", TORCH_BOX(&release));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cpu, CPU, m) {

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gemma4_fast.ops.attention import GQA_DECODE, GQA_PREFILL
+from gemma4_fast.ops.cpu_backend import decode_limit
 from gemma4_fast.ops.linear import GEGLU_MLP, LINEAR, LOGITS
 from gemma4_fast.ops.moe import EXPERT_DISPATCH, GROUPED_GEMM, MOE, MOE_DECODE, ROUTE_TOPK
 from gemma4_fast.ops.norms import NORM_ADD_NORM, PLE_GATE, QKV_NORM_ROPE, RMS_NORM
@@ -24,16 +25,19 @@ from gemma4_fast.ops.table import (
     decide,
     default_backend,
     parse_backend,
+    recordable,
     register,
     require,
+    selection,
     use_backend,
 )
 from gemma4_fast.quant import WeightLike
 
 __all__ = [
-    "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "bound", "decide", "default_backend", "expert_dispatch",
+    "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "bound", "decide", "decode_limit", "default_backend", "expert_dispatch",
     "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear", "logits", "moe", "moe_decode", "norm_add_norm",
-    "parse_backend", "ple_gate", "qkv_norm_rope", "register", "require", "rms_norm", "route_topk", "use_backend",
+    "parse_backend", "ple_gate", "qkv_norm_rope", "recordable", "register", "require", "rms_norm", "route_topk", "selection",
+    "use_backend",
 ]  # fmt: skip
 
 

@@ -147,7 +147,7 @@ def _rebuild(v_only: bool, positions: int, inv_freq: Tensor | None, k_weight: Te
     """k_weight and angles, what the keys of a V-only cache are rebuilt from; Nones for a cache that has its keys."""
     if not v_only:
         return (None,) * 5
-    return _fp32(cast(Tensor, k_weight)), *_angles(cast(Tensor, inv_freq), positions)
+    return _whole(cast(Tensor, k_weight)), *_angles(cast(Tensor, inv_freq), positions)
 
 
 def _lengths(op: str, lens: Tensor) -> tuple[Tensor, int]:
@@ -156,6 +156,11 @@ def _lengths(op: str, lens: Tensor) -> tuple[Tensor, int]:
     longest = max(values, default=0)
     checks.require(op, longest < 2**31 and min(values, default=0) >= 0, f"lengths must lie in [0, 2**31), got {values}")
     return _whole(lens.int()), longest
+
+
+def decode_limit(longest: int) -> int:
+    """The length that a decode step of this one is made ready for, so that a recorded step serves until it is reached."""
+    return max(1024, 1 << (longest - 1).bit_length())
 
 
 def gqa_decode(
@@ -172,6 +177,7 @@ def gqa_decode(
     q = _whole(q)
     slots = v_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     lens, longest = _lengths("gqa_decode", kv_lens)
+    longest = decode_limit(longest)
     splits = max(1, -(-min(slots, longest) // SPLIT))
     out = torch.empty_like(q)
     partial = q.new_empty(q.shape[0] * q.shape[1] * splits * (q.shape[2] + 2), dtype=torch.float32)

@@ -31,6 +31,7 @@ log = logging.getLogger("gemma4_fast")
 
 AUTO_ORDER = ("cuda", "triton", "cpu", "torch")
 BACKENDS = (*AUTO_ORDER, "reference")
+RECORDABLE = "gemma4_fast.ops.cpu_backend:"
 HALF_AND_UP = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -264,6 +265,11 @@ def _parse_isa(isa: str | None) -> str:
     return isa
 
 
+def selection() -> object:
+    """The selection in force: equal ones choose the same backends."""
+    return _SELECTION.get()
+
+
 @contextmanager
 def use_backend(
     backend: str | Iterable[str] | None, *, ops: Iterable[str] | None = None, isa: str | None = None
@@ -319,6 +325,12 @@ def require(device: torch.device, dtype: torch.dtype, ops: Iterable[str]) -> Non
     if faults:
         lines = "; ".join(f"{why} ({', '.join(names)})" for why, names in faults.items())
         raise UnsupportedError(f"cannot run on {device} in {str(dtype).removeprefix('torch.')}: {lines}")
+
+
+def recordable(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the selection in force gives this op a kernel whose calls `graph.py` can record and replay."""
+    backend, _ = decide(name, device, dtype)
+    return backend == "composed" or (backend == "cpu" and TABLE[name].impls[backend].path.startswith(RECORDABLE))
 
 
 def decide(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:

@@ -1,0 +1,112 @@
+"""The decode step, recorded once and run again: what a CUDA graph is on a GPU, for the CPU kernels.
+
+A step of one token for each sequence is the same calls with the same shapes every time. Op by op, Python, checks and
+allocations cost some tens of microseconds a call; a replay costs less than one. Layers alone are recorded; embedding and
+the choice of the next token are run as always.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gemma4_fast import ops
+from gemma4_fast.cache import KVCache
+from gemma4_fast.layers import Step, model_ops
+
+if TYPE_CHECKING:
+    from gemma4_fast.model import Gemma4
+
+
+class DecodeGraph:
+    """The decode steps of one model with one cache. `run` gives the same bits as running op by op, which it does for as
+    long as there is nothing to replay: the first step under a selection of backends, and all of them where an op is not
+    served by a kernel that can be recorded.
+
+    The model's parameters must stay the tensors they are; their values may change.
+    """
+
+    def __init__(self, model: Gemma4, cache: KVCache) -> None:
+        self.text, self.cache = model.model, cache
+        self._key: Any = None  # what the steps so far have in common
+        self._recording: _Recording | None = None
+
+    def run(self, ids: Tensor, new_lens: list[int]) -> Tensor:
+        """ids [B] int64, new_lens [B] (0: idle) -> final normed hidden states [B, H], valid until the next call; the
+        cache counts the new tokens. As `Text.forward` with a decode step."""
+        step = self.text.step(new_lens, self.cache, decode=True)
+        x, ple = self.text.embed(ids)
+        key = ops.selection(), ops.decode_limit(max(self.cache.host_lens) + 1)
+        if key == self._key and self._recording is not None:
+            h = self._recording.replay(_inputs(x, ple, step))
+        elif key == self._key and self._recordable(x):
+            h = self._record(x, ple, step)
+        else:  # builds what is kept between steps, such as tables of angles, so that the next step need not
+            self._key, self._recording = key, None
+            h = self.text.decode(x, ple, step, self.cache)
+        self.cache.advance(new_lens)
+        return h
+
+    def _recordable(self, x: Tensor) -> bool:
+        names = model_ops(self.text.config)
+        return x.device.type == "cpu" and all(ops.recordable(name, x.device, x.dtype) for name in names)
+
+    def _record(self, x: Tensor, ple: Tensor | None, step: Step) -> Tensor:
+        record = torch.ops.gemma4_fast_cpu
+        watch = _Watch()
+        record.record_start()
+        try:
+            with watch:
+                h = self.text.decode(x, ple, step, self.cache)
+        finally:
+            number = record.record_stop()
+        made = _Recording(number, _inputs(x, ple, step), h)
+        if not watch.unknown:
+            self._recording = made
+        else:
+            self._key = None
+        return h
+
+
+class _Recording:
+    """A recording in C++, released with this object, and the tensors that it reads and writes."""
+
+    def __init__(self, number: int, inputs: list[Tensor], output: Tensor) -> None:
+        self.number, self.inputs, self.output = number, inputs, output
+        weakref.finalize(self, torch.ops.gemma4_fast_cpu.release, number)
+
+    def replay(self, inputs: list[Tensor]) -> Tensor:
+        torch._foreach_copy_(self.inputs, inputs)
+        torch.ops.gemma4_fast_cpu.replay(self.number)
+        return self.output
+
+
+def _inputs(x: Tensor, ple: Tensor | None, step: Step) -> list[Tensor]:
+    """Everything that differs from one decode step to the next."""
+    assert step.kv_lens is not None
+    angles = [part for pair in step.angles.values() for part in pair]
+    return [x, *([] if ple is None else [ple]), step.kv_lens, *angles, *step.rows.values()]
+
+
+class _Watch(TorchDispatchMode):
+    """Notes what computes a tensor and is no kernel of ours: a replay would not do it again."""
+
+    ALLOCATIONS = frozenset(("empty", "empty_like", "new_empty"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unknown: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.namespace != "gemma4_fast_cpu" and name not in self.ALLOCATIONS:
+            views = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+            made = [o for o in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(o, Tensor)]
+            if func._schema.is_mutable or any(o.untyped_storage().data_ptr() not in views for o in made):
+                self.unknown.add(f"{func.namespace}::{name}")
+        return out

@@ -1,0 +1,175 @@
+"""The recorded decode step: the same bits as running op by op, and nothing recorded that a replay would not repeat."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from family import MEMBERS
+from test_native import require_native
+from torch import Tensor
+
+from gemma4_fast import Gemma4, Gemma4Config, ops, use_backend
+from gemma4_fast.graph import DecodeGraph
+from gemma4_fast.ops import cpu_backend
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> None:
+    require_native()
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Numbers of the recordings that were replayed, call by call."""
+    from gemma4_fast import graph
+
+    seen: list[int] = []
+    replay = graph._Recording.replay
+
+    def noted(self: Any, inputs: list[Tensor]) -> Tensor:
+        seen.append(self.number)
+        return replay(self, inputs)
+
+    monkeypatch.setattr(graph._Recording, "replay", noted)
+    yield seen
+
+
+def model_of(member: str, dtype: torch.dtype = torch.float32, quantize: str | None = None) -> Gemma4:
+    return Gemma4.dummy(Gemma4Config.from_dict({"model_type": "gemma4_text", **MEMBERS[member]}), dtype=dtype, device="cpu", quantize=quantize)
+
+
+def eager(model: Gemma4, cache: Any, ids: Tensor, going: list[int]) -> Tensor:
+    step = model.model.step(going, cache, decode=True)
+    return model.model(ids, step, cache)
+
+
+def compare(model: Gemma4, batch: int, steps: int, start: int = 3) -> None:
+    """The same tokens through a graph and op by op, some rows idle at times: hidden states and caches alike, bit for bit."""
+    caches = [model.new_cache(batch, 64) for _ in range(2)]
+    generator = torch.Generator().manual_seed(7)
+    draw = lambda *shape: torch.randint(model.config.vocab_size, shape, generator=generator)  # noqa: E731
+    with model.running():
+        prompt = draw(batch * start)
+        for cache in caches:
+            model.model(prompt, model.model.step([start] * batch, cache), cache)
+        graph = DecodeGraph(model, caches[0])
+        for n in range(steps):
+            going = [int(b == 0 or n % 3 != b) for b in range(batch)]
+            ids = draw(batch)
+            h, wanted = graph.run(ids, going), eager(model, caches[1], ids, going)
+            rows = [b for b in range(batch) if going[b]]
+            assert torch.equal(h[rows], wanted[rows]), f"step {n}"
+    assert caches[0].host_lens == caches[1].host_lens and torch.equal(caches[0].lens, caches[1].lens)
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_as_op_by_op(member: str, dtype: torch.dtype, replays: list[int]) -> None:
+    compare(model_of(member, dtype), batch=3, steps=14)  # rings of the window go round
+    assert len(replays) == 12 and len(set(replays)) == 1
+
+
+def test_many_rows_take_the_grouped_path(replays: list[int]) -> None:
+    compare(model_of("26b-a4b"), batch=40, steps=6)
+    assert len(replays) == 4
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantized_weights(quantize: str, replays: list[int]) -> None:
+    compare(model_of("26b-a4b", torch.bfloat16, quantize), batch=2, steps=6)
+    assert len(replays) == 4
+
+
+def test_recorded_anew_when_a_cache_outgrows_what_it_was_made_ready_for(
+    monkeypatch: pytest.MonkeyPatch, replays: list[int]
+) -> None:
+    limit = lambda longest: -(-longest // 16) * 16  # noqa: E731
+    monkeypatch.setattr(cpu_backend, "decode_limit", limit)
+    monkeypatch.setattr(ops, "decode_limit", limit)
+    monkeypatch.setattr(cpu_backend, "SPLIT", 256)
+    compare(model_of("12b"), batch=1, steps=40)
+    assert len(set(replays)) == 3 and len(replays) == 40 - 2 * 3
+
+
+def test_another_selection_of_backends_is_obeyed_at_once(replays: list[int]) -> None:
+    model = model_of("e4b")
+    cache = model.new_cache(1, 64)
+    graph = DecodeGraph(model, cache)
+    with torch.inference_mode():
+        for _ in range(3):
+            graph.run(torch.tensor([5]), [1])
+        assert len(replays) == 1
+        with use_backend("cpu", isa="plain"):
+            graph.run(torch.tensor([5]), [1])
+        with use_backend("torch"):
+            for _ in range(4):
+                graph.run(torch.tensor([5]), [1])
+    assert len(replays) == 1
+
+
+def test_new_values_of_the_weights_are_seen() -> None:
+    model = model_of("26b-a4b", torch.bfloat16)
+    first, second = model.new_cache(1, 64), model.new_cache(1, 64)
+    graph = DecodeGraph(model, first)
+    ids = torch.tensor([9])
+    with model.running():
+        for _ in range(3):
+            graph.run(ids, [1]), eager(model, second, ids, [1])
+        with torch.no_grad():
+            for weight in model.state_dict().values():
+                weight.mul_(1.25)
+        changed = eager(model, second, ids, [1])
+        assert torch.equal(graph.run(ids, [1]), changed)
+
+
+def doubled(x: Tensor, weight: Tensor) -> Tensor:
+    """A kernel that also computes in PyTorch, which a recording would not repeat."""
+    return cpu_backend.linear(x, weight) * 2
+
+
+def test_what_computes_elsewhere_is_not_recorded(monkeypatch: pytest.MonkeyPatch, replays: list[int]) -> None:
+    real = ops.TABLE["linear"].impls["cpu"]
+    monkeypatch.setitem(ops.TABLE["linear"].impls, "cpu", ops.Impl("test_graph:doubled", real.dtypes))
+    compare(model_of("12b"), batch=1, steps=5)
+    assert replays == []
+    # One that calls itself a kernel of this package is found out while it is recorded.
+    monkeypatch.setattr(cpu_backend, "doubled", doubled, raising=False)
+    monkeypatch.setitem(ops.TABLE["linear"].impls, "cpu", ops.Impl("gemma4_fast.ops.cpu_backend:doubled", real.dtypes))
+    compare(model_of("12b"), batch=1, steps=5)
+    assert replays == []
+
+
+def test_a_recording_ends_with_its_graph() -> None:
+    model = model_of("12b")
+    graph = DecodeGraph(model, model.new_cache(1, 64))
+    with model.running():
+        for _ in range(2):
+            graph.run(torch.tensor([5]), [1])
+    assert graph._recording is not None
+    number = graph._recording.number
+    torch.ops.gemma4_fast_cpu.replay(number)
+    del graph
+    gc.collect()
+    with pytest.raises(RuntimeError, match="no such recording"):
+        torch.ops.gemma4_fast_cpu.replay(number)
+
+
+def test_a_step_that_fails_leaves_nothing_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("12b")
+    graph = DecodeGraph(model, model.new_cache(1, 64))
+
+    def broken(*_: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    with model.running():
+        graph.run(torch.tensor([5]), [1])
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(model.model, "decode", broken)
+            graph.run(torch.tensor([5]), [1])
+        graph.run(torch.tensor([5]), [1])
+    with pytest.raises(RuntimeError, match="does not record"):
+        torch.ops.gemma4_fast_cpu.record_stop()
