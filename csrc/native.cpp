@@ -1,11 +1,16 @@
-// gemma4_fast._native: what this processor can do, and how this file was compiled.
+// gemma4_fast._native: what this processor can do, how this file was compiled, and huge pages.
 //
 // Compiled with plain C++17 flags, so that it loads on every machine of the architecture.
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <string>
 #include <thread>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)  // GCC and Clang
 #define GEMMA4_FAST_X86 1
@@ -187,12 +192,24 @@ py::dict build_info() {
   return d;
 }
 
+// Asks the system to back memory that nobody has touched yet by huge pages, where whole ones fit. False: it does not.
+bool use_huge_pages(uintptr_t address, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;  // of x86-64, and of ARM with 4 KB pages; where they are larger, no harm
+  const uintptr_t first = (address + kHuge - 1) / kHuge * kHuge, last = (address + bytes) / kHuge * kHuge;
+  return first < last && madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) == 0;
+#else
+  return (void)address, (void)bytes, false;
+#endif
+}
+
 }  // namespace
 
 // No state that threads share, hence no need for the GIL on free-threaded builds of Python.
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
-  m.doc() = "What this processor can do, and how this module was compiled.";
+  m.doc() = "What this processor can do, how this module was compiled, and huge pages.";
   m.def("cpu_features", &cpu_features, "Instruction sets that the processor has and the operating system supports.");
   m.def("hardware_threads", [] { return std::thread::hardware_concurrency(); }, "Number of hardware threads; 0 if unknown.");
+  m.def("use_huge_pages", &use_huge_pages, py::arg("address"), py::arg("bytes"), "Asks for huge pages behind untouched memory.");
   m.def("build_info", &build_info, "Compiler, standard, architecture and flags of this build.");
 }

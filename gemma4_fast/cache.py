@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemma4_fast import native
 from gemma4_fast.config import Gemma4Config, LayerConfig
 
 TILE = 64  # kernels read a cache in tiles of this many slots
@@ -47,9 +48,14 @@ def allocate(layer: LayerConfig, batch_size: int, max_len: int, dtype: torch.dty
     slots = min(max_len, layer.window or max_len)
     slots = -(-slots // TILE) * TILE
     shape = (batch_size, slots, layer.num_kv_heads, layer.head_dim)
-    # Zeros, not empty: a masked slot still takes part as 0 * value, and 0 * NaN is NaN.
-    v = torch.zeros(shape, dtype=dtype, device=device)
-    return LayerCache(None if layer.k_eq_v else torch.zeros(shape, dtype=dtype, device=device), v)
+    return LayerCache(None if layer.k_eq_v else _zeros(shape, dtype, device), _zeros(shape, dtype, device))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros, not empty: a masked slot still takes part as 0 * value, and 0 * NaN is NaN."""
+    new = torch.empty(shape, dtype=dtype, device=device)
+    native.use_huge_pages(new)
+    return new.zero_()
 
 
 class KVCache:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gemma4_fast import ops
+from gemma4_fast import native, ops
 from gemma4_fast.cache import KVCache
 from gemma4_fast.config import Gemma4Config
 from gemma4_fast.layers import Table, Text, model_ops, quantize
@@ -124,6 +124,13 @@ class Gemma4(nn.Module):
         model.to_empty(device=parse_device(device))
         weights.dummy(model, seed)
         return model
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Gemma4:
+        """As nn.Module.to_empty, with huge pages where the system has them."""
+        super().to_empty(device=device, recurse=recurse)
+        for parameter in self.parameters():  # quantized weights see to it themselves, before they clear their memory
+            native.use_huge_pages(parameter)
+        return self
 
     def quantize(self, to: str) -> Gemma4:
         """Weights of 8 or 4 bits, in place: "int8" has the values of GGUF's Q8_0, "int4" those of Q4_0, with a scale for each

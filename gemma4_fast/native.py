@@ -11,6 +11,10 @@ import sysconfig
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NAME = "gemma4_fast._native"
 
@@ -60,6 +64,17 @@ def build_info() -> dict[str, str | bool] | None:
     """How the extension was built: `compiler`, `compiler_version`, `cxx_standard`, `arch`, `flags`, `debug`."""
     module, _ = _load()
     return None if module is None else module.build_info()
+
+
+def use_huge_pages(tensor: Tensor) -> None:
+    """Asks for huge pages behind a new CPU tensor, which nothing has written to yet; does nothing where there are none.
+
+    Weights and caches are streams of hundreds of megabytes: with pages of 4 KB each costs the processor a walk through its
+    page tables, and its prefetcher a stop.
+    """
+    module, _ = _load()
+    if module is not None and tensor.device.type == "cpu" and tensor.nbytes:
+        module.use_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
 # Instruction sets that the CPU kernels are compiled for, slowest first, in the order of `kTables` in csrc/cpu/torch_ops.cpp,

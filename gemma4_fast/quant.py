@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma4_fast import native
+
 GROUP = 32  # values that share a scale
 PANEL = 16  # rows that are stored interleaved
 BITS = {"int8": 8, "int4": 4}
@@ -120,7 +122,9 @@ class QuantizedWeight:
         return new
 
     def _clear(self) -> None:
-        """All zeros: what fills up rows and columns must not be whatever memory held."""
+        """All zeros: what fills up rows and columns must not be whatever memory held. The first touch of new memory."""
+        native.use_huge_pages(self.data)
+        native.use_huge_pages(self.scale)
         self.data.fill_(128 if self.bits == 8 else 0x88)
         self.scale.zero_()
 
