@@ -66,7 +66,10 @@ class Prefix:
 
 
 class Session:
-    """A batch of prompts on their way. Arguments are checked, and nothing has run, when the constructor returns."""
+    """A batch of prompts on their way. Arguments are checked, and nothing has run, when the constructor returns.
+
+    record: False runs every decode step op by op, so that each op's call can be seen.
+    """
 
     def __init__(
         self,
@@ -80,8 +83,9 @@ class Session:
         logprobs: int | None = None,
         prefill_chunk: int = 2048,
         prefix: Prefix | None = None,
+        record: bool = True,
     ) -> None:
-        self.model, self.prompts = model, prompts
+        self.model, self.prompts, self.record = model, prompts, record
         self.sampling = sampling or Sampling()
         self.logprobs, self.prefill_chunk, self.prefix = logprobs, prefill_chunk, prefix
         config = model.config
@@ -138,7 +142,7 @@ class Session:
         self.going = [True] * batch
         start = time.perf_counter()
         cache, hidden = self._prefill(on_prefill)
-        graph = DecodeGraph(self.model, cache)
+        graph = DecodeGraph(self.model, cache, record=self.record)
         tokens, ids = self._choose(hidden, 0)
         self.prefill_seconds = time.perf_counter() - start
         yield tokens

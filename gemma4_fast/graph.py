@@ -30,8 +30,8 @@ class DecodeGraph:
     The model's parameters must stay the tensors they are; their values may change.
     """
 
-    def __init__(self, model: Gemma4, cache: KVCache) -> None:
-        self.text, self.cache = model.model, cache
+    def __init__(self, model: Gemma4, cache: KVCache, *, record: bool = True) -> None:
+        self.text, self.cache, self.record = model.model, cache, record
         self._key: Any = None  # what the steps so far have in common
         self._recording: _Recording | None = None
 
@@ -53,7 +53,7 @@ class DecodeGraph:
 
     def _recordable(self, x: Tensor) -> bool:
         names = model_ops(self.text.config)
-        return x.device.type == "cpu" and all(ops.recordable(name, x.device, x.dtype) for name in names)
+        return self.record and x.device.type == "cpu" and all(ops.recordable(name, x.device, x.dtype) for name in names)
 
     def _record(self, x: Tensor, ple: Tensor | None, step: Step) -> Tensor:
         record = torch.ops.gemma4_fast_cpu

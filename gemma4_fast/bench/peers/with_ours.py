@@ -11,6 +11,7 @@ import torch
 from gemma4_fast import Gemma4, Gemma4Config, __version__, verify
 from gemma4_fast.cache import KVCache
 from gemma4_fast.generate import Session
+from gemma4_fast.graph import DecodeGraph
 from gemma4_fast.ops.table import Op
 
 Timed = tuple[list[float], list[list[int]]]
@@ -29,7 +30,7 @@ class Peer:
             self.model = Gemma4.from_pretrained(spec["path"], check=False, progress=False, **options)
         else:
             self.model = Gemma4.dummy(Gemma4Config.from_dict(spec["config"]), seed=spec["seed"], **options)
-        self._kept: tuple[list[list[int]], KVCache] | None = None
+        self._kept: tuple[list[list[int]], KVCache, DecodeGraph] | None = None
         return {"version": __version__}
 
     def check(self, variant: str) -> tuple[bool, str]:
@@ -65,16 +66,15 @@ class Peer:
                 for t in (layer.k, layer.v):
                     if t is not None:
                         t.normal_()
-            self._kept = ids, cache
-        cache = self._kept[1]
+            self._kept = ids, cache, DecodeGraph(model, cache)
+        _, cache, graph = self._kept
         cache.host_lens = [length] * batch
         cache.lens.fill_(length)
         last = torch.tensor([row[-1] for row in ids], device=model.device)
         out, times = [], [time.perf_counter()]
         for _ in range(new):
             with model.running():
-                step = model.model.step([1] * batch, cache, decode=True)
-                hidden = model.model(last, step, cache)
+                hidden = graph.run(last, [1] * batch)
                 last = model.logits(hidden, argmax=True)
                 tokens, finite = torch.stack((last, hidden.isfinite().all(-1).long())).tolist()  # as generate does
             if not all(finite):
@@ -90,10 +90,10 @@ class Peer:
         return list(zip(tokens.tolist(), values.tolist(), strict=True))
 
     def step(self, variant: str, ids: list[list[int]], new: int) -> tuple[list[float], dict[str, list[float]]]:
-        """Seconds of each decode step after this prompt; and in as many further steps of the ops, by name, each one waited
-        for. What is left of those steps is "between ops"."""
+        """Seconds of each decode step after this prompt; and in as many further steps, run op by op, of the ops by name, each
+        one waited for. What is left of those steps is "between ops"."""
         _, steps, _ = self.prompt(variant, ids, new + 1)
-        session = Session(self.model, ids, max_new_tokens=new + 1, stop_token_ids=())
+        session = Session(self.model, ids, max_new_tokens=new + 1, stop_token_ids=(), record=False)
         run = session.run()
         next(run)
         parts: dict[str, list[float]] = {}
