@@ -29,7 +29,8 @@ template <class T>
 GEMMA4_INLINE void score_tile(int64_t rows, int keys, int64_t size, const T* const* q, const T* const* k, float* scores,
                               bool more) {
   product<T>(
-      rows, keys, size, kTileN, 0, [&](int64_t i) { return q[i]; }, [&](int64_t j) { return k[j]; },
+      rows, keys, size, kTileN, [&](int64_t i) { return q[i]; }, [&](int64_t j) { return k[j]; },
+      [](int64_t, int) { return Ahead<T>{{nullptr, 0}, {nullptr, 0}}; },
       [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
         for (int r = 0; r < mm; ++r)
           for (int c = 0; c < nn; ++c) {

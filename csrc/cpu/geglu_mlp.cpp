@@ -17,14 +17,15 @@ void geglu_mlp_of(const GegluMlp& a) {
   Phase first((a.inter + columns - 1) / columns, [=](int64_t task) {
     const int64_t c = task * columns;
     geglu_product<T>(
-        a.tokens, c, min_of(columns, a.inter - c), a.hidden, gate, up, [&](int64_t i) { return x + i * a.hidden; },
+        a.tokens, c, min_of(columns, a.inter - c), a.hidden, gate, up, gate + (c + columns) * a.hidden,
+        up + (c + columns) * a.hidden, [&](int64_t i) { return x + i * a.hidden; },
         [&](int64_t i) { return h + i * a.inter; });
   });
   Phase second((a.hidden + rows - 1) / rows, [=](int64_t task) {
     const int64_t n = task * rows;
+    const T* own = down + n * a.inter;
     product<T>(
-        a.tokens, min_of(rows, a.hidden - n), a.inter, kTileN, kTileN * a.inter, [&](int64_t i) { return h + i * a.inter; },
-        [&](int64_t j) { return down + (n + j) * a.inter; },
+        a.tokens, min_of(rows, a.hidden - n), a.inter, [&](int64_t i) { return h + i * a.inter; }, own, own + rows * a.inter,
         [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
           for (int r = 0; r < mm; ++r) store_some(out + (i + r) * a.hidden + n + j, load_some(y + r * nn, nn), nn);
         });
@@ -46,12 +47,14 @@ void quantized_mlp_of(const GegluMlp& a) {
   Phase round(a.tokens, [=](int64_t t) { round_row(x + t * a.hidden, a.hidden, offset_of(Bits), rounded + t * groups); });
   Phase first((h_groups + columns - 1) / columns, [=](int64_t task) {
     geglu_panels<Bits>(
-        a.tokens, task * columns, min_of((task + 1) * columns, h_groups), inter_panels, gate, up, offset_of(Bits),
+        a.tokens, task * columns, min_of((task + 1) * columns, h_groups), inter_panels, gate, up,
+        gate.from(2 * (task + 1) * columns).data, up.from(2 * (task + 1) * columns).data, offset_of(Bits),
         [&](int64_t i) { return rounded + i * groups; }, [&](int64_t i) { return h + i * h_groups; });
   });
   Phase second((out_panels + rows - 1) / rows, [=](int64_t task) {
     panel_product<Bits>(
-        a.tokens, min_of(rows, out_panels - task * rows), down.from(task * rows), [&](int64_t i) { return h + i * h_groups; },
+        a.tokens, min_of(rows, out_panels - task * rows), down.from(task * rows), down.from((task + 1) * rows).data,
+        [&](int64_t i) { return h + i * h_groups; },
         [&](int64_t i, int mm, int64_t p, const float* y) {
           const int64_t n = (task * rows + p) * kPanel;
           for (int r = 0; r < mm; ++r) store_panel_row(out + (i + r) * a.hidden + n, y + r * kPanel, a.hidden - n);
@@ -69,9 +72,9 @@ void ple_gate_of(const PleGate& a) {
   const int64_t rows = rows_per_task(a.tokens, a.hidden, a.size * sizeof(T), kTileN);
   Phase first((a.size + columns - 1) / columns, [=](int64_t task) {
     const int64_t n = task * columns;
+    const T* own = gate + n * a.hidden;
     product<T>(
-        a.tokens, min_of(columns, a.size - n), a.hidden, kTileN, kTileN * a.hidden, [&](int64_t i) { return x + i * a.hidden; },
-        [&](int64_t j) { return gate + (n + j) * a.hidden; },
+        a.tokens, min_of(columns, a.size - n), a.hidden, [&](int64_t i) { return x + i * a.hidden; }, own, own + columns * a.hidden,
         [&](int64_t i, int mm, int64_t j, int nn, float* y) {
           for (int r = 0; r < mm; ++r) {
             const Vec up = load_some(ple + (i + r) * a.ple_stride + n + j, nn);
@@ -81,9 +84,9 @@ void ple_gate_of(const PleGate& a) {
   });
   Phase second((a.hidden + rows - 1) / rows, [=](int64_t task) {
     const int64_t n = task * rows;
+    const T* own = proj + n * a.size;
     product<T>(
-        a.tokens, min_of(rows, a.hidden - n), a.size, kTileN, kTileN * a.size, [&](int64_t i) { return g + i * a.size; },
-        [&](int64_t j) { return proj + (n + j) * a.size; },
+        a.tokens, min_of(rows, a.hidden - n), a.size, [&](int64_t i) { return g + i * a.size; }, own, own + rows * a.size,
         [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
           for (int r = 0; r < mm; ++r) store_some(h + (i + r) * a.hidden + n + j, load_some(y + r * nn, nn), nn);
         });

@@ -13,9 +13,9 @@ void linear_of(const Linear& a) {
   const int64_t rows = rows_per_task(a.tokens, a.n, a.k * sizeof(T), kTileN);
   parallel((a.n + rows - 1) / rows, a.tokens * a.n * a.k, [=](int64_t task) {
     const int64_t first = task * rows;
+    const T* own = w + first * a.k;
     product<T>(
-        a.tokens, min_of(rows, a.n - first), a.k, kTileN, kTileN * a.k, [&](int64_t i) { return x + i * a.k; },
-        [&](int64_t j) { return w + (first + j) * a.k; },
+        a.tokens, min_of(rows, a.n - first), a.k, [&](int64_t i) { return x + i * a.k; }, own, own + rows * a.k,
         [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
           for (int r = 0; r < mm; ++r) store_some(out + (i + r) * a.n + first + j, load_some(y + r * nn, nn), nn);
         });
@@ -34,7 +34,7 @@ void quantized_linear_of(const Linear& a) {
   Phase multiply((panels + per_task - 1) / per_task, [=](int64_t task) {
     const int64_t first = task * per_task;
     panel_product<Bits>(
-        a.tokens, min_of(per_task, panels - first), w.from(first), [&](int64_t i) { return rounded + i * groups; },
+        a.tokens, min_of(per_task, panels - first), w.from(first), w.from(first + per_task).data, [&](int64_t i) { return rounded + i * groups; },
         [&](int64_t i, int mm, int64_t p, const float* y) {
           const int64_t n = (first + p) * kPanel;
           for (int r = 0; r < mm; ++r) store_panel_row(out + (i + r) * a.n + n, y + r * kPanel, a.n - n);
@@ -92,8 +92,7 @@ void logits_of(const Logits& a) {
   const T *x = static_cast<const T*>(a.x), *w = static_cast<const T*>(a.weight);
   logits_tasks(a, 1, [=](int64_t task, int64_t first, int64_t last) {
     product<T>(
-        a.tokens, last - first, a.hidden, kTileN, kTileN * a.hidden, [&](int64_t i) { return x + i * a.hidden; },
-        [&](int64_t j) { return w + (first + j) * a.hidden; },
+        a.tokens, last - first, a.hidden, [&](int64_t i) { return x + i * a.hidden; }, w + first * a.hidden, w + last * a.hidden,
         [&](int64_t i, int mm, int64_t j, int nn, float* y) { take_logits<T>(a, task, i, mm, first + j, nn, nn, y); });
   });
 }
@@ -108,7 +107,8 @@ void quantized_logits_of(const Logits& a) {
            [=](int64_t t) { round_row(x + t * a.hidden, a.hidden, offset_of(Bits), rounded + t * groups); });
   logits_tasks(a, kPanel, [=](int64_t task, int64_t first, int64_t last) {
     panel_product<Bits>(
-        a.tokens, (last - first + kPanel - 1) / kPanel, w.from(first / kPanel), [&](int64_t i) { return rounded + i * groups; },
+        a.tokens, (last - first + kPanel - 1) / kPanel, w.from(first / kPanel), w.from(last / kPanel).data,
+        [&](int64_t i) { return rounded + i * groups; },
         [&](int64_t i, int mm, int64_t p, float* y) {
           const int64_t id = first + p * kPanel;
           take_logits<T>(a, task, i, mm, id, static_cast<int>(min_of<int64_t>(kPanel, last - id)), kPanel, y);

@@ -27,15 +27,25 @@ int64_t nth_active(const Sorted& s, int64_t n) {
     if (s.offsets[e + 1] > s.offsets[e] && n-- == 0) return e;
 }
 
+// The expert after e that has rows, or the first one that has.
+int64_t next_active(const Sorted& s, int64_t e, int64_t experts) {
+  for (int64_t next = e + 1; next < experts; ++next)
+    if (s.offsets[next + 1] > s.offsets[next]) return next;
+  return nth_active(s, 0);
+}
+
 // Columns of the first product: task -> (expert that has rows, first column).
 template <class T>
 GEMMA4_INLINE void first_half(const Sorted& s, int64_t task, int64_t chunks, int64_t columns, const T* x, const T* gate_up,
-                              T* h, int64_t hidden, int64_t inter, int64_t top_k) {
+                              T* h, int64_t hidden, int64_t inter, int64_t top_k, int64_t experts) {
   const int64_t e = nth_active(s, task / chunks), c = task % chunks * columns;
   const int64_t begin = s.offsets[e], rows = s.offsets[e + 1] - begin;
   const T* gate = gate_up + e * 2 * inter * hidden;
+  const bool last = c + columns >= inter;  // what is read next belongs to the next expert
+  const int64_t next = last ? next_active(s, e, experts) : e;
+  const T* after = gate_up + next * 2 * inter * hidden + (last ? 0 : c + columns) * hidden;
   geglu_product<T>(
-      rows, c, min_of(columns, inter - c), hidden, gate, gate + inter * hidden,
+      rows, c, min_of(columns, inter - c), hidden, gate, gate + inter * hidden, after, after + inter * hidden,
       [&](int64_t i) { return x + static_cast<uint32_t>(s.order[begin + i]) / static_cast<uint32_t>(top_k) * hidden; }, [&](int64_t i) { return h + (begin + i) * inter; });
 }
 
@@ -63,9 +73,10 @@ GEMMA4_INLINE void second_half(const Sorted& s, int64_t n, int64_t columns, cons
     const int64_t begin = s.offsets[e], rows = s.offsets[e + 1] - begin;
     if (rows == 0) continue;
     const T* w = down + (e * hidden + n) * inter;
+    const int64_t next = next_active(s, e, experts);  // after the last one the first, for the next task
     product<T>(
-        rows, columns, inter, kTileN, kTileN * inter, [&](int64_t i) { return h + (begin + i) * inter; },
-        [&](int64_t j) { return w + j * inter; },
+        rows, columns, inter, [&](int64_t i) { return h + (begin + i) * inter; }, w,
+        down + (next * hidden + n + (next <= e ? columns : 0)) * inter,
         [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
           for (int r = 0; r < mm; ++r) {
             const uint32_t pair = static_cast<uint32_t>(s.order[begin + i + r]);
@@ -89,7 +100,7 @@ void moe_of(const Moe& a) {
   const int64_t chunks = (a.inter + columns - 1) / columns;
   const int64_t rows = rows_per_task(per_expert, a.hidden, a.inter * sizeof(T), kTileN);
   Phase first(active * chunks, [=](int64_t task) {
-    first_half(s, task, chunks, columns, x, gate_up, h, a.hidden, a.inter, a.top_k);
+    first_half(s, task, chunks, columns, x, gate_up, h, a.hidden, a.inter, a.top_k, a.experts);
   });
   Phase second((a.hidden + rows - 1) / rows, [=](int64_t task) {
     second_half(s, task * rows, rows, h, down, a.topk_weights, a.sum, out, a.tokens, a.hidden, a.inter, a.experts, a.top_k);
@@ -117,8 +128,12 @@ void quantized_moe_of(const Moe& a) {
     const int64_t e = nth_active(s, task / chunks), c = task % chunks * columns;
     const int64_t begin = s.offsets[e];
     const Panels<Bits> gate = gate_up.from(2 * e * inter_panels);
+    const bool last = c + columns >= h_groups;
+    const int64_t next = last ? next_active(s, e, a.experts) : e;
+    const Panels<Bits> after = gate_up.from(2 * next * inter_panels + (last ? 0 : 2 * (c + columns)));
     geglu_panels<Bits>(
-        s.offsets[e + 1] - begin, c, min_of(c + columns, h_groups), inter_panels, gate, gate.from(inter_panels), offset_of(Bits),
+        s.offsets[e + 1] - begin, c, min_of(c + columns, h_groups), inter_panels, gate, gate.from(inter_panels), after.data,
+        after.from(inter_panels).data, offset_of(Bits),
         [&](int64_t i) { return rounded + static_cast<uint32_t>(s.order[begin + i]) / static_cast<uint32_t>(a.top_k) * groups; },
         [&](int64_t i) { return h + (begin + i) * h_groups; });
   });
@@ -127,8 +142,11 @@ void quantized_moe_of(const Moe& a) {
     zero_sums(a.sum, a.tokens, a.hidden, n, columns);
     for (int64_t e = 0; e < a.experts; ++e) {
       const int64_t begin = s.offsets[e];
+      if (s.offsets[e + 1] == begin) continue;
+      const int64_t next = next_active(s, e, a.experts);  // after the last one the first, for the next task
+      const Panels<Bits> after = down.from(next * out_panels + (next > e ? task : task + 1) * rows);
       panel_product<Bits>(
-          s.offsets[e + 1] - begin, min_of(rows, out_panels - task * rows), down.from(e * out_panels + task * rows),
+          s.offsets[e + 1] - begin, min_of(rows, out_panels - task * rows), down.from(e * out_panels + task * rows), after.data,
           [&](int64_t i) { return h + (begin + i) * h_groups; },
           [&](int64_t i, int mm, int64_t p, const float* y) {
             for (int r = 0; r < mm; ++r) {
@@ -162,14 +180,15 @@ void grouped_gemm_of(const GroupedGemm& a) {
     const int64_t inter = a.n / 2, columns = rows_per_task(per_expert, inter, 2 * a.k * sizeof(T), kTileN / 2);
     const int64_t chunks = (inter + columns - 1) / columns;
     parallel(active * chunks, work,
-             [=](int64_t task) { first_half(s, task, chunks, columns, x, w, out, a.k, inter, a.top_k); });
+             [=](int64_t task) { first_half(s, task, chunks, columns, x, w, out, a.k, inter, a.top_k, a.experts); });
   } else {
     const int64_t rows = rows_per_task(per_expert, a.n, a.k * sizeof(T), kTileN), chunks = (a.n + rows - 1) / rows;
     parallel(active * chunks, work, [=](int64_t task) {
       const int64_t e = nth_active(s, task / chunks), n = task % chunks * rows, begin = s.offsets[e];
+      const T* own = w + (e * a.n + n) * a.k;
       product<T>(
-          s.offsets[e + 1] - begin, min_of(rows, a.n - n), a.k, kTileN, kTileN * a.k, [&](int64_t i) { return x + (begin + i) * a.k; },
-          [&](int64_t j) { return w + (e * a.n + n + j) * a.k; },
+          s.offsets[e + 1] - begin, min_of(rows, a.n - n), a.k, [&](int64_t i) { return x + (begin + i) * a.k; }, own,
+          own + rows * a.k,
           [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
             for (int r = 0; r < mm; ++r)
               store_some(out + (begin + i + r) * a.n + n + j, load_some(y + r * nn, nn), nn);

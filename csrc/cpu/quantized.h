@@ -225,8 +225,9 @@ GEMMA4_INLINE Panels<Bits> panels_of(const void* data, const Quantized& q, int64
 constexpr int64_t kRoundedBlock = 64;  // rows of x that stay in L2 while a task's panels pass by
 
 // Rows x_row(0 .. m) times `panels` panels of w. emit(i, mm, p, y): rows i .. i + mm of x, panel p, y[mm * 16].
+// after: the panel that a task reads next.
 template <int Bits, class XRow, class Emit>
-GEMMA4_INLINE void panel_product(int64_t m, int64_t panels, const Panels<Bits>& w, XRow x_row, Emit emit) {
+GEMMA4_INLINE void panel_product(int64_t m, int64_t panels, const Panels<Bits>& w, const uint8_t* after, XRow x_row, Emit emit) {
   const Rounded* x[kTokens];
   float y[kTokens * kPanel];
   for (int64_t block = 0; block < m; block += kRoundedBlock) {
@@ -237,7 +238,8 @@ GEMMA4_INLINE void panel_product(int64_t m, int64_t panels, const Panels<Bits>& 
         const int64_t i = block + rows * t / tiles;
         const int mm = static_cast<int>(block + rows * (t + 1) / tiles - i);
         for (int r = 0; r < mm; ++r) x[r] = x_row(i + r);
-        const uint8_t* next = block == 0 && t == 0 ? own.data + own.bytes() : nullptr;
+        const uint8_t* next = p + 1 < panels ? own.data + own.bytes() : after;
+        if (block > 0 || t > 0) next = nullptr;
         panel_tile_of<Bits>(mm, x, own.data, own.scale, w.groups, next, y);
         emit(i, mm, p, y);
       }
@@ -246,9 +248,11 @@ GEMMA4_INLINE void panel_product(int64_t m, int64_t panels, const Panels<Bits>& 
 }
 
 // The GeGLU of columns [32 first, 32 last) of gate and up, rounded again: group g of row i of h is h_row(i)[g].
+// after_gate, after_up: the panels that a task reads next.
 template <int Bits, class XRow, class HRow>
 GEMMA4_INLINE void geglu_panels(int64_t m, int64_t first, int64_t last, int64_t panels, const Panels<Bits>& gate,
-                                const Panels<Bits>& up, int down_offset, XRow x_row, HRow h_row) {
+                                const Panels<Bits>& up, const uint8_t* after_gate, const uint8_t* after_up, int down_offset,
+                                XRow x_row, HRow h_row) {
   const Rounded* x[kTokens];
   float g[kTokens * kPanel], u[kTokens * kPanel], h[kTokens][kGroup];
   for (int64_t block = 0; block < m; block += kRoundedBlock) {
@@ -267,8 +271,9 @@ GEMMA4_INLINE void geglu_panels(int64_t m, int64_t first, int64_t last, int64_t 
             break;
           }
           const Panels<Bits> a = gate.from(p), b = up.from(p);
-          panel_tile_of<Bits>(mm, x, a.data, a.scale, a.groups, ask ? a.data + a.bytes() : nullptr, g);
-          panel_tile_of<Bits>(mm, x, b.data, b.scale, b.groups, ask ? b.data + b.bytes() : nullptr, u);
+          const bool more = p + 1 < min_of(2 * last, panels);
+          panel_tile_of<Bits>(mm, x, a.data, a.scale, a.groups, !ask ? nullptr : more ? a.data + a.bytes() : after_gate, g);
+          panel_tile_of<Bits>(mm, x, b.data, b.scale, b.groups, !ask ? nullptr : more ? b.data + b.bytes() : after_up, u);
           for (int r = 0; r < mm; ++r)
             for (int c = 0; c < kPanel; c += kWidth)
               store(h[r] + half * kPanel + c, mul(gelu_tanh(load(g + r * kPanel + c)), load(u + r * kPanel + c)));

@@ -47,7 +47,8 @@ GEMMA4_INLINE bf16 from_float<bf16>(float x) {  // to the nearest, ties to even;
   return bf16{static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
-GEMMA4_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into L2
+GEMMA4_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }       // into L2
+GEMMA4_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }  // into L1
 
 template <class T>
 GEMMA4_INLINE T min_of(T a, T b) {
