@@ -63,14 +63,36 @@ void round_row(const T* x, int64_t k, int offset, Rounded* to) {
 
 constexpr int offset_of(int bits) { return bits == 8 ? 128 : 8; }
 constexpr int64_t group_bytes(int bits) { return kGroup * kPanel * bits / 8; }
+constexpr int64_t kStreamAhead = 8192;  // bytes that a stream of panels is asked for before it is read
 
-// y[r] [16] = the products of rows x[r] [groups] and of one panel. next: a panel to ask for meanwhile, or null.
+// What a tile asks of memory while it multiplies, group by group.
+struct Asked {
+  const uint8_t* next;   // null: nothing
+  int64_t turn;          // from this group on
+  const uint8_t* after;  // from here
+  bool near;             // into L1: it is read soon. Else into L2
+};
+
+template <int Bits>
+GEMMA4_INLINE void ask(Asked& asked, int64_t group, const uint16_t* scale) {
+  if (!asked.next) return;
+  if (group == asked.turn) asked.next = asked.after;
+  if (asked.near) {
+    for (int64_t byte = 0; byte < group_bytes(Bits); byte += 64) prefetch_near(asked.next + byte);
+    prefetch_near(scale + kStreamAhead / group_bytes(Bits) * kPanel);
+  } else {
+    for (int64_t byte = 0; byte < group_bytes(Bits); byte += 64) prefetch(asked.next + byte);
+  }
+  asked.next += group_bytes(Bits);
+}
+
+// y[r] [16] = the products of rows x[r] [groups] and of one panel.
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 constexpr int kTokens = 8;  // rows of x that one tile takes: 8 registers of weights, 8 of sums
 
 template <int Bits, int M>
 __attribute__((noinline)) void panel_tile(const Rounded* const* x, const uint8_t* w, const uint16_t* scale, int64_t groups,
-                                          const uint8_t* next, float* y) {
+                                          Asked asked, float* y) {
   __m512 sum[M];
   for (int r = 0; r < M; ++r) sum[r] = _mm512_setzero_ps();
   for (int64_t g = 0; g < groups; ++g) {
@@ -85,10 +107,7 @@ __attribute__((noinline)) void panel_tile(const Rounded* const* x, const uint8_t
         q[2 * j + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
       }
     }
-    if (next) {
-      for (int64_t byte = 0; byte < group_bytes(Bits); byte += 64) prefetch(next + byte);
-      next += group_bytes(Bits);
-    }
+    ask<Bits>(asked, g, scale);
     const __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scale)));
     for (int r = 0; r < M; ++r) {
       const Rounded& a = x[r][g];
@@ -112,15 +131,12 @@ constexpr int kTokens = 2;
 // 4-bit: 8 pairs of at most 2 * 15 * 127 fit.
 template <int Bits, int M>
 __attribute__((noinline)) void panel_tile(const Rounded* const* x, const uint8_t* w, const uint16_t* scale, int64_t groups,
-                                          const uint8_t* next, float* y) {
+                                          Asked asked, float* y) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 sum[M][2];
   for (int r = 0; r < M; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
   for (int64_t g = 0; g < groups; ++g) {
-    if (next) {
-      for (int64_t byte = 0; byte < group_bytes(Bits); byte += 64) prefetch(next + byte);
-      next += group_bytes(Bits);
-    }
+    ask<Bits>(asked, g, scale);
     for (int half = 0; half < 2; ++half) {  // of the 16 rows
       __m256i dot[M], pairs[M];
       for (int r = 0; r < M; ++r) {
@@ -170,7 +186,7 @@ GEMMA4_INLINE float half_to_float(uint16_t h) {
 
 template <int Bits, int M>
 __attribute__((noinline)) void panel_tile(const Rounded* const* x, const uint8_t* w, const uint16_t* scale, int64_t groups,
-                                          const uint8_t*, float* y) {
+                                          Asked, float* y) {
   for (int i = 0; i < M * kPanel; ++i) y[i] = 0.0f;
   for (int64_t g = 0; g < groups; ++g) {
     for (int r = 0; r < M; ++r) {
@@ -192,16 +208,16 @@ __attribute__((noinline)) void panel_tile(const Rounded* const* x, const uint8_t
 
 template <int Bits>
 GEMMA4_INLINE void panel_tile_of(int m, const Rounded* const* x, const uint8_t* w, const uint16_t* scale, int64_t groups,
-                                 const uint8_t* next, float* y) {
+                                 const Asked& asked, float* y) {
   switch (m) {
-    case 1: return panel_tile<Bits, 1>(x, w, scale, groups, next, y);
-    case 2: return panel_tile<Bits, 2>(x, w, scale, groups, next, y);
-    case 3: if constexpr (kTokens > 2) return panel_tile<Bits, 3>(x, w, scale, groups, next, y); break;
-    case 4: if constexpr (kTokens > 2) return panel_tile<Bits, 4>(x, w, scale, groups, next, y); break;
-    case 5: if constexpr (kTokens > 2) return panel_tile<Bits, 5>(x, w, scale, groups, next, y); break;
-    case 6: if constexpr (kTokens > 2) return panel_tile<Bits, 6>(x, w, scale, groups, next, y); break;
-    case 7: if constexpr (kTokens > 2) return panel_tile<Bits, 7>(x, w, scale, groups, next, y); break;
-    case 8: if constexpr (kTokens > 2) return panel_tile<Bits, 8>(x, w, scale, groups, next, y); break;
+    case 1: return panel_tile<Bits, 1>(x, w, scale, groups, asked, y);
+    case 2: return panel_tile<Bits, 2>(x, w, scale, groups, asked, y);
+    case 3: if constexpr (kTokens > 2) return panel_tile<Bits, 3>(x, w, scale, groups, asked, y); break;
+    case 4: if constexpr (kTokens > 2) return panel_tile<Bits, 4>(x, w, scale, groups, asked, y); break;
+    case 5: if constexpr (kTokens > 2) return panel_tile<Bits, 5>(x, w, scale, groups, asked, y); break;
+    case 6: if constexpr (kTokens > 2) return panel_tile<Bits, 6>(x, w, scale, groups, asked, y); break;
+    case 7: if constexpr (kTokens > 2) return panel_tile<Bits, 7>(x, w, scale, groups, asked, y); break;
+    case 8: if constexpr (kTokens > 2) return panel_tile<Bits, 8>(x, w, scale, groups, asked, y); break;
   }
 }
 
@@ -222,6 +238,16 @@ GEMMA4_INLINE Panels<Bits> panels_of(const void* data, const Quantized& q, int64
   return Panels<Bits>{static_cast<const uint8_t*>(data), q.scale, q.groups}.from(panel);
 }
 
+// What to ask for during tile t of `tiles` of a panel that `next` follows in the task. Panels that have one tile alone pass by
+// as one stream; of others the first tile asks for the whole next panel.
+template <int Bits>
+GEMMA4_INLINE Asked asked_of(const Panels<Bits>& own, const uint8_t* next, int64_t t, int64_t tiles) {
+  if (t > 0) return {nullptr, 0, nullptr, false};
+  if (tiles > 1) return {next, -1, nullptr, false};
+  const int64_t left = max_of<int64_t>(0, own.bytes() - kStreamAhead), turn = left / group_bytes(Bits);
+  return {own.data + kStreamAhead, turn, next + (turn * group_bytes(Bits) + kStreamAhead - own.bytes()), true};
+}
+
 constexpr int64_t kRoundedBlock = 64;  // rows of x that stay in L2 while a task's panels pass by
 
 // Rows x_row(0 .. m) times `panels` panels of w. emit(i, mm, p, y): rows i .. i + mm of x, panel p, y[mm * 16].
@@ -238,9 +264,8 @@ GEMMA4_INLINE void panel_product(int64_t m, int64_t panels, const Panels<Bits>& 
         const int64_t i = block + rows * t / tiles;
         const int mm = static_cast<int>(block + rows * (t + 1) / tiles - i);
         for (int r = 0; r < mm; ++r) x[r] = x_row(i + r);
-        const uint8_t* next = p + 1 < panels ? own.data + own.bytes() : after;
-        if (block > 0 || t > 0) next = nullptr;
-        panel_tile_of<Bits>(mm, x, own.data, own.scale, w.groups, next, y);
+        const Asked asked = asked_of<Bits>(own, p + 1 < panels ? own.data + own.bytes() : after, block + t, tiles);
+        panel_tile_of<Bits>(mm, x, own.data, own.scale, w.groups, asked, y);
         emit(i, mm, p, y);
       }
     }
@@ -262,7 +287,6 @@ GEMMA4_INLINE void geglu_panels(int64_t m, int64_t first, int64_t last, int64_t 
         const int64_t i = block + rows * t / tiles;
         const int mm = static_cast<int>(block + rows * (t + 1) / tiles - i);
         for (int r = 0; r < mm; ++r) x[r] = x_row(i + r);
-        const bool ask = block == 0 && t == 0;
         for (int half = 0; half < 2; ++half) {
           const int64_t p = 2 * group + half;
           if (p >= panels) {
@@ -272,8 +296,13 @@ GEMMA4_INLINE void geglu_panels(int64_t m, int64_t first, int64_t last, int64_t 
           }
           const Panels<Bits> a = gate.from(p), b = up.from(p);
           const bool more = p + 1 < min_of(2 * last, panels);
-          panel_tile_of<Bits>(mm, x, a.data, a.scale, a.groups, !ask ? nullptr : more ? a.data + a.bytes() : after_gate, g);
-          panel_tile_of<Bits>(mm, x, b.data, b.scale, b.groups, !ask ? nullptr : more ? b.data + b.bytes() : after_up, u);
+          // Which is read next: with one tile a panel, up after gate.
+          const uint8_t* next_gate = more ? a.data + a.bytes() : after_gate;
+          const uint8_t* next_up = more ? b.data + b.bytes() : after_up;
+          const Asked for_gate = asked_of<Bits>(a, tiles > 1 ? next_gate : b.data, block + t, tiles);
+          const Asked for_up = asked_of<Bits>(b, tiles > 1 ? next_up : next_gate, block + t, tiles);
+          panel_tile_of<Bits>(mm, x, a.data, a.scale, a.groups, for_gate, g);
+          panel_tile_of<Bits>(mm, x, b.data, b.scale, b.groups, for_up, u);
           for (int r = 0; r < mm; ++r)
             for (int c = 0; c < kPanel; c += kWidth)
               store(h[r] + half * kPanel + c, mul(gelu_tanh(load(g + r * kPanel + c)), load(u + r * kPanel + c)));
