@@ -66,10 +66,7 @@ class Prefix:
 
 
 class Session:
-    """A batch of prompts on their way. Arguments are checked, and nothing has run, when the constructor returns.
-
-    record: False runs every decode step op by op, so that each op's call can be seen.
-    """
+    """A batch of prompts on their way. Arguments are checked, and nothing has run, when the constructor returns."""
 
     def __init__(
         self,
@@ -83,9 +80,8 @@ class Session:
         logprobs: int | None = None,
         prefill_chunk: int = 2048,
         prefix: Prefix | None = None,
-        record: bool = True,
     ) -> None:
-        self.model, self.prompts, self.record = model, prompts, record
+        self.model, self.prompts = model, prompts
         self.sampling = sampling or Sampling()
         self.logprobs, self.prefill_chunk, self.prefix = logprobs, prefill_chunk, prefix
         config = model.config
@@ -142,7 +138,7 @@ class Session:
         self.going = [True] * batch
         start = time.perf_counter()
         cache, hidden = self._prefill(on_prefill)
-        graph = DecodeGraph(self.model, cache, record=self.record)
+        self.graph = DecodeGraph(self.model, cache)
         tokens, ids = self._choose(hidden, 0)
         self.prefill_seconds = time.perf_counter() - start
         yield tokens
@@ -152,7 +148,7 @@ class Session:
             start = time.perf_counter()
             going = [int(g) for g in self.going]
             with self.model.running():
-                hidden = self._pass(partial(graph.run, ids, going), [tokens[0].id], cache)
+                hidden = self._pass(partial(self.graph.run, ids, going), [tokens[0].id], cache)
             tokens, ids = self._choose(hidden, step)
             self.decode_seconds += time.perf_counter() - start
             yield tokens

@@ -30,8 +30,9 @@ class DecodeGraph:
     The model's parameters must stay the tensors they are; their values may change.
     """
 
-    def __init__(self, model: Gemma4, cache: KVCache, *, record: bool = True) -> None:
-        self.text, self.cache, self.record = model.model, cache, record
+    def __init__(self, model: Gemma4, cache: KVCache) -> None:
+        self.text, self.cache = model.model, cache
+        self.times: dict[str, float] | None = None  # a dict collects the seconds of each op's replayed calls, by its name
         self._key: Any = None  # what the steps so far have in common
         self._recording: _Recording | None = None
 
@@ -42,7 +43,7 @@ class DecodeGraph:
         x, ple = self.text.embed(ids)
         key = ops.selection(), ops.decode_limit(max(self.cache.host_lens) + 1)
         if key == self._key and self._recording is not None:
-            h = self._recording.replay(_inputs(x, ple, step))
+            h = self._recording.replay(_inputs(x, ple, step), self.times)
         elif key == self._key and self._recordable(x):
             h = self._record(x, ple, step)
         else:  # builds what is kept between steps, such as tables of angles, so that the next step need not
@@ -51,9 +52,14 @@ class DecodeGraph:
         self.cache.advance(new_lens)
         return h
 
+    @property
+    def recorded(self) -> bool:
+        """Whether the next step replays a recording, unless something changes."""
+        return self._recording is not None
+
     def _recordable(self, x: Tensor) -> bool:
         names = model_ops(self.text.config)
-        return self.record and x.device.type == "cpu" and all(ops.recordable(name, x.device, x.dtype) for name in names)
+        return x.device.type == "cpu" and all(ops.recordable(name, x.device, x.dtype) for name in names)
 
     def _record(self, x: Tensor, ple: Tensor | None, step: Step) -> Tensor:
         record = torch.ops.gemma4_fast_cpu
@@ -64,7 +70,7 @@ class DecodeGraph:
                 h = self.text.decode(x, ple, step, self.cache)
         finally:
             number = record.record_stop()
-        made = _Recording(number, _inputs(x, ple, step), h)
+        made = _Recording(number, watch.calls, _inputs(x, ple, step), h)
         if not watch.unknown:
             self._recording = made
         else:
@@ -73,15 +79,21 @@ class DecodeGraph:
 
 
 class _Recording:
-    """A recording in C++, released with this object, and the tensors that it reads and writes."""
+    """A recording in C++, released with this object: its number, the names of its calls, the tensors it reads and writes."""
 
-    def __init__(self, number: int, inputs: list[Tensor], output: Tensor) -> None:
-        self.number, self.inputs, self.output = number, inputs, output
+    def __init__(self, number: int, calls: list[str], inputs: list[Tensor], output: Tensor) -> None:
+        self.number, self.calls, self.inputs, self.output = number, calls, inputs, output
         weakref.finalize(self, torch.ops.gemma4_fast_cpu.release, number)
 
-    def replay(self, inputs: list[Tensor]) -> Tensor:
+    def replay(self, inputs: list[Tensor], times: dict[str, float] | None = None) -> Tensor:
         torch._foreach_copy_(self.inputs, inputs)
-        torch.ops.gemma4_fast_cpu.replay(self.number)
+        if times is None:
+            torch.ops.gemma4_fast_cpu.replay(self.number, None)
+            return self.output
+        seconds = torch.empty(len(self.calls), dtype=torch.float64)
+        torch.ops.gemma4_fast_cpu.replay(self.number, seconds)
+        for name, took in zip(self.calls, seconds.tolist(), strict=True):
+            times[name] = times.get(name, 0.0) + took
         return self.output
 
 
@@ -93,18 +105,21 @@ def _inputs(x: Tensor, ple: Tensor | None, step: Step) -> list[Tensor]:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes what computes a tensor and is no kernel of ours: a replay would not do it again."""
+    """Notes the kernels called, and what computes a tensor and is no kernel of ours: a replay would not do it again."""
 
     ALLOCATIONS = frozenset(("empty", "empty_like", "new_empty"))
 
     def __init__(self) -> None:
         super().__init__()
+        self.calls: list[str] = []
         self.unknown: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if func.namespace != "gemma4_fast_cpu" and name not in self.ALLOCATIONS:
+        if func.namespace == "gemma4_fast_cpu":
+            self.calls.append(name)
+        elif name not in self.ALLOCATIONS:
             views = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
             made = [o for o in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(o, Tensor)]
             if func._schema.is_mutable or any(o.untyped_storage().data_ptr() not in views for o in made):

@@ -30,9 +30,9 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     seen: list[int] = []
     replay = graph._Recording.replay
 
-    def noted(self: Any, inputs: list[Tensor]) -> Tensor:
+    def noted(self: Any, inputs: list[Tensor], times: dict[str, float] | None) -> Tensor:
         seen.append(self.number)
-        return replay(self, inputs)
+        return replay(self, inputs, times)
 
     monkeypatch.setattr(graph._Recording, "replay", noted)
     yield seen
@@ -151,11 +151,11 @@ def test_a_recording_ends_with_its_graph() -> None:
             graph.run(torch.tensor([5]), [1])
     assert graph._recording is not None
     number = graph._recording.number
-    torch.ops.gemma4_fast_cpu.replay(number)
+    torch.ops.gemma4_fast_cpu.replay(number, None)
     del graph
     gc.collect()
     with pytest.raises(RuntimeError, match="no such recording"):
-        torch.ops.gemma4_fast_cpu.replay(number)
+        torch.ops.gemma4_fast_cpu.replay(number, None)
 
 
 def test_a_step_that_fails_leaves_nothing_recording(monkeypatch: pytest.MonkeyPatch) -> None:

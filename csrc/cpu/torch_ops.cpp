@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <chrono>
 #include <optional>
 
 #include "cpu/kernels.h"
@@ -267,10 +268,21 @@ int64_t record_stop() {
   STD_TORCH_CHECK(recording_now, "this thread does not record");
   return recordings().keep(std::move(recording_now));
 }
-void replay(int64_t number) {
+// seconds [calls] fp64: what each took.
+void replay(int64_t number, Optional seconds) {
   const auto recording = recordings().find(number);
   STD_TORCH_CHECK(recording, "no such recording: ", number);
-  for (const auto& work : *recording) work();
+  if (!seconds) {
+    for (const auto& work : *recording) work();
+    return;
+  }
+  STD_TORCH_CHECK(seconds->numel() == static_cast<int64_t>(recording->size()), "seconds: expected ", recording->size());
+  double* to = at<double>(seconds);
+  for (const auto& work : *recording) {
+    const auto start = std::chrono::steady_clock::now();
+    work();
+    *to++ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
 }
 void release(int64_t number) { recordings().drop(number); }
 
@@ -303,7 +315,7 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cpu, m) {
         "Tensor? within_sin, Tensor(a!) out, int window, float scale, int isa) -> ()");
   m.def("record_start() -> ()");
   m.def("record_stop() -> int");
-  m.def("replay(int recording) -> ()");
+  m.def("replay(int recording, Tensor(a!)? seconds) -> ()");
   m.def("release(int recording) -> ()");
 }
 

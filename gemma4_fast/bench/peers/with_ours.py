@@ -90,15 +90,18 @@ class Peer:
         return list(zip(tokens.tolist(), values.tolist(), strict=True))
 
     def step(self, variant: str, ids: list[list[int]], new: int) -> tuple[list[float], dict[str, list[float]]]:
-        """Seconds of each decode step after this prompt; and in as many further steps, run op by op, of the ops by name, each
-        one waited for. What is left of those steps is "between ops"."""
+        """Seconds of each decode step after this prompt; and in as many further steps, of the ops by name. Those of a recorded
+        step take their own times; of one that is not, each op is called by itself and waited for. The rest of those steps is
+        "between ops"."""
         _, steps, _ = self.prompt(variant, ids, new + 1)
-        session = Session(self.model, ids, max_new_tokens=new + 1, stop_token_ids=(), record=False)
+        session = Session(self.model, ids, max_new_tokens=new + 3, stop_token_ids=())
         run = session.run()
-        next(run)
+        for _ in range(3):  # the prompt, a first step, one to record
+            next(run)
         parts: dict[str, list[float]] = {}
         for _ in range(new):
             with _timed_ops(self.model.device) as by_op:
+                session.graph.times = by_op
                 start = time.perf_counter()
                 next(run)
                 took = time.perf_counter() - start
