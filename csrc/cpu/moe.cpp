@@ -74,16 +74,23 @@ GEMMA4_INLINE void second_half(const Sorted& s, int64_t n, int64_t columns, cons
     if (rows == 0) continue;
     const T* w = down + (e * hidden + n) * inter;
     const int64_t next = next_active(s, e, experts);  // after the last one the first, for the next task
-    product<T>(
-        rows, columns, inter, [&](int64_t i) { return h + (begin + i) * inter; }, w,
-        down + (next * hidden + n + (next <= e ? columns : 0)) * inter,
-        [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
-          for (int r = 0; r < mm; ++r) {
-            const uint32_t pair = static_cast<uint32_t>(s.order[begin + i + r]);
-            float* to = sum + static_cast<int64_t>(pair / static_cast<uint32_t>(top_k)) * hidden + n + j;
-            store_some(to, fma(load_some(y + r * nn, nn), set(topk_weights[pair]), load_some(to, nn)), nn);
-          }
-        });
+    const T* after = down + (next * hidden + n + (next <= e ? columns : 0)) * inter;
+    for (int64_t block = 0; block < rows; block += kRowBlock) {
+      const int64_t m = min_of(kRowBlock, rows - block);
+      float *to[kRowBlock], weight[kRowBlock];  // where a row's products are added, and with which weight
+      for (int64_t i = 0; i < m; ++i) {
+        const uint32_t pair = static_cast<uint32_t>(s.order[begin + block + i]);
+        to[i] = sum + static_cast<int64_t>(pair / static_cast<uint32_t>(top_k)) * hidden + n, weight[i] = topk_weights[pair];
+      }
+      product<T>(
+          m, columns, inter, [&](int64_t i) { return h + (begin + block + i) * inter; }, w, after,
+          [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
+            for (int r = 0; r < mm; ++r) {
+              float* at = to[i + r] + j;
+              store_some(at, fma(load_some(y + r * nn, nn), set(weight[i + r]), load_some(at, nn)), nn);
+            }
+          });
+    }
   }
   round_sums(sum, tokens, hidden, n, columns, out);
 }
