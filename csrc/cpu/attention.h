@@ -24,19 +24,19 @@ struct Softmax {  // of `rows` queries
   }
 };
 
-// scores[r * kKeys + c] = q[r] . k[c] over `size` columns, added to what is there if `more`.
+// scores[r * kKeys + c] = q[r] . k[c] over `size` columns. Meanwhile memory is asked for the rows `soon` [keys], or for none.
 template <class T>
 GEMMA4_INLINE void score_tile(int64_t rows, int keys, int64_t size, const T* const* q, const T* const* k, float* scores,
-                              bool more) {
+                              const T* const* soon) {
   product<T>(
       rows, keys, size, kTileN, [&](int64_t i) { return q[i]; }, [&](int64_t j) { return k[j]; },
       [](int64_t, int) { return Ahead<T>{{nullptr, 0}, {nullptr, 0}}; },
       [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
+        if (soon && i == 0)
+          for (int c = 0; c < nn; ++c)
+            for (int64_t d = 0; d < size; d += 64 / static_cast<int64_t>(sizeof(T))) prefetch(soon[j + c] + d);
         for (int r = 0; r < mm; ++r)
-          for (int c = 0; c < nn; ++c) {
-            float& s = scores[(i + r) * kKeys + j + c];
-            s = more ? s + y[r * nn + c] : y[r * nn + c];
-          }
+          for (int c = 0; c < nn; ++c) scores[(i + r) * kKeys + j + c] = y[r * nn + c];
       });
 }
 
@@ -53,28 +53,42 @@ GEMMA4_INLINE ValuePair value_pair(__m512i a, __m512i b) {
 // multiplies, it asks for the rows `next` [keys], or for none.
 template <int M>
 GEMMA4_INLINE void add_values(const float* p, int keys, const bf16* const* v, int64_t dim, float* acc, const bf16* const* next) {
-  uint32_t weights[M][kKeys / 2];  // bf16 pairs
+  alignas(64) bf16 weights[M][kKeys];
   for (int r = 0; r < M; ++r)
-    for (int c = 0; c < keys; c += 2) {
-      const float a = p[r * kKeys + c], b = c + 1 < keys ? p[r * kKeys + c + 1] : 0.0f;
-      weights[r][c / 2] = from_float<bf16>(a).bits | static_cast<uint32_t>(from_float<bf16>(b).bits) << 16;
-    }
+    for (int c = 0; c < keys; c += kWidth) store(weights[r] + c, load(p + r * kKeys + c));
+  const auto weight_pair = [&](int r, int c) GEMMA4_LAMBDA_INLINE {
+    int32_t pair;
+    std::memcpy(&pair, weights[r] + c, 4);
+    return (__m512bh)_mm512_set1_epi32(pair);
+  };
   for (int64_t d = 0; d < dim; d += 32) {
     const int rest = static_cast<int>(min_of<int64_t>(32, dim - d));
     Vec lo[M], hi[M];
     for (int r = 0; r < M; ++r) lo[r] = hi[r] = set(0.0f);
-    for (int c = 0; c < keys; c += 2) {
-      const bool alone = c + 1 == keys;
-      const bf16 *a = v[c] + d, *b = v[alone ? c : c + 1] + d;
-      if (next) prefetch(next[c] + d), prefetch(next[alone ? c : c + 1] + d);
-      const __m512i second = alone ? _mm512_setzero_si512() : rest == 32 ? load_step(b) : load_step(b, rest);
-      const ValuePair pair = value_pair(rest == 32 ? load_step(a) : load_step(a, rest), second);
+    const auto add_pair = [&](int c, __m512i first, __m512i second) GEMMA4_LAMBDA_INLINE {
+      const ValuePair pair = value_pair(first, second);
       for (int r = 0; r < M; ++r) {
-        const __m512bh w = (__m512bh)_mm512_set1_epi32(static_cast<int>(weights[r][c / 2]));
+        const __m512bh w = weight_pair(r, c);
         lo[r].v = _mm512_dpbf16_ps(lo[r].v, w, pair.lo);
         hi[r].v = _mm512_dpbf16_ps(hi[r].v, w, pair.hi);
       }
-    }
+    };
+    const auto add_pairs = [&](auto load_row) GEMMA4_LAMBDA_INLINE {
+      int c = 0;
+      if (next)
+        for (; c + 2 <= keys; c += 2) {
+          prefetch(next[c] + d), prefetch(next[c + 1] + d);
+          add_pair(c, load_row(v[c]), load_row(v[c + 1]));
+        }
+      else
+        for (; c + 2 <= keys; c += 2) add_pair(c, load_row(v[c]), load_row(v[c + 1]));
+      if (c < keys) {  // the last one alone, with a partner of zeros
+        for (int r = 0; r < M; ++r) weights[r][c + 1] = bf16{0};
+        add_pair(c, load_row(v[c]), _mm512_setzero_si512());
+      }
+    };
+    if (rest == 32) add_pairs([&](const bf16* row) GEMMA4_LAMBDA_INLINE { return load_step(row + d); });
+    else add_pairs([&](const bf16* row) GEMMA4_LAMBDA_INLINE { return load_step(row + d, rest); });
     // lo holds columns 0-3, 8-11, 16-19, 24-27 and hi the others
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);

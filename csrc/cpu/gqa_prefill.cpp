@@ -42,7 +42,7 @@ void attend_block(const GqaPrefill& a, int64_t b, int64_t h, int64_t first, int6
   // Tile of keys at positions [position, position + keys); `at` is the first query's position.
   const int64_t at = prefix + first;
   const auto take = [&](int64_t position, int keys) {
-    score_tile<T>(rows, keys, dim, q, k, scores, false);
+    score_tile<T>(rows, keys, dim, q, k, scores, nullptr);
     const bool whole = position + keys - 1 <= at && (!a.window || position > at + tokens - 1 - a.window);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t own = at + r / group;
