@@ -39,7 +39,8 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 def model_of(member: str, dtype: torch.dtype = torch.float32, quantize: str | None = None) -> Gemma4:
-    return Gemma4.dummy(Gemma4Config.from_dict({"model_type": "gemma4_text", **MEMBERS[member]}), dtype=dtype, device="cpu", quantize=quantize)
+    config = Gemma4Config.from_dict({"model_type": "gemma4_text", **MEMBERS[member]})
+    return Gemma4.dummy(config, dtype=dtype, device="cpu", quantize=quantize)
 
 
 def eager(model: Gemma4, cache: Any, ids: Tensor, going: list[int]) -> Tensor:

@@ -34,10 +34,10 @@ from gemma4_fast.ops.table import (
 from gemma4_fast.quant import WeightLike
 
 __all__ = [
-    "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "bound", "decide", "decode_limit", "default_backend", "expert_dispatch",
-    "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear", "logits", "moe", "moe_decode", "norm_add_norm",
-    "parse_backend", "ple_gate", "qkv_norm_rope", "recordable", "register", "require", "rms_norm", "route_topk", "selection",
-    "use_backend",
+    "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "bound", "decide", "decode_limit", "default_backend",
+    "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear", "logits", "moe",
+    "moe_decode", "norm_add_norm", "parse_backend", "ple_gate", "qkv_norm_rope", "recordable", "register", "require",
+    "rms_norm", "route_topk", "selection", "use_backend",
 ]  # fmt: skip
 
 
