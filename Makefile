@@ -25,13 +25,14 @@ NATIVE_DONE := $(VENV)/.native-done
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench sanitize lint format clean
 .NOTPARALLEL: # two steps of the set-up must not run pip in one environment at the same time
 
 help:
 	@echo "make demo    generate text with the tiny model, timed and checked (sets up $(VENV) first)"
 	@echo "make test    ruff, mypy and pytest (sets up $(VENV) first)"
 	@echo "make bench   the standard benchmarks of this machine, in ten minutes at most, into bench/results/"
+	@echo "make sanitize  every CPU kernel under ThreadSanitizer, on 1, 2 and 5 threads"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff fix and format the code"
 	@echo "make clean   remove what was built and cached; for a fresh start remove $(VENV) too"
@@ -47,6 +48,13 @@ test: lint $(PACKAGE_DONE) $(NATIVE_DONE)
 bench: $(DEV_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
 	@# Without the setting above: a benchmark has the machine to itself, and others' threads are not to be slowed down by it.
 	env -u OMP_WAIT_POLICY $(BIN)/gemma4-fast bench all $(BENCH_ARGS)
+
+sanitize:
+	@# No torch in it: ThreadSanitizer cannot see how OpenMP's threads wait for one another.
+	mkdir -p build/sanitize
+	$(CXX) -std=c++17 -O1 -g -march=native -ffp-contract=off -w -fsanitize=thread -DGEMMA4_ISA=native -Icsrc \
+		tests/sanitize/threads.cpp $(filter-out %/torch_ops.cpp,$(wildcard csrc/cpu/*.cpp)) -o build/sanitize/threads -pthread
+	TSAN_OPTIONS=halt_on_error=1 build/sanitize/threads
 
 lint: $(DEV_DONE)
 	$(BIN)/ruff check .
