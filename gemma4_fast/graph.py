@@ -34,6 +34,7 @@ class DecodeGraph:
         self.text, self.cache = model.model, cache
         self.times: dict[str, float] | None = None  # a dict collects the seconds of each op's replayed calls, by its name
         self._key: Any = None  # what the steps so far have in common
+        self._tried = False  # whether such a step has been recorded, or found to be none that can be
         self._recording: _Recording | None = None
 
     def run(self, ids: Tensor, new_lens: list[int]) -> Tensor:
@@ -44,37 +45,33 @@ class DecodeGraph:
         key = ops.selection(), ops.decode_limit(max(self.cache.host_lens) + 1)
         if key == self._key and self._recording is not None:
             h = self._recording.replay(_inputs(x, ple, step), self.times)
-        elif key == self._key and self._recordable(x):
+        elif key == self._key and not self._tried and self._recordable(x):
             h = self._record(x, ple, step)
-        else:  # builds what is kept between steps, such as tables of angles, so that the next step need not
+        else:  # the first one builds what is kept between steps, such as tables of angles, so that the next need not
+            self._tried = key == self._key
             self._key, self._recording = key, None
             h = self.text.decode(x, ple, step, self.cache)
         self.cache.advance(new_lens)
         return h
-
-    @property
-    def recorded(self) -> bool:
-        """Whether the next step replays a recording, unless something changes."""
-        return self._recording is not None
 
     def _recordable(self, x: Tensor) -> bool:
         names = model_ops(self.text.config)
         return x.device.type == "cpu" and all(ops.recordable(name, x.device, x.dtype) for name in names)
 
     def _record(self, x: Tensor, ple: Tensor | None, step: Step) -> Tensor:
-        record = torch.ops.gemma4_fast_cpu
-        watch = _Watch()
-        record.record_start()
+        kernels, watch = torch.ops.gemma4_fast_cpu, _Watch()
+        self._tried = True
+        kernels.record_start()
         try:
             with watch:
                 h = self.text.decode(x, ple, step, self.cache)
-        finally:
-            number = record.record_stop()
-        made = _Recording(number, watch.calls, _inputs(x, ple, step), h)
+        except BaseException:
+            kernels.release(kernels.record_stop())
+            self._key = None
+            raise
+        made = _Recording(kernels.record_stop(), watch.calls, _inputs(x, ple, step), h)
         if not watch.unknown:
             self._recording = made
-        else:
-            self._key = None
         return h
 
 

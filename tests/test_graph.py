@@ -91,7 +91,6 @@ def test_recorded_anew_when_a_cache_outgrows_what_it_was_made_ready_for(
     limit = lambda longest: -(-longest // 16) * 16  # noqa: E731
     monkeypatch.setattr(cpu_backend, "decode_limit", limit)
     monkeypatch.setattr(ops, "decode_limit", limit)
-    monkeypatch.setattr(cpu_backend, "SPLIT", 256)
     compare(model_of("12b"), batch=1, steps=40)
     assert len(set(replays)) == 3 and len(replays) == 40 - 2 * 3
 
@@ -137,11 +136,13 @@ def test_what_computes_elsewhere_is_not_recorded(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(ops.TABLE["linear"].impls, "cpu", ops.Impl("test_graph:doubled", real.dtypes))
     compare(model_of("12b"), batch=1, steps=5)
     assert replays == []
-    # One that calls itself a kernel of this package is found out while it is recorded.
+    # One that calls itself a kernel of this package is found out while it is recorded, and not tried again.
+    tries, record = [], DecodeGraph._record
+    monkeypatch.setattr(DecodeGraph, "_record", lambda self, *args: tries.append(1) or record(self, *args))
     monkeypatch.setattr(cpu_backend, "doubled", doubled, raising=False)
     monkeypatch.setitem(ops.TABLE["linear"].impls, "cpu", ops.Impl("gemma4_fast.ops.cpu_backend:doubled", real.dtypes))
     compare(model_of("12b"), batch=1, steps=5)
-    assert replays == []
+    assert replays == [] and len(tries) == 1
 
 
 def test_a_recording_ends_with_its_graph() -> None:
@@ -166,11 +167,17 @@ def test_a_step_that_fails_leaves_nothing_recording(monkeypatch: pytest.MonkeyPa
     def broken(*_: Any) -> Tensor:
         raise KeyboardInterrupt
 
+    kernels = torch.ops.gemma4_fast_cpu
+    kernels.record_start()
+    before = kernels.record_stop()
     with model.running():
         graph.run(torch.tensor([5]), [1])
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(model.model, "decode", broken)
             graph.run(torch.tensor([5]), [1])
+        with pytest.raises(RuntimeError, match="no such recording"):  # the half of a step is not kept
+            kernels.replay(before + 1, None)
         graph.run(torch.tensor([5]), [1])
+    kernels.release(before)
     with pytest.raises(RuntimeError, match="does not record"):
-        torch.ops.gemma4_fast_cpu.record_stop()
+        kernels.record_stop()

@@ -29,7 +29,7 @@ template <class T>
 GEMMA4_INLINE void score_tile(int64_t rows, int keys, int64_t size, const T* const* q, const T* const* k, float* scores,
                               const T* const* soon) {
   product<T>(
-      rows, keys, size, kTileN, [&](int64_t i) { return q[i]; }, [&](int64_t j) { return k[j]; },
+      rows, keys, size, [&](int64_t i) { return q[i]; }, [&](int64_t j) { return k[j]; },
       [](int64_t, int) { return Ahead<T>{{nullptr, 0}, {nullptr, 0}}; },
       [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
         if (soon && i == 0)

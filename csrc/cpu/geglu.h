@@ -41,7 +41,7 @@ GEMMA4_INLINE void geglu_product(int64_t m, int64_t first, int64_t columns, int6
     const int count = static_cast<int>(min_of<int64_t>(kTileN / 2, left));
     return Ahead<T>{{gate + c * k_size, count}, {up + c * k_size, count}};
   };
-  product<T>(m, n, k_size, kTileN, x_row, w_row, ahead, [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
+  product<T>(m, n, k_size, x_row, w_row, ahead, [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
     const int half = nn / 2;
     float g[kWidth] = {}, u[kWidth] = {}, h[kWidth];
     for (int r = 0; r < mm; ++r)

@@ -27,7 +27,7 @@ constexpr int64_t kMaxGroup = 16;  // query heads of one KV head that are served
 constexpr int64_t kMaxPairs = kMaxHeadDim / 2;
 
 // What the queries of a run are multiplied with: v, and in the rotated columns [w v]_i cos - [w v]_{i + D/2} sin, ... at angles
-// of distance 0, 1, 2, ... from the run's first position.
+// of distance 0, 1, 2, ... from the run's first position. Meanwhile memory is asked for the first halves of the rows `next`.
 template <class T>
 void rotate_keys(const Cache& cache, int keys, const T* const* v, const T* const* next, int64_t dim, T* out) {
   const T* weight = static_cast<const T*>(cache.k_weight);

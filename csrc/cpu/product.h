@@ -44,7 +44,7 @@ GEMMA4_INLINE Ahead<T> part_of(const Ahead<T>& all, int from, int to, int64_t k_
   return a.count ? Ahead<T>{a, b} : Ahead<T>{b, {nullptr, 0}};
 }
 
-// The lines of `rows` that step `at` of a tile asks for.
+// The lines of `rows` that the step of a tile at column k asks for.
 template <class T>
 GEMMA4_INLINE void ask(const Rows<T>& rows, int count, int64_t k) {
   const T* line = rows.first + k * count;
@@ -58,7 +58,7 @@ struct Stretch {
   bool first, last;
 };
 
-// out[i * N + j] = x[i] . w[j] when the last stretch is through; acc [M * N] keeps the sums until then.
+// out[i * N + j] = x[i] . w[j] when the last stretch is through; kept [M * N] holds the sums until then.
 template <class T, int M, int N>
 __attribute__((noinline)) void dot_tile(const T* const* x, const T* const* w, const Stretch& part, const Ahead<T>& ahead, Vec* kept,
                                         float* out) {
@@ -186,11 +186,11 @@ constexpr int64_t kRowBlock = 64;  // rows of x that stay in L2 while a task's r
 template <class T>
 constexpr int64_t kDepth = 40 * 1024 / ((kTileM + kTileN) * static_cast<int64_t>(sizeof(T)));
 
-// Rows x_row(0 .. m) times the weight rows w_row(0 .. n), `width` <= kTileN rows of w at a time.
-// ahead(j): the rows of w to ask for while rows j .. j + width are multiplied.
+// Rows x_row(0 .. m) times the weight rows w_row(0 .. n).
+// ahead(j, nn): the rows of w to ask for while rows j .. j + nn are multiplied.
 // emit(i, mm, j, nn, y): rows i .. i + mm of x, rows j .. j + nn of w, y[mm * nn].
 template <class T, class XRow, class WRow, class Next, class Emit>
-GEMMA4_INLINE void product(int64_t m, int64_t n, int64_t k_size, int width, XRow x_row, WRow w_row, Next ahead, Emit emit) {
+GEMMA4_INLINE void product(int64_t m, int64_t n, int64_t k_size, XRow x_row, WRow w_row, Next ahead, Emit emit) {
   const T* x[kRowBlock];
   const T* w[kTileN];
   float y[kTileM * kTileN];
@@ -201,8 +201,8 @@ GEMMA4_INLINE void product(int64_t m, int64_t n, int64_t k_size, int width, XRow
     const int64_t rows = min_of(kRowBlock, m - block);
     for (int64_t r = 0; r < rows; ++r) x[r] = x_row(block + r);
     const int64_t tiles = (rows + kTileM - 1) / kTileM;  // cut evenly: 5 rows are 3 + 2, not 4 + 1
-    for (int64_t j = 0; j < n; j += width) {
-      const int nn = static_cast<int>(min_of<int64_t>(width, n - j));
+    for (int64_t j = 0; j < n; j += kTileN) {
+      const int nn = static_cast<int>(min_of<int64_t>(kTileN, n - j));
       for (int c = 0; c < nn; ++c) w[c] = w_row(j + c);
       const Ahead<T> all = block == 0 ? ahead(j, nn) : Ahead<T>{{nullptr, 0}, {nullptr, 0}};
       const int wanted = all.a.count + all.b.count;
@@ -236,7 +236,7 @@ GEMMA4_INLINE void product(int64_t m, int64_t n, int64_t k_size, XRow x_row, con
     return;
   }
   product<T>(
-      m, n, k_size, kTileN, x_row, [&](int64_t j) { return w + j * k_size; },
+      m, n, k_size, x_row, [&](int64_t j) { return w + j * k_size; },
       [&](int64_t j, int nn) GEMMA4_LAMBDA_INLINE {
         const int64_t left = n - j - nn;
         if (left == 0) return Ahead<T>{{after, kTileN}, {nullptr, 0}};
