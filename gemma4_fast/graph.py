@@ -41,22 +41,23 @@ class DecodeGraph:
         """ids [B] int64, new_lens [B] (0: idle) -> final normed hidden states [B, H], valid until the next call; the
         cache counts the new tokens. As `Text.forward` with a decode step."""
         step = self.text.step(new_lens, self.cache, decode=True)
-        x, ple = self.text.embed(ids)
         key = ops.selection(), ops.decode_limit(max(self.cache.host_lens) + 1)
-        if key == self._key and self._recording is not None:
-            h = self._recording.replay(_inputs(x, ple, step), self.times)
-        elif key == self._key and not self._tried and self._recordable(x):
-            h = self._record(x, ple, step)
-        else:  # the first one builds what is kept between steps, such as tables of angles, so that the next need not
-            self._tried = key == self._key
-            self._key, self._recording = key, None
-            h = self.text.decode(x, ple, step, self.cache)
-        self.cache.advance(new_lens)
-        return h
+        if key == self._key and (self._recording is not None or (not self._tried and self._recordable())):
+            x, ple = self.text.embed(ids)
+            if self._recording is None:
+                h = self._record(x, ple, step)
+            else:
+                h = self._recording.replay(_inputs(x, ple, step), self.times)
+            self.cache.advance(new_lens)
+            return h
+        # The first one builds what is kept between steps, such as tables of angles, so that the next need not.
+        self._tried = key == self._key
+        self._key, self._recording = key, None
+        return self.text(ids, step, self.cache)
 
-    def _recordable(self, x: Tensor) -> bool:
-        names = model_ops(self.text.config)
-        return x.device.type == "cpu" and all(ops.recordable(name, x.device, x.dtype) for name in names)
+    def _recordable(self) -> bool:
+        like, names = self.text.norm.weight, model_ops(self.text.config)
+        return all(ops.recordable(name, like.device, like.dtype) for name in names)
 
     def _record(self, x: Tensor, ple: Tensor | None, step: Step) -> Tensor:
         kernels, watch = torch.ops.gemma4_fast_cpu, _Watch()
