@@ -1,4 +1,4 @@
-// gemma4_fast._native: what this processor can do, how this file was compiled, and huge pages.
+// gemma4_fast._native: what this processor can do, how this file was compiled, and advice about memory.
 //
 // Compiled with plain C++17 flags, so that it loads on every machine of the architecture.
 
@@ -10,6 +10,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)  // GCC and Clang
@@ -203,13 +204,25 @@ bool use_huge_pages(uintptr_t address, size_t bytes) {
 #endif
 }
 
+// Takes the whole pages of a read-only file mapping out of this process's resident memory; the system may keep them cached.
+bool release_pages(uintptr_t address, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
+  return first < last && madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED) == 0;
+#else
+  return (void)address, (void)bytes, false;
+#endif
+}
+
 }  // namespace
 
 // No state that threads share, hence no need for the GIL on free-threaded builds of Python.
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
-  m.doc() = "What this processor can do, how this module was compiled, and huge pages.";
+  m.doc() = "What this processor can do, how this module was compiled, and advice about memory.";
   m.def("cpu_features", &cpu_features, "Instruction sets that the processor has and the operating system supports.");
   m.def("hardware_threads", [] { return std::thread::hardware_concurrency(); }, "Number of hardware threads; 0 if unknown.");
   m.def("use_huge_pages", &use_huge_pages, py::arg("address"), py::arg("bytes"), "Asks for huge pages behind untouched memory.");
+  m.def("release_pages", &release_pages, py::arg("address"), py::arg("bytes"), "Drops the pages of a file that was read.");
   m.def("build_info", &build_info, "Compiler, standard, architecture and flags of this build.");
 }

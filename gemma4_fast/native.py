@@ -77,6 +77,17 @@ def use_huge_pages(tensor: Tensor) -> None:
         module.use_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
+def release_pages(tensor: Tensor) -> None:
+    """Says that `tensor`, mapped from a file and never written to, has been read: its pages leave this process's memory.
+
+    Else they stay until the file is closed, and a process looks as large as the file that it reads. Read again, the tensor
+    is as it was; but values of one that lies in other memory may be lost.
+    """
+    module, _ = _load()
+    if module is not None and tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.nbytes:
+        module.release_pages(tensor.data_ptr(), tensor.nbytes)
+
+
 # Instruction sets that the CPU kernels are compiled for, slowest first, in the order of `kTables` in csrc/cpu/torch_ops.cpp,
 # and the features that each needs.
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "fma", "f16c")

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from gemma4_fast import native
 from gemma4_fast.config import Gemma4Config
 from gemma4_fast.errors import CheckpointError
 from gemma4_fast.files import one_line, path_text, read_json
@@ -236,7 +237,7 @@ def _is_unused_kv(name: str, config: Gemma4Config) -> bool:
 
 # ---------------------------------------------------------------- loading
 def load(model: nn.Module, path: Path, *, device: torch.device | str, dtype: torch.dtype, progress: bool = True) -> None:
-    """Fills `model` from the checkpoint folder `path`; peak memory is the result plus one tensor.
+    """Fills `model` from the checkpoint folder `path`, reading each tensor once; peak memory is the result plus one tensor.
 
     A model on the meta device is cast to `dtype` and allocated on `device` once the headers have been checked; one that
     already has storage must be on `device` in `dtype` (ValueError). Stored floats are converted to `dtype`.
@@ -266,6 +267,8 @@ def load(model: nn.Module, path: Path, *, device: torch.device | str, dtype: tor
                         except ValueError as e:  # of a quantized weight
                             raise CheckpointError(f"{file}: {stored[name].key}: {e}") from e
                         advance(source.nbytes)
+                        native.release_pages(source)  # each is read once
+                        del source  # holds the file's mapping
             except (SafetensorError, OSError) as e:
                 raise CheckpointError(f"{file}: reading the weights failed: {one_line(e)}") from e
 

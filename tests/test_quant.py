@@ -16,7 +16,7 @@ from test_native import require_native
 from torch import Tensor
 
 import gemma4_fast
-from gemma4_fast import UnsupportedError, cli, native, ops, use_backend, verify
+from gemma4_fast import UnsupportedError, cli, native, ops, quant, use_backend, verify
 from gemma4_fast.errors import CheckpointError
 from gemma4_fast.model import Gemma4, weights_size
 from gemma4_fast.ops.accuracy import Judge
@@ -86,6 +86,102 @@ def test_what_is_stored_is_what_comes_out(bits: int, shape: tuple[int, ...], par
     again = copy.deepcopy(quantized)
     matrix.copy_(torch.zeros_like(rows))
     assert matrix.dequantize().count_nonzero() == 0 and torch.equal(again.dequantize(torch.float32), whole)
+
+
+def by_torch(w: Tensor, bits: int, parts: int, first: int = 0, n: int | None = None) -> QuantizedWeight:
+    """w [rows, K] into rows from `first` on of a weight [n, K], without the kernel."""
+    weight = QuantizedWeight.empty(bits, (n or len(w), w.shape[1]), w.dtype, parts=parts)
+    assert weight[first:]._write_by_torch(0, w)
+    return weight
+
+
+def same_bits(a: QuantizedWeight, b: QuantizedWeight) -> bool:
+    return torch.equal(a.data, b.data) and torch.equal(a.scale.view(torch.int16), b.scale.view(torch.int16))
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_stores_the_bits_that_pytorch_does(dtype: torch.dtype, bits: int, isa: str) -> None:
+    require_native()
+    if isa not in native.isas():
+        pytest.skip(f"this processor has no {isa}")
+    g = torch.Generator().manual_seed(3)
+    for (n, k), parts in (((1, 1), 1), ((31, 33), 1), ((34, 97), 2), ((48, 64), 3), ((110, 1055), 2)):
+        # scales of fp16's normal and subnormal numbers, below them, and below what 1 / scale can hold
+        for size in (1.0, 1e-5, 1e-9, 1e-39, 1e-44):
+            w = torch.randn(n, k, generator=g) * size
+            w[torch.rand(n, k, generator=g) < 0.1] = -0.0
+            w[:, ::7] = size * 3 * torch.randn(w[:, ::7].shape, generator=g).sign()  # ties, of both signs
+            w[-1, -1] = 1000 * size  # an outlier
+            w[n // 3, : k // 2] = 0.0  # groups of zeros, of either sign
+            w[n // 2, : k // 2] = -0.0
+            w = w.to(dtype)
+            want = by_torch(w, bits, parts)
+            with use_backend("cpu", isa=isa):
+                assert same_bits(QuantizedWeight.of(w, bits, parts), want)
+                assert same_bits(QuantizedWeight.of(w.mT.contiguous().mT, bits, parts), want)  # unit stride down the columns
+                wide = torch.full((n, k + 5), math.nan, dtype=dtype)  # what lies beside the rows is not read as theirs
+                wide[:, 2:-3] = w
+                assert same_bits(QuantizedWeight.of(wide[:, 2:-3], bits, parts), want)
+            for first in {0, n // 3, n // 2, n - 1}:  # some rows alone: their neighbours in a panel stay
+                rows = w[: max(1, (n - first) // 2)]
+                got = QuantizedWeight.empty(bits, (n, k), dtype, parts=parts)
+                with use_backend("cpu", isa=isa):
+                    got[first : first + len(rows)].copy_(rows)
+                assert same_bits(got, by_torch(rows, bits, parts, first, n))
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("bits", BITS)
+def test_the_kernel_rounds_scales_as_pytorch_does(bits: int, isa: str) -> None:
+    """Every fp16 number, what lies between two, and both their neighbours; what becomes infinite is refused."""
+    require_native()
+    if isa not in native.isas():
+        pytest.skip(f"this processor has no {isa}")
+    half = torch.arange(0x7C00, dtype=torch.int16).view(torch.float16).float()
+    scales = torch.cat((half, (half[1:] + half[:-1]) / 2, torch.tensor([65519.0])))
+    scales = torch.cat([scales, *(torch.nextafter(scales, torch.tensor(to)) for to in (0.0, 65519.0))])
+    by = 127 if bits == 8 else -8
+    w = torch.zeros(len(scales), 32)
+    w[:, 5] = scales * by
+    with use_backend("cpu", isa=isa):
+        assert same_bits(QuantizedWeight.of(w, bits), by_torch(w, bits, 1))
+        for dtype in (torch.float32, torch.bfloat16):
+            for bad in (math.nan, -math.nan, math.inf, -math.inf, 65536.0 * by, -65536.0 * by):
+                for at in (0, 31, 40, 64):
+                    v = torch.ones(20, 65, dtype=dtype)
+                    v[17, at] = bad
+                    with pytest.raises(ValueError, match="not finite, or too large for a scale in fp16"):
+                        QuantizedWeight.of(v, bits)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_kernel_takes_experts_and_any_number_of_threads(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_native()
+    w = torch.randn(3, 70, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    want = [by_torch(expert, bits, 2) for expert in w]
+    monkeypatch.setattr(quant, "quantized", None)  # it is the kernel that does it
+    before = torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found = QuantizedWeight.of(w, bits, 2)
+        torch.set_num_threads(before)
+        assert all(same_bits(found[e], want[e]) for e in range(3))
+
+
+def test_the_kernel_refuses_rows_that_there_are_not() -> None:
+    require_native()
+    assert native.kernels_missing() is None
+    weight, op = QuantizedWeight.empty(8, (20, 64)), torch.ops.gemma4_fast_cpu.quantize_rows
+    for source, first, n, parts, why in (
+        (torch.ones(3, 64), 18, 20, 1, "rows"),
+        (torch.ones(3, 64), 0, 60, 1, "another shape"),
+        (torch.ones(3, 65), 0, 20, 1, "another shape"),
+        (torch.ones(3, 64), 0, 20, 3, "rows"),
+    ):
+        with pytest.raises(RuntimeError, match=why):
+            op(source, weight.data, weight.scale, first, n, parts, 0)
 
 
 def test_a_view_takes_new_values_alone() -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
+from test_native import require_native
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
@@ -416,25 +417,30 @@ import torch
 from gemma4_fast.config import Gemma4Config
 from gemma4_fast.model import Gemma4
 from gemma4_fast import weights
+from gemma4_fast.quant import QuantizedWeight
 
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+def resident():  # anonymous memory, and pages of files
+    status = Path("/proc/self/status").read_text()
+    return [int(re.search(kind + r":\\s+(\\d+)", status)[1]) * 1024 for kind in ("RssAnon", "RssFile")]
 
 path = Path(sys.argv[1])
 torch.zeros(10**6).bfloat16().sum()  # starts the thread pool
 torch.empty_like(torch.empty(1, device="meta"), device="cpu")  # imports 30 MB of torch
 with torch.device("meta"):
     model = Gemma4(Gemma4Config.from_pretrained(path))
-before, peak, stop = anonymous(), 0, threading.Event()
+if sys.argv[2] in ("int8", "int4"):
+    model.to(torch.bfloat16).quantize(sys.argv[2])
+    QuantizedWeight.of(torch.ones(1, 1), 4)  # loads the kernels
+before, peak, stop = resident(), [0, 0], threading.Event()
 
 def watch():
     global peak
     while not stop.wait(0.0005):
-        peak = max(peak, anonymous())
+        peak = [max(now) for now in zip(peak, resident())]
 
 thread = threading.Thread(target=watch)
 thread.start()
-if sys.argv[2] == "stream":
+if sys.argv[2] != "all at once":
     weights.load(model, path, device="cpu", dtype=torch.bfloat16)
 else:  # what the test must catch
     from safetensors.torch import load_file
@@ -444,7 +450,7 @@ else:  # what the test must catch
         v.copy_(state[k])
 stop.set()
 thread.join()
-print(peak - before, sum(t.nbytes for t in model.state_dict().values()))
+print(*(p - b for p, b in zip(peak, before)), sum(t.nbytes for t in model.state_dict().values()))
 """
 
 
@@ -462,9 +468,31 @@ def test_peak_memory_is_the_result_plus_one_layer(dtype: torch.dtype, tmp_path: 
     excess = {}
     for how in ("stream", "all at once") if dtype == torch.float32 else ("stream",):
         run = subprocess.run([sys.executable, "-c", PEAK, tmp_path, how], capture_output=True, text=True, check=True)
-        peak, result = map(int, run.stdout.split())
+        peak, _, result = map(int, run.stdout.split())
         excess[how] = peak - result
     assert result > 100e6 and excess["stream"] < layer < excess.get("all at once", result)
+
+
+def test_a_checkpoint_larger_than_the_model_streams_through(tmp_path: Path) -> None:
+    """One file of 435 MB in bf16: what is resident of it, and of temporary memory, is one tensor and not the whole."""
+    require_native()
+    sizes = dict(vocab_size=4096, hidden_size=2048, intermediate_size=16384, head_dim=128, global_head_dim=256)
+    layers = dict(num_hidden_layers=2, layer_types=(SLIDING, FULL))
+    config = dataclasses.replace(MEMBERS["12b"], **sizes, **layers)  # type: ignore[arg-type]
+    model = empty(config).to(torch.bfloat16).to_empty(device="cpu")
+    for t in model.state_dict().values():
+        t.fill_(0.5)  # random values would take longer than all the rest
+    weights.save_pretrained(model, tmp_path)
+    file, largest = (tmp_path / "model.safetensors").stat().st_size, max(t.nbytes for t in model.state_dict().values())
+    del model
+    assert file > 400e6 and largest < 0.2 * file
+    for how, share in (("int4", 0.3), ("int8", 0.55), ("stream", 1.0)):
+        run = subprocess.run([sys.executable, "-c", PEAK, tmp_path, how], capture_output=True, text=True, check=True)
+        anonymous, mapped, result = map(int, run.stdout.split())
+        print(f"{how}: file {file >> 20} MiB, weights {result >> 20}, peak anonymous {anonymous >> 20}, mapped {mapped >> 20}")
+        assert result < share * file
+        assert result * 0.9 < anonymous <= result + largest  # a peak below the result would be one that was not seen
+        assert mapped <= 1.5 * largest  # with what the code itself needs of libraries
 
 
 class Terminal(io.StringIO):

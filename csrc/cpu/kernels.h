@@ -51,6 +51,16 @@ struct Linear {
   void* rounded;  // scratch of a quantized weight: x
 };
 
+// Rows [first, first + rows) of a weight [n, k] in `parts`, from source [rows, k].
+struct QuantizeRows {
+  Dtype dtype;
+  const void* source;
+  void* data;       // uint8 [panels, groups * bits, 16, 4]
+  uint16_t* scale;  // fp16 [panels, groups, 16]
+  int64_t rows, stride, first, n, k, groups, parts;
+  int bits;
+};
+
 struct GegluMlp {
   Dtype dtype;
   const void *x, *gate_up, *down;  // [T, H], [2I, H], [H, I]
@@ -184,6 +194,7 @@ struct Kernels {
   void (*qkv_norm_rope)(const QkvNormRope&);
   void (*gqa_decode)(const GqaDecode&);
   void (*gqa_prefill)(const GqaPrefill&);
+  bool (*quantize_rows)(const QuantizeRows&);  // false: a value is not finite, or too large for a scale in fp16
 };
 
 // ---- threads -----------------------------------------------------------------------------------------------------------

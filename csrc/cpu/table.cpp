@@ -19,10 +19,11 @@ void logits(const Logits&);
 void qkv_norm_rope(const QkvNormRope&);
 void gqa_decode(const GqaDecode&);
 void gqa_prefill(const GqaPrefill&);
+bool quantize_rows(const QuantizeRows&);
 
 extern const Kernels kernels;
 const Kernels kernels = {GEMMA4_TEXT(GEMMA4_ISA), rms_norm, norm_add_norm, linear, geglu_mlp, moe, grouped_gemm, route_topk,
-                         ple_gate, logits, qkv_norm_rope, gqa_decode, gqa_prefill};
+                         ple_gate, logits, qkv_norm_rope, gqa_decode, gqa_prefill, quantize_rows};
 
 }  // namespace GEMMA4_ISA
 }  // namespace gemma4_fast

@@ -258,6 +258,19 @@ void gqa_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Optional k_cac
   });
 }
 
+// source [rows, k] -> rows [first, first + rows) of a weight [n, k]. 0: a value is not finite, or too large for a scale. Weights
+// are filled outside of steps, and the answer is for the caller: not recorded.
+int64_t quantize_rows(Tensor source, Tensor data, Tensor scale, int64_t first, int64_t n, int64_t parts, int64_t isa) {
+  const int64_t rows = source.size(0), k = source.size(1);
+  STD_TORCH_CHECK(parts > 0 && n > 0 && n % parts == 0 && first >= 0 && first + rows <= n, "quantize_rows: rows [", first, ", ",
+                  first + rows, ") of ", n, " in ", parts, " parts");
+  const Quantized to = quantized(data, scale);
+  STD_TORCH_CHECK(data.size(0) == parts * ((n / parts + 15) / 16) && scale.size(0) == data.size(0) && to.groups == (k + 31) / 32,
+                  "quantize_rows: data and scale are of another shape");
+  return table(isa).quantize_rows({dtype_of(source), at(source), at(data), at<uint16_t>(scale), rows, source.stride(0), first, n,
+                                   k, to.groups, parts, to.bits});
+}
+
 // ---- recordings: see recording.h ---------------------------------------------------------------------------------------
 
 void record_start() {
@@ -313,6 +326,7 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cpu, m) {
   m.def("gqa_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? k_cache, Tensor? v_cache, Tensor? prefix_lens, "
         "Tensor? block_table, Tensor? image_ids, Tensor? k_weight, Tensor? tile_cos, Tensor? tile_sin, Tensor? within_cos, "
         "Tensor? within_sin, Tensor(a!) out, int window, float scale, int isa) -> ()");
+  m.def("quantize_rows(Tensor source, Tensor(a!) data, Tensor(b!) scale, int first, int n, int parts, int isa) -> int");
   m.def("record_start() -> ()");
   m.def("record_stop() -> int");
   m.def("replay(int recording, Tensor(a!)? seconds) -> ()");
@@ -340,6 +354,7 @@ STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cpu, CPU, m) {
   m.impl("qkv_norm_rope", TORCH_BOX(&qkv_norm_rope));
   m.impl("gqa_decode", TORCH_BOX(&gqa_decode));
   m.impl("gqa_prefill", TORCH_BOX(&gqa_prefill));
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
 }
 
 }  // namespace

@@ -105,6 +105,13 @@ GEMMA4_INLINE void store(bf16* p, Vec x, int n) {
 GEMMA4_INLINE void store_int8(int8_t* p, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
 }
+GEMMA4_INLINE void store_half(uint16_t* p, Vec x) {  // fp16, to the nearest, ties to even
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+GEMMA4_INLINE Vec trunc(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC)}; }
+GEMMA4_INLINE Vec copysign(float x, Vec sign) {  // x >= 0
+  return {_mm512_or_ps(_mm512_set1_ps(x), _mm512_and_ps(sign.v, _mm512_set1_ps(-0.0f)))};
+}
 GEMMA4_INLINE Vec round_to_even(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 GEMMA4_INLINE Vec scale_by_power_of_two(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
@@ -223,6 +230,13 @@ GEMMA4_INLINE void store_int8(int8_t* p, Vec x) {
   const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(pairs, pairs));
 }
+GEMMA4_INLINE void store_half(uint16_t* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+GEMMA4_INLINE Vec trunc(Vec x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC)}; }
+GEMMA4_INLINE Vec copysign(float x, Vec sign) {
+  return {_mm256_or_ps(_mm256_set1_ps(x), _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)))};
+}
 GEMMA4_INLINE Vec round_to_even(Vec x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 GEMMA4_INLINE Vec scale_by_power_of_two(Vec x, Vec n) {
   const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
@@ -308,6 +322,24 @@ GEMMA4_INLINE void store(float* p, Vec x, int n) { for (int i = 0; i < n; ++i) p
 GEMMA4_INLINE void store(bf16* p, Vec x) { GEMMA4_LANES p[i] = from_float<bf16>(x.v[i]); }
 GEMMA4_INLINE void store(bf16* p, Vec x, int n) { for (int i = 0; i < n; ++i) p[i] = from_float<bf16>(x.v[i]); }
 GEMMA4_INLINE void store_int8(int8_t* p, Vec x) { GEMMA4_LANES p[i] = static_cast<int8_t>(x.v[i] == x.v[i] ? x.v[i] : 0.0f); }
+GEMMA4_INLINE uint16_t float_to_half(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
+  if (size > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);   // NaN
+  if (size >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more
+  if (size < 0x38800000u) {  // below 2^-14: units of 2^-24. Adding 0.5 makes them the last bits of a float, rounded
+    float y;
+    std::memcpy(&y, &size, 4);
+    y += 0.5f;
+    std::memcpy(&bits, &y, 4);
+    return static_cast<uint16_t>(sign | (bits - 0x3f000000u));
+  }
+  return static_cast<uint16_t>(sign | (size - 0x38000000u + 0xfffu + (size >> 13 & 1u)) >> 13);
+}
+GEMMA4_INLINE void store_half(uint16_t* p, Vec x) { GEMMA4_LANES p[i] = float_to_half(x.v[i]); }
+GEMMA4_INLINE Vec trunc(Vec x) { Vec r; GEMMA4_LANES r.v[i] = static_cast<float>(static_cast<int>(x.v[i])); return r; }  // |x| < 2^31
+GEMMA4_INLINE Vec copysign(float x, Vec sign) { Vec r; GEMMA4_LANES r.v[i] = std::copysign(x, sign.v[i]); return r; }
 GEMMA4_INLINE Vec round_to_even(Vec x) {  // |x| < 2^22: adding and taking away 1.5 * 2^23 rounds
   Vec r;
   GEMMA4_LANES r.v[i] = (x.v[i] + 12582912.0f) - 12582912.0f;
