@@ -13,6 +13,8 @@ BENCH_ARGS ?= --peers transformers,torch.compile,vllm,llama.cpp
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -type f)
+SANITIZE := build/sanitize
+SANITIZE_TESTS := sanitize/loaded test_cpu test_quant test_graph test_ops
 
 # Empty files that say "this step is done". Make repeats a step when one of the files it depends on is newer.
 VENV_DONE := $(VENV)/.venv-done
@@ -29,13 +31,13 @@ export OMP_WAIT_POLICY ?= passive
 .NOTPARALLEL: # two steps of the set-up must not run pip in one environment at the same time
 
 help:
-	@echo "make demo    generate text with the tiny model, timed and checked (sets up $(VENV) first)"
-	@echo "make test    ruff, mypy and pytest (sets up $(VENV) first)"
-	@echo "make bench   the standard benchmarks of this machine, in ten minutes at most, into bench/results/"
-	@echo "make sanitize  every CPU kernel under ThreadSanitizer, on 1, 2 and 5 threads"
-	@echo "make lint    ruff and mypy only"
-	@echo "make format  let ruff fix and format the code"
-	@echo "make clean   remove what was built and cached; for a fresh start remove $(VENV) too"
+	@echo "make demo      generate text with the tiny model, timed and checked (sets up $(VENV) first)"
+	@echo "make test      ruff, mypy and pytest (sets up $(VENV) first)"
+	@echo "make bench     the standard benchmarks of this machine, in ten minutes at most, into bench/results/"
+	@echo "make sanitize  the CPU kernels under GCC's address, undefined-behaviour and thread sanitizers (Linux)"
+	@echo "make lint      ruff and mypy only"
+	@echo "make format    let ruff fix and format the code"
+	@echo "make clean     remove what was built and cached; for a fresh start remove $(VENV) too"
 	@echo
 	@echo "PYTHON=... chooses the interpreter, VENV=... the environment, PYTEST_ARGS=... goes to pytest"
 
@@ -49,12 +51,16 @@ bench: $(DEV_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
 	@# Without the setting above: a benchmark has the machine to itself, and others' threads are not to be slowed down by it.
 	env -u OMP_WAIT_POLICY $(BIN)/gemma4-fast bench all $(BENCH_ARGS)
 
-sanitize:
-	@# No torch in it: ThreadSanitizer cannot see how OpenMP's threads wait for one another.
-	mkdir -p build/sanitize
-	$(CXX) -std=c++17 -O1 -g -march=native -ffp-contract=off -w -fsanitize=thread -DGEMMA4_ISA=native -Icsrc \
-		tests/sanitize/threads.cpp $(filter-out %/torch_ops.cpp,$(wildcard csrc/cpu/*.cpp)) -o build/sanitize/threads -pthread
-	TSAN_OPTIONS=halt_on_error=1 build/sanitize/threads
+# ThreadSanitizer cannot see how OpenMP's threads wait for each other: it gets a program of its own, with std::thread.
+sanitize: $(SANITIZE)/threads-plain $(SANITIZE)/threads-native $(SANITIZE)/.lib-done $(DEV_DONE)
+	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/threads-plain
+	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/threads-native
+	@# libstdc++ beside libasan: else the exceptions that torch throws are unknown to it. A finding ends the process, and with
+	@# it the report, if pytest holds back what is written to the file descriptor. `pytest` alone, since `python -m` would put
+	@# this folder's package before the one that was built.
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZE)/lib \
+		$(BIN)/pytest --capture=sys -p no:cacheprovider $(SANITIZE_TESTS:%=tests/%.py) $(PYTEST_ARGS)
 
 lint: $(DEV_DONE)
 	$(BIN)/ruff check .
@@ -105,3 +111,18 @@ $(NATIVE_DONE): $(CSRC) $(PACKAGE_DONE)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@if ls gemma4_fast/_native*.so gemma4_fast/_cpu*.so >/dev/null 2>&1; then touch $@; \
 	 else echo "warning: no native extension, or no CPU kernels (no C++17 compiler, or the error above); the package runs without it."; fi
+
+# ---- sanitizers ------------------------------------------------------------------------------------------------------
+
+ASAN := -fsanitize=address,undefined
+$(SANITIZE)/.lib-done: $(CSRC) setup.py $(shell find gemma4_fast kernels -name '*.py') $(RUN_DONE)
+	CXX=$(CXX) CXXFLAGS="$(ASAN) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1" LDFLAGS="$(ASAN)" \
+		$(BIN)/python setup.py --quiet build --build-base $(SANITIZE)/tmp --build-lib $(SANITIZE)/lib
+	@ls $(SANITIZE)/lib/gemma4_fast/_cpu*.so >/dev/null
+	@touch $@
+
+$(SANITIZE)/threads-native: TSAN := -march=native
+$(SANITIZE)/threads-%: tests/sanitize/threads.cpp $(CSRC)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -fsanitize=thread $(TSAN) -O1 -g -w -ffp-contract=off -pthread -Icsrc -DGEMMA4_ISA=$* \
+		$(filter-out csrc/cpu/torch_ops.cpp,$(wildcard csrc/cpu/*.cpp)) $< -o $@

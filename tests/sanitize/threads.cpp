@@ -51,7 +51,7 @@ Values<T> random_values(int64_t count) {
 template <class T>
 Values<T> unwritten(int64_t count) {
   Values<T> v(count);
-  std::memset(static_cast<void*>(v.data()), 0xff, count * sizeof(T));
+  if (count) std::memset(static_cast<void*>(v.data()), 0xff, count * sizeof(T));
   return v;
 }
 
