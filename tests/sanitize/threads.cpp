@@ -241,11 +241,26 @@ struct Checks {
     constexpr int64_t tokens = 101, stride = (kHeads + 2 * kKvHeads) * kDim, kv_size = tokens * kKvHeads * kDim;
     const auto qkv = in(tokens * stride), q_weight = in(kDim), k_weight = in(kDim);
     const auto cos = random_values<float>(tokens * kPairs), sin = random_values<float>(tokens * kPairs);
-    check("qkv_norm_rope", "", [&] {
-      auto q = out(tokens * kHeads * kDim), k = out(kv_size), v = out(kv_size);
-      kernels.qkv_norm_rope({dtype, qkv, q_weight, k_weight, cos, sin, q, k, v, nullptr, tokens, kHeads, kKvHeads, kDim,
-                             kPairs, stride, 2, 1e-6f});
-      return outputs_of(q, k, v);
+    Values<int64_t> rows(tokens);
+    for (int64_t t = 0; t < tokens; ++t) rows.at(t) = t * 5 % tokens;
+    for (const bool cached : {false, true})
+      check("qkv_norm_rope", cached ? "rows of a cache" : "", [&] {
+        auto q = out(tokens * kHeads * kDim), k = out(kv_size), v = out(kv_size);
+        kernels.qkv_norm_rope({dtype, qkv, q_weight, k_weight, cos, sin, q, k, v, cached ? rows.data() : nullptr, tokens, kHeads,
+                               kKvHeads, kDim, kPairs, stride, 2, 1e-6f});
+        return outputs_of(q, k, v);
+      });
+  }
+
+  // Rows 5 .. 238 of 246 in two parts, so that a part begins within the rows.
+  static void quantize_rows(int bits) {
+    constexpr int64_t n = 246, k = 267, first = 5, rows = 233, groups = (k + kGroup - 1) / kGroup, panels = 16;
+    const auto w = in(rows * k);
+    check("quantize_rows", bits == 8 ? "int8" : "int4", [&] {
+      Values<uint8_t> data(panels * groups * group_bytes(bits));
+      Values<uint16_t> scale(panels * groups * kPanel);
+      const bool finite = kernels.quantize_rows({dtype, w, data, scale, rows, k, first, n, k, groups, 2, bits});
+      return outputs_of(data, scale, Values<int32_t>(1, finite ? 0 : -1));
     });
   }
 
@@ -286,6 +301,7 @@ struct Checks {
     for (const int64_t tokens : {1, 5, 70}) ple_gate(tokens);
     for (const int bits : {0, 8, 4}) {
       logits(bits);
+      if (bits) quantize_rows(bits);
       for (const int64_t tokens : {1, 5, 70})  // one row, a few tiles of rows, more than one block of tiles
         linear(bits, tokens), geglu_mlp(bits, tokens), moe(bits, tokens);
     }
