@@ -92,8 +92,12 @@ class KVCache:
 
     def advance(self, new: list[int]) -> None:
         """Count `new[b]` more tokens for each sequence b, after all layers have written them."""
-        self.host_lens = [have + n for have, n in zip(self.host_lens, new, strict=True)]
+        self.count(new)
         self.lens += torch.tensor(new, dtype=torch.int32).to(self.lens.device, non_blocking=True)
+
+    def count(self, new: list[int]) -> None:
+        """The host's half of `advance`, for a step that counts on the device itself."""
+        self.host_lens = [have + n for have, n in zip(self.host_lens, new, strict=True)]
 
     def reset(self) -> None:
         """Forget every token; the memory stays."""

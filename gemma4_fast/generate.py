@@ -84,6 +84,7 @@ class Session:
         self.model, self.prompts = model, prompts
         self.sampling = sampling or Sampling()
         self.logprobs, self.prefill_chunk, self.prefix = logprobs, prefill_chunk, prefix
+        self.greedy = self.sampling.greedy and logprobs is None  # the likeliest ids are all that is asked for
         config = model.config
         self._check_prompts(config.vocab_size)
         self.max_new_tokens = self._room(max_new_tokens, config.max_position_embeddings)
@@ -139,7 +140,8 @@ class Session:
         start = time.perf_counter()
         cache, hidden = self._prefill(on_prefill)
         self.graph = DecodeGraph(self.model, cache)
-        tokens, ids = self._choose(hidden, 0)
+        with self.model.running():
+            tokens, ids = self._choose(self.model.logits(hidden, argmax=True) if self.greedy else hidden, 0)
         self.prefill_seconds = time.perf_counter() - start
         yield tokens
         for step in range(1, self.max_new_tokens):
@@ -148,8 +150,8 @@ class Session:
             start = time.perf_counter()
             going = [int(g) for g in self.going]
             with self.model.running():
-                hidden = self._pass(partial(self.graph.run, ids, going), [tokens[0].id], cache)
-            tokens, ids = self._choose(hidden, step)
+                out = self._pass(partial(self.graph.run, ids, going, greedy=self.greedy), [tokens[0].id], cache)
+                tokens, ids = self._choose(out, step)
             self.decode_seconds += time.perf_counter() - start
             yield tokens
 
@@ -213,21 +215,23 @@ class Session:
             kept.cache, kept.ids, kept.model = cache, [], self.model
         return cache, [len(kept.ids)]
 
-    def _choose(self, hidden: Tensor, step: int) -> tuple[list[Token], Tensor]:
-        """hidden [B, H] -> the tokens of the sequences still going, and all ids [B] on the device."""
-        model, values, top = self.model, None, None
-        with model.running():
-            finite = hidden.isfinite().all(-1)
-            if self.sampling.greedy and self.logprobs is None:
-                ids = model.logits(hidden, argmax=True)
-            else:
-                logits = model.logits(hidden)
-                ids = sample(logits, self.sampling, self.generators)
-                if self.logprobs is not None:
-                    logp = logits.float().log_softmax(-1)
-                    values = logp.gather(-1, ids[:, None]).squeeze(-1).tolist()
-                    top = [t.tolist() for t in logp.topk(self.logprobs, dim=-1)] if self.logprobs else None
-            *chosen, fine = torch.stack((ids, finite.long())).tolist()
+    def _choose(self, out: Tensor, step: int) -> tuple[list[Token], Tensor]:
+        """Hidden states [B, H], or if `self.greedy` the likeliest ids [B] -> the tokens of the sequences still going, and all
+        ids [B] on the device."""
+        values, top = None, None
+        if self.greedy:
+            ids, chosen = out, out.tolist()
+            fine = [token >= 0 for token in chosen]
+            if not all(fine):  # an idle sequence that has gone wrong is no one's concern, but its id must be one
+                ids = ids.clamp(min=0)
+        else:
+            logits = self.model.logits(out)
+            ids = sample(logits, self.sampling, self.generators)
+            if self.logprobs is not None:
+                logp = logits.float().log_softmax(-1)
+                values = logp.gather(-1, ids[:, None]).squeeze(-1).tolist()
+                top = [t.tolist() for t in logp.topk(self.logprobs, dim=-1)] if self.logprobs else None
+            chosen, fine = torch.stack((ids, out.isfinite().all(-1).long())).tolist()
         for b, ok in enumerate(fine):
             if self.going[b] and not ok:
                 raise FloatingPointError(
@@ -235,7 +239,7 @@ class Session:
                     "the self-check tells whether weights or kernels are at fault (fp16 can overflow: use bfloat16)"
                 )
         tokens = []
-        for b, token in enumerate(chosen[0]):
+        for b, token in enumerate(chosen):
             if self.going[b]:
                 best = None if top is None else list(zip(top[1][b], top[0][b], strict=True))
                 tokens.append(Token(b, token, None if values is None else values[b], best))

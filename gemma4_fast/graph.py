@@ -1,13 +1,14 @@
 """The decode step, recorded once and run again: what a CUDA graph is on a GPU, for the CPU kernels.
 
 A step of one token for each sequence is the same calls with the same shapes every time. Op by op, Python, checks and
-allocations cost some tens of microseconds a call; a replay costs less than one. Layers alone are recorded; embedding and
-the choice of the next token are run as always.
+allocations cost some tens of microseconds a call, more where a step's weights have taken the caches; a replay costs less than
+one. All of a step is in it, from the tokens' ids to their successors' if those are the likeliest ones.
 """
 
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,60 +32,89 @@ class DecodeGraph:
     """
 
     def __init__(self, model: Gemma4, cache: KVCache) -> None:
-        self.text, self.cache = model.model, cache
+        self.model, self.cache = model, cache
         self.times: dict[str, float] | None = None  # a dict collects the seconds of each op's replayed calls, by its name
         self._key: Any = None  # what the steps so far have in common
         self._tried = False  # whether such a step has been recorded, or found to be none that can be
         self._recording: _Recording | None = None
 
-    def run(self, ids: Tensor, new_lens: list[int]) -> Tensor:
-        """ids [B] int64, new_lens [B] (0: idle) -> final normed hidden states [B, H], valid until the next call; the
-        cache counts the new tokens. As `Text.forward` with a decode step."""
-        step = self.text.step(new_lens, self.cache, decode=True)
-        key = ops.selection(), ops.decode_limit(max(self.cache.host_lens) + 1)
-        if key == self._key and (self._recording is not None or (not self._tried and self._recordable())):
-            x, ple = self.text.embed(ids)
-            if self._recording is None:
-                h = self._record(x, ple, step)
-            else:
-                h = self._recording.replay(_inputs(x, ple, step), self.times)
-            self.cache.advance(new_lens)
-            return h
-        # The first one builds what is kept between steps, such as tables of angles, so that the next need not.
-        self._tried = key == self._key
-        self._key, self._recording = key, None
-        return self.text(ids, step, self.cache)
+    def run(self, ids: Tensor, new_lens: list[int], *, greedy: bool = False) -> Tensor:
+        """ids [B] int64, new_lens [B] (0: idle) -> final normed hidden states [B, H], or if `greedy` the likeliest next ids
+        [B] int64 (-1 for a hidden state that is not finite); valid until the next call. The cache counts the new tokens."""
+        longest = max((have + 1 for have, n in zip(self.cache.host_lens, new_lens, strict=True) if n), default=1)  # of the going
+        key = greedy, ops.selection(), ops.decode_limit(longest)
+        if key == self._key and self._recording is not None:
+            out = self._recording.replay(ids, new_lens, self.times)
+        elif key == self._key and not self._tried and self._recordable():
+            out = self._record(ids, new_lens, greedy)
+        else:
+            # The first one builds what is kept between steps, such as tables of angles, so that the next need not.
+            self._tried = key == self._key
+            self._key, self._recording = key, None
+            return self._finish(self.model.model(ids, self.model.model.step(new_lens, self.cache, decode=True), self.cache), greedy)
+        self.cache.count(new_lens)
+        return out
+
+    def _finish(self, h: Tensor, greedy: bool) -> Tensor:
+        return self.model.logits(h, argmax=True) if greedy else h
 
     def _recordable(self) -> bool:
-        like, names = self.text.norm.weight, model_ops(self.text.config)
-        return all(ops.recordable(name, like.device, like.dtype) for name in names)
+        device, dtype = self.model.device, self.model.dtype
+        return all(ops.recordable(name, device, dtype) for name in model_ops(self.model.config))
 
-    def _record(self, x: Tensor, ple: Tensor | None, step: Step) -> Tensor:
-        kernels, watch = torch.ops.gemma4_fast_cpu, _Watch()
+    def _record(self, ids: Tensor, new_lens: list[int], greedy: bool) -> Tensor:
+        kernels, watch, inputs = torch.ops.gemma4_fast_cpu, _Watch(), _Inputs(ids, new_lens)
+        now = self.model.model.step(new_lens, self.cache, decode=True)
+        slots = torch.tensor(list(now.rows))
         self._tried = True
         kernels.record_start()
         try:
             with watch:
-                h = self.text.decode(x, ple, step, self.cache)
+                step = self._step(now, inputs, slots)
+                out = self._finish(self.model.model.run(inputs.ids, step, self.cache), greedy)
+                kernels.count_tokens(self.cache.lens, inputs.going)
         except BaseException:
             kernels.release(kernels.record_stop())
             self._key = None
             raise
-        made = _Recording(kernels.record_stop(), watch.calls, _inputs(x, ple, step), h)
+        made = _Recording(kernels.record_stop(), watch.calls, inputs, out)
         if not watch.unknown:
             self._recording = made
-        return h
+        return out
+
+    def _step(self, now: Step, inputs: _Inputs, slots: Tensor) -> Step:
+        """The step `now`, but what differs from one to the next comes from kernels, so that a replay finds it out anew."""
+        lens = self.cache.lens
+        positions, kv_lens = torch.empty_like(now.positions), torch.empty_like(lens)
+        rows = positions.new_empty(len(now.rows), len(positions))
+        torch.ops.gemma4_fast_cpu.decode_rows(lens, inputs.going, slots, positions, kv_lens, rows)
+        anew = dict(zip(now.rows, rows.unbind(), strict=True))
+        return replace(now, positions=positions, kv_lens=kv_lens, angles=self.model.model.angles(positions), rows=anew)
+
+
+class _Inputs:
+    """What a replay is given: ids [B], and of each sequence whether it goes on, [B] int32."""
+
+    def __init__(self, ids: Tensor, new_lens: list[int]) -> None:
+        self.ids, self.new_lens = ids.clone(), list(new_lens)
+        self.going = torch.tensor(new_lens, dtype=torch.int32)
+
+    def set(self, ids: Tensor, new_lens: list[int]) -> None:
+        self.ids.copy_(ids)
+        if new_lens != self.new_lens:
+            self.new_lens = list(new_lens)
+            self.going.copy_(torch.tensor(new_lens))
 
 
 class _Recording:
     """A recording in C++, released with this object: its number, the names of its calls, the tensors it reads and writes."""
 
-    def __init__(self, number: int, calls: list[str], inputs: list[Tensor], output: Tensor) -> None:
+    def __init__(self, number: int, calls: list[str], inputs: _Inputs, output: Tensor) -> None:
         self.number, self.calls, self.inputs, self.output = number, calls, inputs, output
         weakref.finalize(self, torch.ops.gemma4_fast_cpu.release, number)
 
-    def replay(self, inputs: list[Tensor], times: dict[str, float] | None = None) -> Tensor:
-        torch._foreach_copy_(self.inputs, inputs)
+    def replay(self, ids: Tensor, new_lens: list[int], times: dict[str, float] | None = None) -> Tensor:
+        self.inputs.set(ids, new_lens)
         if times is None:
             torch.ops.gemma4_fast_cpu.replay(self.number, None)
             return self.output
@@ -93,13 +123,6 @@ class _Recording:
         for name, took in zip(self.calls, seconds.tolist(), strict=True):
             times[name] = times.get(name, 0.0) + took
         return self.output
-
-
-def _inputs(x: Tensor, ple: Tensor | None, step: Step) -> list[Tensor]:
-    """Everything that differs from one decode step to the next."""
-    assert step.kv_lens is not None
-    angles = [part for pair in step.angles.values() for part in pair]
-    return [x, *([] if ple is None else [ple]), step.kv_lens, *angles, *step.rows.values()]
 
 
 class _Watch(TorchDispatchMode):

@@ -7,13 +7,13 @@ its normed form.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma4_fast import ops
@@ -22,7 +22,10 @@ from gemma4_fast.config import Gemma4Config, LayerConfig
 from gemma4_fast.quant import QuantizedWeight
 
 # The ops a model calls; `moe` chooses among the last three.
-MODEL_OPS = ("rms_norm", "norm_add_norm", "linear", "qkv_norm_rope", "gqa_prefill", "gqa_decode", "geglu_mlp", "logits")
+MODEL_OPS = (
+    "embedding", "rope_angles", "rms_norm", "norm_add_norm", "linear", "qkv_norm_rope", "gqa_prefill", "gqa_decode",
+    "geglu_mlp", "logits",
+)  # fmt: skip
 PLE_OPS = ("ple_gate",)
 MOE_OPS = ("route_topk", "moe_decode", "expert_dispatch", "grouped_gemm")
 
@@ -293,6 +296,7 @@ class Text(nn.Module):
             self.per_layer_model_projection = Weight(width, config.hidden_size)
             self.per_layer_projection_norm = Weight(size)
         self._inv_freq: dict[tuple[bool, torch.device, torch.dtype], Tensor] = {}
+        self._ple_scales: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def inv_freq(self, is_sliding: bool, device: torch.device) -> Tensor:
         """[R] radians per token of one kind of layer. Not a buffer: it must survive `to_empty` and casts to bf16."""
@@ -327,7 +331,7 @@ class Text(nn.Module):
                 cu_seqlens=torch.arange(batch + 1, dtype=torch.int32, device=device),
                 prefix_lens=None,
                 kv_lens=kv_lens,
-                angles=self._angles(positions),
+                angles=self.angles(positions),
                 new_lens=new_lens,
                 rows={slots: kv.rows(sequence, positions) for slots, kv in caches.items()},
             )
@@ -343,26 +347,34 @@ class Text(nn.Module):
             cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device),
             prefix_lens=None if cache is None else cache.lens.clone(),
             kv_lens=None,
-            angles=self._angles(positions),
+            angles=self.angles(positions),
             new_lens=new_lens,
         )
 
-    def _angles(self, positions: Tensor) -> dict[bool, tuple[Tensor, Tensor]]:
+    def angles(self, positions: Tensor) -> dict[bool, tuple[Tensor, Tensor]]:
+        """positions [T] int64 -> for each kind of layer, by is_sliding: cos, sin [T, R]."""
         kinds = {c.is_sliding for c in self.config.layers()}
-        turns = {s: positions[:, None] * self.inv_freq(s, positions.device) for s in kinds}  # int64 * fp32: fp32
-        return {s: (a.cos(), a.sin()) for s, a in turns.items()}
+        return {s: ops.rope_angles(positions, self.inv_freq(s, positions.device)) for s in kinds}
 
     def embed(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """ids [T] int64 -> x [T, H], and the layers' PLE inputs [T, L, P] (None for models without)."""
         c, weight = self.config, self.embed_tokens.weight
-        x = F.embedding(ids, weight) * _rounded(c.hidden_size**0.5, weight.dtype)
+        x = ops.embedding(weight, ids, _rounded(c.hidden_size**0.5, weight.dtype))
         if not (size := c.hidden_size_per_layer_input):
             return x, None
-        context = ops.linear(x, self.per_layer_model_projection.weight) * c.hidden_size**-0.5
-        context = context.view(-1, c.num_hidden_layers, size)
-        context = ops.rms_norm(context, self.per_layer_projection_norm.weight, c.rms_norm_eps)
-        token = F.embedding(ids, self.embed_tokens_per_layer.weight) * _rounded(size**0.5, weight.dtype)
-        return x, (context + token.view_as(context)) * 2.0**-0.5
+        token = ops.embedding(self.embed_tokens_per_layer.weight, ids, _rounded(size**0.5, weight.dtype))
+        context = ops.linear(x, self.per_layer_model_projection.weight)
+        # (rms(context * H^-0.5) + token) * 2^-0.5. A factor before a norm acts on its eps alone.
+        norm, eps = self.per_layer_projection_norm.weight, c.rms_norm_eps * c.hidden_size
+        ple, _ = ops.norm_add_norm(context.view(-1, size), token.view(-1, size), norm, self._ple_scale(norm), None, eps)
+        return x, ple.view(-1, c.num_hidden_layers, size)
+
+    def _ple_scale(self, like: Tensor) -> Tensor:
+        """[1]: 2^-0.5. Kept, as `inv_freq` is and for the same reason."""
+        key = like.device, like.dtype
+        if key not in self._ple_scales:
+            self._ple_scales[key] = torch.full((1,), 2.0**-0.5, dtype=like.dtype, device=like.device)
+        return self._ple_scales[key]
 
     def layer(self, index: int) -> Layer:
         """Decoder layer `index`."""
@@ -374,7 +386,14 @@ class Text(nn.Module):
         return self.layer(index if donor is None else donor).self_attn
 
     def forward(self, ids: Tensor, step: Step, cache: KVCache | None, last: list[bool] | None = None) -> Tensor:
-        """ids [T] int64 -> final normed hidden states [T, H], and the cache counts the new tokens.
+        """`run`, after which the cache counts the new tokens."""
+        h = self.run(ids, step, cache, last)
+        if cache is not None:
+            cache.advance(step.new_lens)
+        return h
+
+    def run(self, ids: Tensor, step: Step, cache: KVCache | None, last: list[bool] | None = None) -> Tensor:
+        """ids [T] int64 -> final normed hidden states [T, H]; the new tokens are in the cache, and not counted yet.
 
         last: only the newest token's hidden state of each sequence b with last[b] is wanted -> [B, H]; other rows are
         undefined. Layers that share KV then see these tokens alone, since they add nothing to any cache.
@@ -392,17 +411,8 @@ class Text(nn.Module):
             x, h = self.run_layer(index, x, h, step, cache, None if ple is None else ple[:, index])
         if cache is not None:
             self.write_donors(step, cache)
-            cache.advance(step.new_lens)
         h = cast(Tensor, h)
         return h if picked else h[self.last_rows(step)]
-
-    def decode(self, x: Tensor, ple: Tensor | None, step: Step, cache: KVCache) -> Tensor:
-        """All layers of a decode step: x [B, H], ple [B, L, P] as `embed` gives them -> final normed hidden states [B, H].
-        The cache is written, and does not count the new tokens yet."""
-        h: Tensor | None = None
-        for index in range(self.config.num_hidden_layers):
-            x, h = self.run_layer(index, x, h, step, cache, None if ple is None else ple[:, index])
-        return cast(Tensor, h)
 
     def run_layer(
         self,
@@ -456,5 +466,6 @@ class Text(nn.Module):
         )
 
 
+@functools.cache
 def _rounded(value: float, dtype: torch.dtype) -> float:
     return float(torch.tensor(value, dtype=dtype))

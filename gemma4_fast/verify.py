@@ -240,19 +240,21 @@ class _Check:
         return rows[::-1]
 
     def _embedding(self) -> None:
-        x, ple = self.text.embed(self.ids)
         outs = []
         for wide in (True, False):
             w = self._weights(wide)
             base = reference.embed(w, self.config, self.ids)
             outs.append((base, reference.per_layer_inputs(w, self.config, self.ids, base)))
-        (truth, truth_ple), (plain, plain_ple) = outs
-        errors = relative_error(x, truth), relative_error(plain, truth)
-        self.report.comparisons.append(Comparison("embedding", "", *errors))
-        if ple is not None:
-            t, p = cast(Tensor, truth_ple), cast(Tensor, plain_ple)
-            errors = relative_error(ple, t), relative_error(p, t)
-            self.report.comparisons.append(Comparison("per-layer inputs", "", *errors))
+
+        def judge() -> list[Comparison]:
+            rows = []
+            for what, got, truth, plain in zip(("embedding", "per-layer inputs"), self.text.embed(self.ids), *outs, strict=True):
+                if got is not None:
+                    t, p = cast(Tensor, truth), cast(Tensor, plain)
+                    rows.append(Comparison(what, "", relative_error(got, t), relative_error(p, t)))
+            return rows
+
+        self._add(judge(), judge)
 
     def _attention(self, layer: LayerConfig, run: _Run, stores: list[tuple[Store, Store]]) -> None:
         i, plan = layer.index, run.plan

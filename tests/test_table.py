@@ -21,7 +21,7 @@ from gemma4_fast.reference import ops as reference
 
 DESIGN = [
     "rms_norm", "norm_add_norm", "qkv_norm_rope", "gqa_decode", "gqa_prefill", "route_topk", "expert_dispatch", "grouped_gemm",
-    "moe_decode", "moe", "linear", "geglu_mlp", "ple_gate", "logits",
+    "moe_decode", "moe", "linear", "geglu_mlp", "ple_gate", "logits", "embedding", "rope_angles",
 ]  # fmt: skip
 X = torch.randn(3, 8)
 
@@ -77,7 +77,7 @@ def test_cost_is_positive_and_cases_are_reproducible(name: str) -> None:
                 x, y = x.dequantize(), y.dequantize()
             assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
         cost = op.cost(*a.values())
-        empty = next(iter(a.values())).numel() == 0
+        empty = any(isinstance(x, torch.Tensor) and x.numel() == 0 for x in a.values())
         assert cost.flops >= 0 and (cost.bytes > 0 or empty)
 
 
@@ -245,6 +245,14 @@ BAD_CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("moe", dict(topk_weights=None), "topk_weights"),
     ("linear", dict(weight=None), "weight"),
     ("ple_gate", dict(weight=None), "weight"),
+    ("embedding", dict(weight=None), "weight"),
+    ("embedding", dict(weight=QuantizedWeight.empty(8, (2, 3, 32))), "axes"),
+    ("embedding", dict(ids=torch.zeros(2, dtype=torch.int32)), "int64"),
+    ("embedding", dict(ids=torch.zeros(1, 2, dtype=torch.int64)), "ids has shape"),
+    ("embedding", dict(scale="much"), "scale"),
+    ("rope_angles", dict(positions=torch.zeros(2)), "int64"),
+    ("rope_angles", dict(inv_freq=torch.ones(2, 2)), "axes"),
+    ("rope_angles", dict(inv_freq=None), "inv_freq"),
 ]
 
 

@@ -257,6 +257,8 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any], str]] = {
     "MLP's first rows wrong": ("geglu_mlp", _first_rows_zero, "feed-forward"),
     "greedy choice wrong for one row": ("logits", _argmax_off_by_one, "greedy choice"),
     "logits wrong for one row": ("logits", _logits_rolled, "logits"),
+    "embeddings not scaled": ("embedding", lambda weight, ids, scale: torch_backend.embedding(weight, ids), "embedding"),
+    "sines and cosines swapped": ("rope_angles", lambda *args: torch_backend.rope_angles(*args)[::-1], "attention"),
 }
 
 

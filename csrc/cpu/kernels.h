@@ -42,6 +42,23 @@ struct Quantized {
 };
 constexpr int kRoundedGroup = 40;  // bytes of scratch for 32 values of x, rounded to 8 bits
 
+struct Embedding {
+  Dtype dtype;  // of out, and of a weight of floats
+  const void* weight;   // [V, H]
+  const int64_t* ids;   // [T]
+  void* out;            // [T, H]
+  int64_t tokens, hidden;
+  float by;
+  Quantized q;
+};
+
+struct RopeAngles {
+  const int64_t* positions;  // [T]
+  const float* inv_freq;     // [pairs]
+  float *cos, *sin;          // [T, pairs]
+  int64_t tokens, pairs;
+};
+
 struct Linear {
   Dtype dtype;
   const void *x, *weight;  // [T, K], [N, K]
@@ -184,6 +201,8 @@ struct Kernels {
   const char* name;
   void (*rms_norm)(const RmsNorm&);
   void (*norm_add_norm)(const NormAddNorm&);
+  void (*embedding)(const Embedding&);
+  void (*rope_angles)(const RopeAngles&);
   void (*linear)(const Linear&);
   void (*geglu_mlp)(const GegluMlp&);
   void (*moe)(const Moe&);

@@ -68,8 +68,15 @@ GEMMA4_INLINE void take_logits(const Logits& a, int64_t task, int64_t i, int m, 
     });
 }
 
+template <class T>
+GEMMA4_INLINE bool all_finite(const T* x, int64_t size) {
+  Vec sum = set(0);
+  for_vecs(size, [&](int64_t i, int n) GEMMA4_LAMBDA_INLINE { sum = fma(load_some(x + i, n), set(0), sum); });
+  return sum_lanes(sum) == 0.0f;  // NaN if one of x is not finite
+}
+
 // multiply(task, first id, last id): the products of a task's rows of w, shown to take_logits.
-template <class Multiply>
+template <class T, class Multiply>
 void logits_tasks(const Logits& a, int64_t width, Multiply multiply) {
   const int64_t rows = ((a.vocab + width - 1) / width + a.tasks - 1) / a.tasks * width;
   parallel(a.tasks, a.tokens * a.vocab * a.hidden, [=](int64_t task) {
@@ -80,6 +87,10 @@ void logits_tasks(const Logits& a, int64_t width, Multiply multiply) {
   });
   if (a.out != nullptr) return;
   for (int64_t t = 0; t < a.tokens; ++t) {  // the first task that has the largest has the lowest id
+    if (!all_finite(static_cast<const T*>(a.x) + t * a.hidden, a.hidden)) {
+      a.best[t] = -1;
+      continue;
+    }
     int64_t best = 0;
     for (int64_t task = 1; task < a.tasks; ++task)
       if (beats(a.best_of[t * a.tasks + task], a.best_of[t * a.tasks + best])) best = task;
@@ -90,7 +101,7 @@ void logits_tasks(const Logits& a, int64_t width, Multiply multiply) {
 template <class T>
 void logits_of(const Logits& a) {
   const T *x = static_cast<const T*>(a.x), *w = static_cast<const T*>(a.weight);
-  logits_tasks(a, 1, [=](int64_t task, int64_t first, int64_t last) {
+  logits_tasks<T>(a, 1, [=](int64_t task, int64_t first, int64_t last) {
     product<T>(
         a.tokens, last - first, a.hidden, [&](int64_t i) { return x + i * a.hidden; }, w + first * a.hidden, w + last * a.hidden,
         [&](int64_t i, int mm, int64_t j, int nn, float* y) { take_logits<T>(a, task, i, mm, first + j, nn, nn, y); });
@@ -105,7 +116,7 @@ void quantized_logits_of(const Logits& a) {
   const Panels<Bits> w = panels_of<Bits>(a.weight, a.q);
   parallel(a.tokens, a.tokens * a.hidden,
            [=](int64_t t) { round_row(x + t * a.hidden, a.hidden, offset_of(Bits), rounded + t * groups); });
-  logits_tasks(a, kPanel, [=](int64_t task, int64_t first, int64_t last) {
+  logits_tasks<T>(a, kPanel, [=](int64_t task, int64_t first, int64_t last) {
     panel_product<Bits>(
         a.tokens, (last - first + kPanel - 1) / kPanel, w.from(first / kPanel), w.from(last / kPanel).data,
         [&](int64_t i) { return rounded + i * groups; },

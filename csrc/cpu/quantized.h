@@ -65,6 +65,15 @@ constexpr int offset_of(int bits) { return bits == 8 ? 128 : 8; }
 constexpr int64_t group_bytes(int bits) { return kGroup * kPanel * bits / 8; }
 constexpr int64_t kStreamAhead = 8192;  // bytes that a stream of panels is asked for before it is read
 
+GEMMA4_INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
+  if (exponent == 0) return (sign ? -1.0f : 1.0f) * static_cast<float>(fraction) * 5.9604644775390625e-8f;  // 2^-24
+  const uint32_t bits = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
 // What a tile asks of memory while it multiplies, group by group.
 struct Asked {
   const uint8_t* next;   // null: nothing
@@ -174,15 +183,6 @@ __attribute__((noinline)) void panel_tile(const Rounded* const* x, const uint8_t
 
 #else
 constexpr int kTokens = 2;
-
-GEMMA4_INLINE float half_to_float(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
-  if (exponent == 0) return (sign ? -1.0f : 1.0f) * static_cast<float>(fraction) * 5.9604644775390625e-8f;  // 2^-24
-  const uint32_t bits = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
 
 template <int Bits, int M>
 __attribute__((noinline)) void panel_tile(const Rounded* const* x, const uint8_t* w, const uint16_t* scale, int64_t groups,

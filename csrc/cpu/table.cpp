@@ -9,6 +9,8 @@ namespace GEMMA4_ISA {
 
 void rms_norm(const RmsNorm&);
 void norm_add_norm(const NormAddNorm&);
+void embedding(const Embedding&);
+void rope_angles(const RopeAngles&);
 void linear(const Linear&);
 void geglu_mlp(const GegluMlp&);
 void moe(const Moe&);
@@ -22,8 +24,8 @@ void gqa_prefill(const GqaPrefill&);
 bool quantize_rows(const QuantizeRows&);
 
 extern const Kernels kernels;
-const Kernels kernels = {GEMMA4_TEXT(GEMMA4_ISA), rms_norm, norm_add_norm, linear, geglu_mlp, moe, grouped_gemm, route_topk,
-                         ple_gate, logits, qkv_norm_rope, gqa_decode, gqa_prefill, quantize_rows};
+const Kernels kernels = {GEMMA4_TEXT(GEMMA4_ISA), rms_norm, norm_add_norm, embedding, rope_angles, linear, geglu_mlp, moe,
+                         grouped_gemm, route_topk, ple_gate, logits, qkv_norm_rope, gqa_decode, gqa_prefill, quantize_rows};
 
 }  // namespace GEMMA4_ISA
 }  // namespace gemma4_fast

@@ -111,6 +111,19 @@ Quantized quantized(const Tensor& data, const Optional& scale) {
   return {at<uint16_t>(scale), groups, data.size(-3) == 8 * groups ? 8 : 4};
 }
 
+void embedding(Tensor weight, Optional scale, Tensor ids, Tensor out, double by, int64_t vocab, int64_t isa) {
+  submit([=] {
+    check_range(at<int64_t>(ids), ids.numel(), 0, vocab, "embedding: ids");
+    table(isa).embedding({dtype_of(out), at(weight), at<int64_t>(ids), at(out), ids.numel(), out.size(-1), (float)by, quantized(weight, scale)});
+  });
+}
+
+void rope_angles(Tensor positions, Tensor inv_freq, Tensor cos, Tensor sin, int64_t isa) {
+  submit([=] {
+    table(isa).rope_angles({at<int64_t>(positions), at<float>(inv_freq), at<float>(cos), at<float>(sin), positions.numel(), inv_freq.numel()});
+  });
+}
+
 void linear(Tensor x, Tensor weight, Optional scale, Optional rounded, Tensor out, int64_t isa) {
   submit([=] {
     const int64_t k = x.size(-1);
@@ -271,6 +284,31 @@ int64_t quantize_rows(Tensor source, Tensor data, Tensor scale, int64_t first, i
                                    k, to.groups, parts, to.bits});
 }
 
+// ---- what a decode step begins and ends with: see graph.py ----------------------------------------------------------------
+
+// lens [B], going [B] (0: idle) -> positions [B] of the new tokens; kv_lens [B], lengths with them, 0 where idle; and for caches
+// of slots[i] per sequence, rows [i, B] that they go to. An idle sequence writes where its next token will.
+void decode_rows(Tensor lens, Tensor going, Tensor slots, Tensor positions, Tensor kv_lens, Tensor rows) {
+  submit([=] {
+    const int64_t batch = lens.numel();
+    const auto *len = at<int32_t>(lens), *goes = at<int32_t>(going);
+    for (int64_t b = 0; b < batch; ++b) {
+      at<int64_t>(positions)[b] = len[b];
+      at<int32_t>(kv_lens)[b] = goes[b] ? len[b] + 1 : 0;
+      for (int64_t i = 0; i < slots.numel(); ++i) {
+        const int64_t size = at<int64_t>(slots)[i];
+        at<int64_t>(rows)[i * batch + b] = b * size + len[b] % size;
+      }
+    }
+  });
+}
+
+void count_tokens(Tensor lens, Tensor going) {
+  submit([=] {
+    for (int64_t b = 0; b < lens.numel(); ++b) at<int32_t>(lens)[b] += at<int32_t>(going)[b];
+  });
+}
+
 // ---- recordings: see recording.h ---------------------------------------------------------------------------------------
 
 void record_start() {
@@ -303,6 +341,8 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cpu, m) {
   m.def("rms_norm(Tensor x, Tensor? weight, Tensor(a!) out, float eps, int isa) -> ()");
   m.def("norm_add_norm(Tensor x, Tensor residual, Tensor weight, Tensor? scale, Tensor? next_weight, Tensor(a!) y, "
         "Tensor(b!)? z, float eps, int isa) -> ()");
+  m.def("embedding(Tensor weight, Tensor? scale, Tensor ids, Tensor(a!) out, float by, int vocab, int isa) -> ()");
+  m.def("rope_angles(Tensor positions, Tensor inv_freq, Tensor(a!) cos, Tensor(b!) sin, int isa) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? scale, Tensor(a!)? rounded, Tensor(b!) out, int isa) -> ()");
   m.def("geglu_mlp(Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_scale, Tensor? down_scale, int inter, "
         "Tensor(a!)? rounded, Tensor(b!) h, Tensor(c!) out, int isa) -> ()");
@@ -326,6 +366,8 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cpu, m) {
   m.def("gqa_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? k_cache, Tensor? v_cache, Tensor? prefix_lens, "
         "Tensor? block_table, Tensor? image_ids, Tensor? k_weight, Tensor? tile_cos, Tensor? tile_sin, Tensor? within_cos, "
         "Tensor? within_sin, Tensor(a!) out, int window, float scale, int isa) -> ()");
+  m.def("decode_rows(Tensor lens, Tensor going, Tensor slots, Tensor(a!) positions, Tensor(b!) kv_lens, Tensor(c!) rows) -> ()");
+  m.def("count_tokens(Tensor(a!) lens, Tensor going) -> ()");
   m.def("quantize_rows(Tensor source, Tensor(a!) data, Tensor(b!) scale, int first, int n, int parts, int isa) -> int");
   m.def("record_start() -> ()");
   m.def("record_stop() -> int");
@@ -343,6 +385,8 @@ STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cpu, CompositeExplicitAutograd, m) {  // n
 STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cpu, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("norm_add_norm", TORCH_BOX(&norm_add_norm));
+  m.impl("embedding", TORCH_BOX(&embedding));
+  m.impl("rope_angles", TORCH_BOX(&rope_angles));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("geglu_mlp", TORCH_BOX(&geglu_mlp));
   m.impl("moe", TORCH_BOX(&moe));
@@ -354,6 +398,8 @@ STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cpu, CPU, m) {
   m.impl("qkv_norm_rope", TORCH_BOX(&qkv_norm_rope));
   m.impl("gqa_decode", TORCH_BOX(&gqa_decode));
   m.impl("gqa_prefill", TORCH_BOX(&gqa_prefill));
+  m.impl("decode_rows", TORCH_BOX(&decode_rows));
+  m.impl("count_tokens", TORCH_BOX(&count_tokens));
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
 }
 

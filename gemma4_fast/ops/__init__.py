@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gemma4_fast.ops.attention import GQA_DECODE, GQA_PREFILL
 from gemma4_fast.ops.cpu_backend import decode_limit
+from gemma4_fast.ops.embedding import EMBEDDING, ROPE_ANGLES
 from gemma4_fast.ops.linear import GEGLU_MLP, LINEAR, LOGITS
 from gemma4_fast.ops.moe import EXPERT_DISPATCH, GROUPED_GEMM, MOE, MOE_DECODE, ROUTE_TOPK
 from gemma4_fast.ops.norms import NORM_ADD_NORM, PLE_GATE, QKV_NORM_ROPE, RMS_NORM
@@ -35,10 +36,20 @@ from gemma4_fast.quant import WeightLike
 
 __all__ = [
     "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "bound", "decide", "decode_limit", "default_backend",
-    "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear", "logits", "moe",
+    "embedding", "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear", "logits", "moe",
     "moe_decode", "norm_add_norm", "parse_backend", "ple_gate", "qkv_norm_rope", "recordable", "register", "require",
-    "rms_norm", "route_topk", "selection", "use_backend",
+    "rms_norm", "rope_angles", "route_topk", "selection", "use_backend",
 ]  # fmt: skip
+
+
+def embedding(weight: WeightLike, ids: Tensor, scale: float = 1.0) -> Tensor:
+    """Rows ids [T] of weight [V, H], times scale -> [T, H]."""
+    return EMBEDDING(weight, ids, scale)
+
+
+def rope_angles(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """positions [T], inv_freq [R] -> cos, sin [T, R]."""
+    return ROPE_ANGLES(positions, inv_freq)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -171,5 +182,5 @@ def ple_gate(
 
 
 def logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: bool = False) -> Tensor:
-    """x [T, H] -> softcapped logits [T, V], or the argmax ids [T]."""
+    """x [T, H] -> softcapped logits [T, V], or the argmax ids [T] (-1 for a row that is not finite)."""
     return LOGITS(x, weight, softcap, argmax)

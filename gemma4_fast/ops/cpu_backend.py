@@ -55,6 +55,27 @@ def _fp32(x: Tensor) -> Tensor:
     return _whole(x if x.dtype == torch.float32 else x.float())
 
 
+def embedding(weight: WeightLike, ids: Tensor, scale: float = 1.0) -> Tensor:
+    values, scales = _parts(weight)
+    out = torch.empty(ids.shape[0], weight.shape[1], dtype=weight.dtype)
+    _ops.embedding(values, scales, _whole(ids), out, scale, weight.shape[0], cpu_isa())
+    return out
+
+
+def accepts_embedding(weight: WeightLike, *_: object) -> str | None:
+    return None if isinstance(weight, Tensor) else _whole_weight(weight, 1)
+
+
+def rope_angles(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = (inv_freq.new_empty(positions.shape[0], inv_freq.shape[0]) for _ in range(2))
+    _ops.rope_angles(_whole(positions), _whole(inv_freq), cos, sin, cpu_isa())
+    return cos, sin
+
+
+def accepts_angles(positions: Tensor, inv_freq: Tensor) -> str | None:
+    return None if inv_freq.dtype == torch.float32 else "takes frequencies in float32"
+
+
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     x = _whole(x)
     out = torch.empty_like(x)

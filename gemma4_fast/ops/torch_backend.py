@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gemma4_fast.quant import WeightLike
-from gemma4_fast.reference.ops import geglu, rotate, route_topk
+from gemma4_fast.reference.ops import embedding, geglu, rope_angles, rotate, route_topk
 
 __all__ = [
-    "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear", "logits", "moe_decode",
-    "norm_add_norm", "ple_gate", "qkv_norm_rope", "rms_norm", "route_topk",
+    "embedding", "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear", "logits", "moe_decode",
+    "norm_add_norm", "ple_gate", "qkv_norm_rope", "rms_norm", "rope_angles",
+    "route_topk",
 ]  # fmt: skip
 
 
@@ -336,5 +337,5 @@ def ple_gate(
 def logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: bool = False) -> Tensor:
     y = F.linear(x, dense(weight))
     if argmax:
-        return y.argmax(-1)
+        return torch.where(x.isfinite().all(-1), y.argmax(-1), -1)
     return y if softcap is None else (torch.tanh(_wide(y) / softcap) * softcap).to(x.dtype)

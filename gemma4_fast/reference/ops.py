@@ -64,6 +64,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     )
 
 
+def embedding(weight: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
+    """Rows ids [T] int64 of weight [V, H], times scale -> [T, H]. Gemma scales its embeddings by sqrt(H), in the weight's dtype."""
+    return F.embedding(ids, weight) * scale
+
+
 def rope_angles(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """positions [...] int, inv_freq [R] radians per token -> cos, sin [..., R] in inv_freq.dtype."""
     angles = positions.to(inv_freq.dtype).unsqueeze(-1) * inv_freq
@@ -93,7 +98,7 @@ def qkv_norm_rope(
     the cache flattened to [A*S, Hkv, D]): v, and k if there is a k_cache, are written there; returns (q, None, None).
     """
     tokens, dim = qkv.shape[0], q_weight.shape[0]
-    heads = qkv.view(tokens, -1, dim)
+    heads = qkv.view(tokens, qkv.shape[1] // dim, dim)
     q = rotate(rms_norm(heads[:, :num_q_heads], q_weight, eps), cos, sin)
     if num_kv_heads == 0:
         return q, None, None
@@ -356,10 +361,12 @@ def ple_gate(
 def logits(x: Tensor, weight: Tensor, softcap: float | None = None, argmax: bool = False) -> Tensor:
     """x [T, H] @ weight [V, H]^T, then softcap * tanh(logits / softcap) -> [T, V] in x.dtype.
 
-    argmax=True: the id of the largest logit instead, [T] int64, the lower id of equals. tanh is monotonic, so the softcap
-    is left out there: near the cap it would round different logits to equal ones. Source: Gemma 2 (logit soft-capping).
+    argmax=True: the id of the largest logit instead, [T] int64, the lower id of equals, and -1 for a row of x that is not
+    finite. tanh is monotonic, so the softcap is left out there: near the cap it would round different logits to equal ones.
+    Source: Gemma 2 (logit soft-capping).
     """
     y = F.linear(x, weight)
     if argmax:
-        return y.argmax(-1)  # documented: the first of equal maxima
+        best = y.argmax(-1)  # documented: the first of equal maxima
+        return torch.where(x.isfinite().all(-1), best, -1)
     return y if softcap is None else softcap * torch.tanh(y / softcap)
