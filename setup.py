@@ -104,8 +104,7 @@ class BuildNative(build_ext):
         super().copy_extensions_to_source()
 
 
-# Plain C++17 for any machine of the architecture: no -march=native. A kernel that needs AVX-512 says so at its own
-# function and is chosen at run time.
+# Plain C++17 for any machine of the architecture: no -march=native.
 native = Pybind11Extension(
     "gemma4_fast._native",
     sources=["csrc/native.cpp"],

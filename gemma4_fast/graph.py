@@ -41,7 +41,7 @@ class DecodeGraph:
     def run(self, ids: Tensor, new_lens: list[int], *, greedy: bool = False) -> Tensor:
         """ids [B] int64, new_lens [B] (0: idle) -> final normed hidden states [B, H], or if `greedy` the likeliest next ids
         [B] int64 (-1 for a hidden state that is not finite); valid until the next call. The cache counts the new tokens."""
-        longest = max((have + 1 for have, n in zip(self.cache.host_lens, new_lens, strict=True) if n), default=1)  # of the going
+        longest = max((have + 1 for have, n in zip(self.cache.host_lens, new_lens, strict=True) if n), default=1)
         key = greedy, ops.selection(), ops.decode_limit(longest)
         if key == self._key and self._recording is not None:
             out = self._recording.replay(ids, new_lens, self.times)
@@ -51,7 +51,8 @@ class DecodeGraph:
             # The first one builds what is kept between steps, such as tables of angles, so that the next need not.
             self._tried = key == self._key
             self._key, self._recording = key, None
-            return self._finish(self.model.model(ids, self.model.model.step(new_lens, self.cache, decode=True), self.cache), greedy)
+            step = self.model.model.step(new_lens, self.cache, decode=True)
+            return self._finish(self.model.model(ids, step, self.cache), greedy)
         self.cache.count(new_lens)
         return out
 
@@ -69,7 +70,7 @@ class DecodeGraph:
         self._tried = True
         kernels.record_start()
         try:
-            with watch:
+            with watch, ops.shared_scratch():
                 step = self._step(now, inputs, slots)
                 out = self._finish(self.model.model.run(inputs.ids, step, self.cache), greedy)
                 kernels.count_tokens(self.cache.lens, inputs.going)
@@ -116,10 +117,10 @@ class _Recording:
     def replay(self, ids: Tensor, new_lens: list[int], times: dict[str, float] | None = None) -> Tensor:
         self.inputs.set(ids, new_lens)
         if times is None:
-            torch.ops.gemma4_fast_cpu.replay(self.number, None)
+            ops.cpu_kernels.replay(self.number, None)
             return self.output
         seconds = torch.empty(len(self.calls), dtype=torch.float64)
-        torch.ops.gemma4_fast_cpu.replay(self.number, seconds)
+        ops.cpu_kernels.replay(self.number, seconds)
         for name, took in zip(self.calls, seconds.tolist(), strict=True):
             times[name] = times.get(name, 0.0) + took
         return self.output

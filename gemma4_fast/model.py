@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gemma4_fast import native, ops
 from gemma4_fast.cache import KVCache
 from gemma4_fast.config import Gemma4Config
-from gemma4_fast.layers import Table, Text, model_ops, quantize
+from gemma4_fast.layers import Quantizable, Table, Text, model_ops, quantize
 from gemma4_fast.quant import WeightLike, parse_quantize
 
 if TYPE_CHECKING:
@@ -127,7 +127,13 @@ class Gemma4(nn.Module):
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Gemma4:
         """As nn.Module.to_empty, with huge pages where the system has them."""
+        tables = [m for m in self.modules() if isinstance(m, Quantizable)]
+        had_memory = [not w.is_meta for m in tables for w in m.quantized().values()]
         super().to_empty(device=device, recurse=recurse)
+        weights = [w for m in tables for w in m.quantized().values()]
+        for weight, had in zip(weights, had_memory, strict=True):
+            if had:  # one that had none has been cleared as it got it
+                weight.clear()
         for parameter in self.parameters():  # quantized weights see to it themselves, before they clear their memory
             native.use_huge_pages(parameter)
         return self

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sysconfig
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -117,6 +118,19 @@ def kernels_missing() -> str | None:
     except OSError as error:
         return f"the CPU kernels were built but do not load here: {error}"
     return None
+
+
+ISA: ContextVar[str] = ContextVar("gemma4_fast_isa", default="")  # the one asked for (`use_backend`); "" for the best
+
+
+def isa() -> int:
+    """The instruction set that the CPU kernels are to run with here, as the number that they take."""
+    return _isa_number(ISA.get())
+
+
+@cache
+def _isa_number(name: str) -> int:
+    return list(ISAS).index(name or isas()[0])
 
 
 @cache

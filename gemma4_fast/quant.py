@@ -76,7 +76,7 @@ class QuantizedWeight:
         data = torch.empty((*experts, panels, groups * bits, PANEL, 4), dtype=torch.uint8, device=device)
         scale = torch.empty((*experts, panels, groups, PANEL), dtype=torch.float16, device=device)
         new = cls(bits, data, scale, shape, dtype, parts)
-        new._clear()
+        new.clear()
         return new
 
     @classmethod
@@ -121,10 +121,10 @@ class QuantizedWeight:
         new.data, scale = fn(self.data), fn(self.scale)
         new.scale = scale if scale.dtype == self.scale.dtype else self.scale.to(scale.device)
         if self.is_meta and not new.is_meta:
-            new._clear()
+            new.clear()
         return new
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         """All zeros: what fills up rows and columns must not be whatever memory held. The first touch of new memory."""
         native.use_huge_pages(self.data)
         native.use_huge_pages(self.scale)
@@ -145,6 +145,10 @@ class QuantizedWeight:
     def __getitem__(self, at: int | slice | Tensor) -> Any:
         """An expert by its number, a slice along the first axis: views. Rows of a matrix by their ids: a Tensor in `dtype`."""
         if isinstance(at, Tensor):
+            if self.dim() == 3:
+                raise ValueError("experts are taken by a number or a slice, not by a tensor of ids")
+            if at.device.type == "cpu" and at.numel() and not 0 <= int(at.min()) <= int(at.max()) < len(self):
+                raise IndexError(f"ids must lie in [0, {len(self)})")  # a negative one would be a row of padding
             return self._values(at.flatten(), self.dtype).view(*at.shape, self.shape[-1])
         if isinstance(at, int) and self.dim() == 2:
             return self._values(torch.tensor([range(self.shape[0])[at]], device=self.device), self.dtype)[0]
@@ -230,14 +234,12 @@ class QuantizedWeight:
             raise ValueError("a value is not finite, or too large for a scale in fp16")
 
     def _write_by_kernel(self, start: int, source: Tensor) -> bool:
-        from gemma4_fast.ops.table import cpu_isa
-
         if source.dtype not in (torch.float32, torch.bfloat16):
             source = source.float()
         if source.stride(1) != 1:
             source = source.contiguous()
         place = self.first + start, self.rows, self.parts
-        return bool(torch.ops.gemma4_fast_cpu.quantize_rows(source, self.data, self.scale, *place, cpu_isa()))
+        return bool(torch.ops.gemma4_fast_cpu.quantize_rows(source, self.data, self.scale, *place, native.isa()))
 
     def _write_by_torch(self, start: int, source: Tensor) -> bool:
         q, scale = quantized(F.pad(source, (0, -self.shape[1] % GROUP)), self.bits)

@@ -248,7 +248,8 @@ class _Check:
 
         def judge() -> list[Comparison]:
             rows = []
-            for what, got, truth, plain in zip(("embedding", "per-layer inputs"), self.text.embed(self.ids), *outs, strict=True):
+            names = "embedding", "per-layer inputs"
+            for what, got, truth, plain in zip(names, self.text.embed(self.ids), *outs, strict=True):
                 if got is not None:
                     t, p = cast(Tensor, truth), cast(Tensor, plain)
                     rows.append(Comparison(what, "", relative_error(got, t), relative_error(p, t)))
@@ -310,8 +311,9 @@ class _Check:
         plain = torch.where(keep, plain.to(truth.dtype), truth)  # tokens whose routing is a toss-up count as right
 
         every = torch.arange(x.shape[0], device=x.device)
-        # So many rows, these over and over if need be, that the experts take their path for many tokens.
-        many = torch.arange(moe_crossover(x.device, x.dtype) + 1, device=x.device) % x.shape[0]
+        # So many rows, these over and over if need be, that the experts take their path for many tokens if they have one.
+        crossover = moe_crossover(x.device, x.dtype)
+        many = torch.arange(1 + (64 if crossover == math.inf else int(crossover)), device=x.device) % x.shape[0]
 
         def compare(phase: str, got: Tensor, part: Tensor) -> Comparison:
             settled = torch.where(keep[part], got.to(truth.dtype), truth[part])

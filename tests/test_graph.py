@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_same_bits_as_op_by_op(member: str, dtype: torch.dtype, replays: list[in
     assert len(replays) == 12 and len(set(replays)) == 1
 
 
-def test_many_rows_take_the_grouped_path(replays: list[int]) -> None:
+def test_many_rows(replays: list[int]) -> None:
     compare(model_of("26b-a4b"), batch=40, steps=6)
     assert len(replays) == 4
 
@@ -181,3 +182,46 @@ def test_a_step_that_fails_leaves_nothing_recording(monkeypatch: pytest.MonkeyPa
     kernels.release(before)
     with pytest.raises(RuntimeError, match="does not record"):
         kernels.record_stop()
+
+
+def test_a_long_row_that_is_idle_does_not_count(replays: list[int]) -> None:
+    """Of 1100 tokens, and of 1018 that grow beyond 1024: what is recorded while the long one is idle is made for the other."""
+    for member in ("12b", "e4b"):
+        model = model_of(member)
+        prompts = [[i % 50 + 2 for i in range(n)] for n in (1100, 1018)]
+        first = model.generate(prompts, max_new_tokens=1, stop_token_ids=())[0].token_ids[0]
+        alone = model.generate(prompts[1], max_new_tokens=12, stop_token_ids=())
+        stop = [first] if first not in alone.token_ids else []
+        both = model.generate(prompts, max_new_tokens=12, stop_token_ids=stop)
+        assert both[1].token_ids == alone.token_ids and both[0].finish_reason == "stop"
+    assert replays
+
+
+def test_attentions_scratch_is_one_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = model_of("26b-a4b"), []
+    scratch = cpu_backend._scratch
+    monkeypatch.setattr(cpu_backend, "_scratch", lambda size: made.append(scratch(size)) or made[-1])
+    graph = DecodeGraph(model, model.new_cache(1, 64))
+    with model.running():
+        graph.run(torch.tensor([5]), [1])
+        del made[:]
+        graph.run(torch.tensor([5]), [1])
+    assert graph._recording is not None and len(made) == model.config.num_hidden_layers
+    assert len({(s.numel(), s.data_ptr()) for s in made}) == len({s.numel() for s in made}) == 2
+
+
+def test_the_likeliest_ids_are_those_of_the_logits(replays: list[int]) -> None:
+    model = model_of("26b-a4b", torch.bfloat16)
+    caches = [model.new_cache(2, 64) for _ in range(2)]
+    graph, ids = DecodeGraph(model, caches[0]), torch.tensor([7, 9])
+    with model.running():
+        for n in range(6):
+            if n == 4:  # a number that is none in what the second row reads
+                model.model.embed_tokens.weight[3] = math.nan
+                ids = torch.tensor([ids[0], 3])
+            chosen = graph.run(ids, [1, 1], greedy=True).clone()
+            wanted = model.logits(eager(model, caches[1], ids, [1, 1]), argmax=True)
+            assert torch.equal(chosen, wanted)
+            assert chosen.tolist()[1] == -1 if n >= 4 else min(chosen.tolist()) >= 0
+            ids = chosen.clamp(min=0)
+    assert len(replays) == 4

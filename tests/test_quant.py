@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from family import MEMBERS
 from safetensors.torch import load_file, save_file
 from test_native import require_native
 from torch import Tensor
 
 import gemma4_fast
 from gemma4_fast import UnsupportedError, cli, native, ops, quant, use_backend, verify
+from gemma4_fast.config import Gemma4Config
 from gemma4_fast.errors import CheckpointError
+from gemma4_fast.layers import Quantizable
 from gemma4_fast.model import Gemma4, weights_size
 from gemma4_fast.ops.accuracy import Judge
 from gemma4_fast.quant import GROUP, QuantizedWeight, rounded
@@ -249,7 +252,12 @@ def test_edges_of_tiles_batches_and_faults(isa: str, bits: int) -> None:
         out = ops.linear(x, w)
         assert out[0].isfinite().all() and not out[1:].isfinite().any()
         assert ops.linear(x[:0], w).shape == (0, 20)
-        h = ops.geglu_mlp(x, m.quantized(bits, 2 * 17, 64, parts=2), m.quantized(bits, 64, 17))
+        assert ops.logits(x[:0], w).shape == (0, 20) and ops.logits(x[:0], w, None, True).shape == (0,)
+        mlp = m.quantized(bits, 2 * 17, 64, parts=2), m.quantized(bits, 64, 17)
+        assert ops.geglu_mlp(x[:0], *mlp).shape == (0, 64)
+        experts = m.quantized(bits, 3, 2 * 17, 64, parts=2), m.quantized(bits, 3, 64, 17)
+        assert ops.moe(x[:0], torch.ones(0, 2), torch.zeros(0, 2, dtype=torch.int32), *experts).shape == (0, 64)
+        h = ops.geglu_mlp(x, *mlp)
         assert h[0].isfinite().all() and not h[1:].isfinite().any()
 
 
@@ -300,7 +308,7 @@ def rounded_like_gguf(bits: int) -> Gemma4:
 @pytest.mark.parametrize("quantize, bits", [("int8", 8), ("int4", 4)])
 def test_quality_is_that_of_gguf_rounding(quantize: str, bits: int) -> None:
     require_native()
-    text = (tiny_path() / "heldout.txt").read_text(encoding="utf-8") if (tiny_path() / "heldout.txt").exists() else TEXT
+    text = (tiny_path() / "heldout.txt").read_text(encoding="utf-8")
     model = Gemma4.from_pretrained("tiny", quantize=quantize, check=False, progress=False)
     ids = model.tokenizer.encode(text)[:1000]
     ours, theirs = perplexity(model, ids), perplexity(rounded_like_gguf(bits), ids)
@@ -310,12 +318,27 @@ def test_quality_is_that_of_gguf_rounding(quantize: str, bits: int) -> None:
     assert ours < plain * (1.02 if bits == 8 else 1.3)
 
 
-TEXT = (
-    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. "
-    "However little known the feelings or views of such a man may be on his first entering a neighbourhood, this truth is so "
-    "well fixed in the minds of the surrounding families, that he is considered the rightful property of some one or other of "
-    "their daughters. My dear Mr. Bennet, said his lady to him one day, have you heard that Netherfield Park is let at last?"
-)
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_memory_given_anew_has_no_rows_of_rubbish(quantize: str) -> None:
+    """Rows that fill up a panel are never written to: whoever gives a weight its memory clears them."""
+    config = Gemma4Config.from_dict({"model_type": "gemma4_text", **MEMBERS["12b"]})
+    model = Gemma4.dummy(config, device="cpu", quantize=quantize)
+    weights = [w for m in model.modules() if isinstance(m, Quantizable) for w in m.quantized().values()]
+    for w in weights:
+        w.data.fill_(255), w.scale.fill_(math.nan)
+    model.to_empty(device="cpu")
+    for m in model.modules():
+        for w in m.quantized().values() if isinstance(m, Quantizable) else ():
+            assert not w.scale.isnan().any() and w not in weights
+
+
+def test_ids_of_rows_that_there_are_not() -> None:
+    w = QuantizedWeight.of(torch.ones(20, 32), 8)
+    for ids in ([-1], [0, 20]):
+        with pytest.raises(IndexError, match=r"ids must lie in \[0, 20\)"):
+            F.embedding(torch.tensor(ids), w)
+    with pytest.raises(ValueError, match="experts are taken by a number or a slice"):
+        QuantizedWeight.of(torch.ones(2, 20, 32), 8)[torch.tensor([0])]
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])

@@ -111,9 +111,9 @@ void attend_split(const GqaDecode& a, int64_t b, int64_t h, int64_t split, int64
         for (int c = 0; c < keys; ++c) k[c] = built + c * dim;
         score_tile<T>(rows, keys, dim, q_folded, k, scores, nullptr);
       }
-      const int64_t hidden = oldest - position;  // keys of the run that the window no longer shows
+      const int64_t unseen = oldest - position;  // keys of the run that the window no longer shows
       for (int64_t r = 0; r < rows; ++r)
-        for (int c = 0; c < keys; ++c) scores[r * kKeys + c] = c < hidden ? kNever : scores[r * kKeys + c] * a.scale;
+        for (int c = 0; c < keys; ++c) scores[r * kKeys + c] = c < unseen ? kNever : scores[r * kKeys + c] * a.scale;
       take_tile<T>(s, scores, keys, v, next);
     }
     slot += keys;

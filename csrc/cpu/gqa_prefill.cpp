@@ -98,10 +98,13 @@ void attend_block(const GqaPrefill& a, int64_t b, int64_t h, int64_t first, int6
 template <class T>
 void gqa_prefill_of(const GqaPrefill& a) {
   const int64_t group = a.q_heads / a.kv_heads, tokens = max_of<int64_t>(1, kRows / group);
-  int64_t blocks = 0;  // of all sequences
-  for (int64_t b = 0; b < a.batch; ++b) blocks += (a.cu_seqlens[b + 1] - a.cu_seqlens[b] + tokens - 1) / tokens;
-  const int64_t total = a.batch ? a.cu_seqlens[a.batch] : 0;
-  parallel(blocks * a.kv_heads, total * total * a.q_heads * a.dim, [=](int64_t task) {
+  int64_t blocks = 0, pairs = 0;  // of all sequences: blocks of queries; queries times the keys that they may see
+  for (int64_t b = 0; b < a.batch; ++b) {
+    const int64_t length = a.cu_seqlens[b + 1] - a.cu_seqlens[b];
+    blocks += (length + tokens - 1) / tokens;
+    pairs += length * (length + (a.prefix_lens ? a.prefix_lens[b] : 0));
+  }
+  parallel(blocks * a.kv_heads, pairs * a.q_heads * a.dim, [=](int64_t task) {
     int64_t block = blocks - 1 - task / a.kv_heads, b = 0;  // the longest, at the end, first
     for (;; ++b) {
       const int64_t own = (a.cu_seqlens[b + 1] - a.cu_seqlens[b] + tokens - 1) / tokens;

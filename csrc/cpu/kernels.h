@@ -22,7 +22,7 @@ struct RmsNorm {
   Dtype dtype;
   const void *x, *weight;  // [rows, H], [H] or null
   void* out;
-  int64_t rows, hidden, x_stride;
+  int64_t rows, hidden;
   float eps;
 };
 
@@ -144,15 +144,15 @@ struct Logits {
 
 struct QkvNormRope {
   Dtype dtype;
-  const void *qkv, *q_weight, *k_weight;  // [T, (Hq + n Hkv) D] with a stride, [D], [D]
+  const void *qkv, *q_weight, *k_weight;  // [T, (Hq + n Hkv) D], [D], [D]
   const float *cos, *sin;                 // [T, pairs]
   void *q, *k, *v;                        // [T, Hq, D]; [T, Hkv, D] or a cache's rows; k may be null
   const int64_t* slots;                   // [T], rows of the cache, or null
-  int64_t tokens, q_heads, kv_heads, dim, pairs, qkv_stride, projections;
+  int64_t tokens, q_heads, kv_heads, dim, pairs, projections;
   float eps;
 };
 
-// A cache: slot s of sequence b is at base[b] + s * stride, or lies in block table[b][s / block_size].
+// A cache: slot s of sequence b is row s of k[b], or row s % block_size of k[block_table[b][s / block_size]]; and so v.
 struct Cache {
   const void *k, *v;           // [B, S, Hkv, D] or [num_blocks, block_size, Hkv, D]; k is null for a V-only cache
   const int32_t* block_table;  // [B, blocks] or null

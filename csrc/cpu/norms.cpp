@@ -9,7 +9,7 @@ namespace {
 template <class T>
 void rms_norm_of(const RmsNorm& a) {
   parallel(a.rows, a.rows * a.hidden, [&](int64_t r) {
-    rms_norm_row(static_cast<const T*>(a.x) + r * a.x_stride, static_cast<const T*>(a.weight),
+    rms_norm_row(static_cast<const T*>(a.x) + r * a.hidden, static_cast<const T*>(a.weight),
                  static_cast<T*>(a.out) + r * a.hidden, a.hidden, a.eps);
   });
 }
@@ -22,7 +22,7 @@ void norm_add_norm_of(const NormAddNorm& a) {
 // One token: every head's norm, RoPE for q and k, and each to where it belongs.
 template <class T>
 void qkv_norm_rope_token(const QkvNormRope& a, int64_t t) {
-  const T* row = static_cast<const T*>(a.qkv) + t * a.qkv_stride;
+  const T* row = static_cast<const T*>(a.qkv) + t * (a.q_heads + a.projections * a.kv_heads) * a.dim;
   const float *cos = a.cos + t * a.pairs, *sin = a.sin + t * a.pairs;
   float wide[kMaxHeadDim];
   const auto rotated = [&](const T* from, const T* weight, T* to) {
@@ -43,7 +43,7 @@ void qkv_norm_rope_token(const QkvNormRope& a, int64_t t) {
 
 template <class T>
 void qkv_norm_rope_of(const QkvNormRope& a) {
-  parallel(a.tokens, a.tokens * a.qkv_stride, [&](int64_t t) { qkv_norm_rope_token<T>(a, t); });
+  parallel(a.tokens, a.tokens * (a.q_heads + a.projections * a.kv_heads) * a.dim, [&](int64_t t) { qkv_norm_rope_token<T>(a, t); });
 }
 
 }  // namespace

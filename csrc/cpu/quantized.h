@@ -96,7 +96,7 @@ GEMMA4_INLINE void ask(Asked& asked, int64_t group, const uint16_t* scale) {
 }
 
 // y[r] [16] = the products of rows x[r] [groups] and of one panel.
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 constexpr int kTokens = 8;  // rows of x that one tile takes: 8 registers of weights, 8 of sums
 
 template <int Bits, int M>
@@ -232,10 +232,9 @@ struct Panels {
   Panels from(int64_t panel) const { return {data + panel * bytes(), scale + panel * groups * kPanel, groups}; }
 };
 
-// The panels of experts [E, rows, k], each matrix of `panels` of them.
 template <int Bits>
-GEMMA4_INLINE Panels<Bits> panels_of(const void* data, const Quantized& q, int64_t panel = 0) {
-  return Panels<Bits>{static_cast<const uint8_t*>(data), q.scale, q.groups}.from(panel);
+GEMMA4_INLINE Panels<Bits> panels_of(const void* data, const Quantized& q) {
+  return {static_cast<const uint8_t*>(data), q.scale, q.groups};
 }
 
 // What to ask for during tile t of `tiles` of a panel that `next` follows in the task. Panels that have one tile alone pass by

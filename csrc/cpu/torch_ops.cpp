@@ -77,17 +77,20 @@ T* at(const Optional& x) {
   return x ? static_cast<T*>(x->data_ptr()) : nullptr;
 }
 
+// What cpu_backend.py tells from a fault of this package, by the words it begins with.
+#define GEMMA4_CHECK_ARGUMENT(ok, ...) STD_TORCH_CHECK(ok, "bad argument: ", __VA_ARGS__)
+
 // Indices that memory is written or read by: a wrong one must not get there.
 template <class T>
 void check_range(const T* values, int64_t count, int64_t low, int64_t limit, const char* what) {
   for (int64_t i = 0; i < count; ++i)
-    STD_TORCH_CHECK(values[i] >= low && values[i] < limit, what, " must lie in [", low, ", ", limit, "), got ", values[i]);
+    GEMMA4_CHECK_ARGUMENT(values[i] >= low && values[i] < limit, what, " must lie in [", low, ", ", limit, "), got ", values[i]);
 }
 
 void rms_norm(Tensor x, Optional weight, Tensor out, double eps, int64_t isa) {
   submit([=] {
     const int64_t hidden = x.size(-1);
-    RmsNorm a{dtype_of(x), at(x), at(weight), at(out), hidden ? x.numel() / hidden : 0, hidden, hidden, (float)eps};
+    RmsNorm a{dtype_of(x), at(x), at(weight), at(out), hidden ? x.numel() / hidden : 0, hidden, (float)eps};
     table(isa).rms_norm(a);
   });
 }
@@ -171,8 +174,8 @@ void grouped_gemm(Tensor x, Tensor weight, Tensor order, Tensor offsets, int64_t
     const int64_t rows = order.numel(), experts = weight.size(0);
     check_range(at<int32_t>(order), rows, 0, rows, "grouped_gemm: order");
     const int32_t* o = at<int32_t>(offsets);
-    for (int64_t e = 0; e < experts; ++e) STD_TORCH_CHECK(o[e] <= o[e + 1], "grouped_gemm: offsets must not fall");
-    STD_TORCH_CHECK(o[0] == 0 && o[experts] == rows, "grouped_gemm: offsets must go from 0 to ", rows);
+    for (int64_t e = 0; e < experts; ++e) GEMMA4_CHECK_ARGUMENT(o[e] <= o[e + 1], "grouped_gemm: offsets must not fall");
+    GEMMA4_CHECK_ARGUMENT(o[0] == 0 && o[experts] == rows, "grouped_gemm: offsets must go from 0 to ", rows);
     table(isa).grouped_gemm({dtype_of(x), at(x), at(weight), at<int32_t>(order), o, at<float>(topk_weights), at(out),
                              at<float>(sum), rows, top_k, experts, weight.size(1), weight.size(2), (int)epilogue});
   });
@@ -195,11 +198,10 @@ void ple_gate(Tensor x, Tensor ple, Tensor gate, Tensor proj, Tensor weight, Opt
   });
 }
 
-// out [T, vocab], or for the argmax best [T] and scratch best_of, best_id [T, tasks].
+// out [T, vocab], or for the argmax best [T] and scratch best_of, best_id [T, tasks]. A task is some rows of the weight.
 void logits(Tensor x, Tensor weight, Optional scale, Optional rounded, int64_t vocab, Optional out, Optional best,
-            Optional best_of, Optional best_id, double softcap, int64_t isa) {
+            Optional best_of, Optional best_id, int64_t tasks, double softcap, int64_t isa) {
   submit([=] {
-    const int64_t tasks = best_of ? best_of->size(1) : vocab < 2048 ? (vocab + 255) / 256 : vocab / 256;
     table(isa).logits({dtype_of(x), at(x), at(weight), at(out), at<int64_t>(best), at<float>(best_of), at<int64_t>(best_id),
                        x.size(0), vocab, x.size(1), tasks, (float)softcap, quantized(weight, scale), at(rounded)});
   });
@@ -211,7 +213,7 @@ void qkv_norm_rope(Tensor qkv, Tensor q_weight, Optional k_weight, Tensor cos, T
     const int64_t dim = q_weight.size(0), heads = qkv.size(1) / dim, tokens = qkv.size(0);
     if (slots) check_range(at<int64_t>(slots), tokens, 0, v->numel() / (kv_heads * dim), "qkv_norm_rope: slots");
     table(isa).qkv_norm_rope({dtype_of(qkv), at(qkv), at(q_weight), at(k_weight), at<float>(cos), at<float>(sin), at(q), at(k),
-                              at(v), at<int64_t>(slots), tokens, q_heads, kv_heads, dim, cos.size(1), qkv.size(1),
+                              at(v), at<int64_t>(slots), tokens, q_heads, kv_heads, dim, cos.size(1),
                               kv_heads ? (heads - q_heads) / kv_heads : 1, (float)eps});
   });
 }
@@ -262,8 +264,8 @@ void gqa_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Optional k_cac
   submit([=] {
     const int64_t batch = cu_seqlens.numel() - 1;
     const int32_t *cu = at<int32_t>(cu_seqlens), *prefix = at<int32_t>(prefix_lens);
-    for (int64_t b = 0; b < batch; ++b) STD_TORCH_CHECK(cu[b] <= cu[b + 1], "gqa_prefill: cu_seqlens must not fall");
-    STD_TORCH_CHECK(cu[0] == 0 && cu[batch] == q.size(0), "gqa_prefill: cu_seqlens must go from 0 to ", q.size(0));
+    for (int64_t b = 0; b < batch; ++b) GEMMA4_CHECK_ARGUMENT(cu[b] <= cu[b + 1], "gqa_prefill: cu_seqlens must not fall");
+    GEMMA4_CHECK_ARGUMENT(cu[0] == 0 && cu[batch] == q.size(0), "gqa_prefill: cu_seqlens must go from 0 to ", q.size(0));
     const Cache cache =
         cache_of({k_cache, v_cache, block_table, k_weight, tile_cos, tile_sin, within_cos, within_sin}, prefix, batch);
     table(isa).gqa_prefill({dtype_of(q), at(q), at(k), at(v), cu, cache, prefix, at<int32_t>(image_ids), at(out), batch, q.size(1),
@@ -357,7 +359,7 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cpu, m) {
   m.def("ple_gate(Tensor x, Tensor ple, Tensor gate, Tensor proj, Tensor weight, Tensor? scale, Tensor? next_weight, "
         "Tensor(a!) g, Tensor(b!) h, Tensor(c!) y, Tensor(d!)? z, float eps, int isa) -> ()");
   m.def("logits(Tensor x, Tensor weight, Tensor? scale, Tensor(a!)? rounded, int vocab, Tensor(b!)? out, Tensor(c!)? best, "
-        "Tensor(d!)? best_of, Tensor(e!)? best_id, float softcap, int isa) -> ()");
+        "Tensor(d!)? best_of, Tensor(e!)? best_id, int tasks, float softcap, int isa) -> ()");
   m.def("qkv_norm_rope(Tensor qkv, Tensor q_weight, Tensor? k_weight, Tensor cos, Tensor sin, int q_heads, int kv_heads, "
         "Tensor(a!) q, Tensor(b!)? k, Tensor(c!)? v, Tensor? slots, float eps, int isa) -> ()");
   m.def("gqa_decode(Tensor q, Tensor? k_cache, Tensor v_cache, Tensor kv_lens, Tensor? block_table, Tensor? k_weight, "

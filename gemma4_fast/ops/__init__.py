@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from gemma4_fast.ops.attention import GQA_DECODE, GQA_PREFILL
-from gemma4_fast.ops.cpu_backend import decode_limit
+from gemma4_fast.ops.cpu_backend import decode_limit, shared_scratch
+from gemma4_fast.ops.cpu_backend import kernels as cpu_kernels
 from gemma4_fast.ops.embedding import EMBEDDING, ROPE_ANGLES
 from gemma4_fast.ops.linear import GEGLU_MLP, LINEAR, LOGITS
 from gemma4_fast.ops.moe import EXPERT_DISPATCH, GROUPED_GEMM, MOE, MOE_DECODE, ROUTE_TOPK
@@ -35,10 +36,11 @@ from gemma4_fast.ops.table import (
 from gemma4_fast.quant import WeightLike
 
 __all__ = [
-    "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "bound", "decide", "decode_limit", "default_backend",
-    "embedding", "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear", "logits", "moe",
+    "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "bound", "cpu_kernels", "decide", "decode_limit",
+    "default_backend", "embedding", "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear",
+    "logits", "moe",
     "moe_decode", "norm_add_norm", "parse_backend", "ple_gate", "qkv_norm_rope", "recordable", "register", "require",
-    "rms_norm", "rope_angles", "route_topk", "selection", "use_backend",
+    "rms_norm", "rope_angles", "route_topk", "selection", "shared_scratch", "use_backend",
 ]  # fmt: skip
 
 

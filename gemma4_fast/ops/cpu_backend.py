@@ -6,14 +6,17 @@ Everything is allocated here, outputs and scratch, so that the kernels own no me
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gemma4_fast import native
 from gemma4_fast.ops import checks
-from gemma4_fast.ops.table import cpu_isa
 from gemma4_fast.quant import GROUP, QuantizedWeight, WeightLike
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -24,7 +27,8 @@ MAX_ROWS = 64  # kRows in csrc/cpu/gqa_prefill.cpp: query heads of one KV head
 
 
 class _Kernels:
-    """torch.ops.gemma4_fast_cpu, with ValueError for the indices that a kernel refuses because they would leave memory."""
+    """torch.ops.gemma4_fast_cpu, with ValueError for what a kernel finds wrong with its arguments' values: indices, say, that
+    would leave memory."""
 
     def __getattr__(self, name: str) -> Any:
         op = getattr(torch.ops.gemma4_fast_cpu, name).default
@@ -33,13 +37,16 @@ class _Kernels:
             try:
                 op(*args)
             except RuntimeError as error:
-                raise ValueError(str(error).splitlines()[0]) from None
+                _, mark, why = str(error).splitlines()[0].partition("bad argument: ")
+                if not mark:
+                    raise
+                raise ValueError(why) from None
 
         setattr(self, name, call)
         return call
 
 
-_ops: Any = _Kernels()
+kernels: Any = _Kernels()
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -58,7 +65,7 @@ def _fp32(x: Tensor) -> Tensor:
 def embedding(weight: WeightLike, ids: Tensor, scale: float = 1.0) -> Tensor:
     values, scales = _parts(weight)
     out = torch.empty(ids.shape[0], weight.shape[1], dtype=weight.dtype)
-    _ops.embedding(values, scales, _whole(ids), out, scale, weight.shape[0], cpu_isa())
+    kernels.embedding(values, scales, _whole(ids), out, scale, weight.shape[0], native.isa())
     return out
 
 
@@ -68,7 +75,7 @@ def accepts_embedding(weight: WeightLike, *_: object) -> str | None:
 
 def rope_angles(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = (inv_freq.new_empty(positions.shape[0], inv_freq.shape[0]) for _ in range(2))
-    _ops.rope_angles(_whole(positions), _whole(inv_freq), cos, sin, cpu_isa())
+    kernels.rope_angles(_whole(positions), _whole(inv_freq), cos, sin, native.isa())
     return cos, sin
 
 
@@ -79,7 +86,7 @@ def accepts_angles(positions: Tensor, inv_freq: Tensor) -> str | None:
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     x = _whole(x)
     out = torch.empty_like(x)
-    _ops.rms_norm(x, _maybe(weight), out, eps, cpu_isa())
+    kernels.rms_norm(x, _maybe(weight), out, eps, native.isa())
     return out
 
 
@@ -94,7 +101,7 @@ def norm_add_norm(
     x = _whole(x)
     y = torch.empty_like(x)
     z = None if next_weight is None else torch.empty_like(x)
-    _ops.norm_add_norm(x, _whole(residual), _whole(weight), scale, _maybe(next_weight), y, z, eps, cpu_isa())
+    kernels.norm_add_norm(x, _whole(residual), _whole(weight), scale, _maybe(next_weight), y, z, eps, native.isa())
     return y, z
 
 
@@ -120,7 +127,7 @@ def qkv_norm_rope(
         k, v = (qkv.new_empty(qkv.shape[0], num_kv_heads, dim) for _ in range(2))
     weights = _whole(q_weight), _maybe(k_weight)
     to = k, v, _maybe(slots) if cached else None
-    _ops.qkv_norm_rope(qkv, *weights, _fp32(cos), _fp32(sin), num_q_heads, num_kv_heads, q, *to, eps, cpu_isa())
+    kernels.qkv_norm_rope(qkv, *weights, _fp32(cos), _fp32(sin), num_q_heads, num_kv_heads, q, *to, eps, native.isa())
     return q, None if cached else k, None if cached else v
 
 
@@ -184,6 +191,30 @@ def decode_limit(longest: int) -> int:
     return max(1024, 1 << (longest - 1).bit_length())
 
 
+_SHARED: ContextVar[dict[int, Tensor] | None] = ContextVar("gemma4_fast_scratch", default=None)
+
+
+@contextmanager
+def shared_scratch() -> Iterator[None]:
+    """Inside: attention's scratch, over long contexts the largest there is, is the same memory at every call of one size. For a
+    recording, which keeps what its calls were given: they run one after the other."""
+    token = _SHARED.set({})
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+def _scratch(size: int) -> Tensor:
+    """fp32 [size]."""
+    shared = _SHARED.get()
+    if shared is None:
+        return torch.empty(size)
+    if size not in shared:
+        shared[size] = torch.empty(size)
+    return shared[size]
+
+
 def gqa_decode(
     q: Tensor,
     k_cache: Tensor | None,
@@ -201,10 +232,10 @@ def gqa_decode(
     longest = decode_limit(longest)
     splits = max(1, -(-min(slots, longest) // SPLIT))
     out = torch.empty_like(q)
-    partial = q.new_empty(q.shape[0] * q.shape[1] * splits * (q.shape[2] + 2), dtype=torch.float32)
+    partial = _scratch(q.shape[0] * q.shape[1] * splits * (q.shape[2] + 2))
     rebuild = _rebuild(k_cache is None, longest, inv_freq, k_weight)
     cache = _maybe(k_cache), _whole(v_cache), lens, _maybe(block_table), *rebuild
-    _ops.gqa_decode(q, *cache, partial, out, window or 0, splits, scale, cpu_isa())
+    kernels.gqa_decode(q, *cache, partial, out, window or 0, splits, scale, native.isa())
     return out
 
 
@@ -233,7 +264,7 @@ def gqa_prefill(
     v_only = v_cache is not None and k_cache is None
     cache = _maybe(k_cache), _maybe(v_cache), lens, _maybe(block_table), _maybe(image_ids)
     rebuild = _rebuild(v_only, longest, inv_freq, k_weight)
-    _ops.gqa_prefill(q, _whole(k), _whole(v), _whole(cu_seqlens), *cache, *rebuild, out, window or 0, scale, cpu_isa())
+    kernels.gqa_prefill(q, _whole(k), _whole(v), _whole(cu_seqlens), *cache, *rebuild, out, window or 0, scale, native.isa())
     return out
 
 
@@ -252,7 +283,7 @@ def route_topk(
     normed = x.new_empty(tokens, hidden, dtype=torch.float32)
     logits = x.new_empty(tokens, proj.shape[0], dtype=torch.float32)
     params = _whole(scale), _whole(proj), _whole(per_expert_scale)
-    _ops.route_topk(_whole(x), *params, weights, ids, normed, logits, eps, cpu_isa())
+    kernels.route_topk(_whole(x), *params, weights, ids, normed, logits, eps, native.isa())
     return weights, ids
 
 
@@ -260,7 +291,7 @@ def expert_dispatch(ids: Tensor, num_experts: int, block_m: int = 64) -> tuple[T
     pairs = ids.numel()
     order, offsets = ids.new_empty(pairs), ids.new_empty(num_experts + 1)
     tiles = ids.new_empty(-(-pairs // block_m) + min(num_experts, pairs), 2)
-    _ops.expert_dispatch(_whole(ids), block_m, order, offsets, tiles)
+    kernels.expert_dispatch(_whole(ids), block_m, order, offsets, tiles)
     return order, offsets, tiles
 
 
@@ -281,7 +312,7 @@ def grouped_gemm(
     out = x.new_empty(shape)
     total = None if topk_weights is None else x.new_empty(shape, dtype=torch.float32)
     args = _whole(x), _whole(weight), _whole(order), _whole(offsets), top_k, EPILOGUES[epilogue]
-    _ops.grouped_gemm(*args, None if topk_weights is None else _fp32(topk_weights), total, out, cpu_isa())
+    kernels.grouped_gemm(*args, None if topk_weights is None else _fp32(topk_weights), total, out, native.isa())
     return out
 
 
@@ -336,7 +367,7 @@ def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike
     out = torch.empty_like(x)
     (w1, s1), (w2, s2) = _parts(gate_up), _parts(down)
     weights = w1, w2, s1, s2, inter, rounded
-    _ops.moe(x, _fp32(topk_weights), _whole(ids), *weights, h, total, order, out, cpu_isa())
+    kernels.moe(x, _fp32(topk_weights), _whole(ids), *weights, h, total, order, out, native.isa())
     return out
 
 
@@ -345,7 +376,7 @@ def linear(x: Tensor, weight: WeightLike) -> Tensor:
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     if x.shape[-1] == 0:
         return out.zero_()
-    _ops.linear(x, *_parts(weight), _rounded(x.numel() // x.shape[-1], weight), out, cpu_isa())
+    kernels.linear(x, *_parts(weight), _rounded(x.numel() // x.shape[-1], weight), out, native.isa())
     return out
 
 
@@ -358,7 +389,7 @@ def geglu_mlp(x: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
     rounded = _rounded(rows, gate_up)
     h = x.new_empty(rows, inter) if rounded is None else _rounded(rows, down)
     (w1, s1), (w2, s2) = _parts(gate_up), _parts(down)
-    _ops.geglu_mlp(x, w1, w2, s1, s2, inter, rounded, h, out, cpu_isa())
+    kernels.geglu_mlp(x, w1, w2, s1, s2, inter, rounded, h, out, native.isa())
     return out
 
 
@@ -377,19 +408,19 @@ def ple_gate(
     g, h, y = x.new_empty(ple.shape), torch.empty_like(x), torch.empty_like(x)
     z = None if next_weight is None else torch.empty_like(x)
     params = _whole(gate), _whole(proj), _whole(weight), scale, _maybe(next_weight)
-    _ops.ple_gate(x, ple, *params, g, h, y, z, eps, cpu_isa())
+    kernels.ple_gate(x, ple, *params, g, h, y, z, eps, native.isa())
     return y, z
 
 
 def logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: bool = False) -> Tensor:
     x, vocab = _whole(x), weight.shape[0]
     args = x, *_parts(weight), _rounded(x.shape[0], weight), vocab
+    tasks = -(-vocab // 256)
     if not argmax:
         out = x.new_empty(x.shape[0], vocab)
-        _ops.logits(*args, out, None, None, None, softcap or 0.0, cpu_isa())
+        kernels.logits(*args, out, None, None, None, tasks, softcap or 0.0, native.isa())
         return out
-    tasks = -(-vocab // 256)
     best_of = x.new_empty(x.shape[0], tasks, dtype=torch.float32)
     best_id, best = (x.new_empty(shape, dtype=torch.int64) for shape in ((x.shape[0], tasks), (x.shape[0],)))
-    _ops.logits(*args, None, best, best_of, best_id, 0.0, cpu_isa())
+    kernels.logits(*args, None, best, best_of, best_id, tasks, 0.0, native.isa())
     return best

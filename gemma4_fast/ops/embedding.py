@@ -19,7 +19,7 @@ def _check_embedding(weight: WeightLike, ids: Tensor, scale: float = 1.0) -> Non
         checks.require(op, weight.dim() == 2, f"weight must have 2 axes, got shape {list(weight.shape)}")
     else:
         checks.floating(op, "weight", weight, 2)
-    checks.shaped(op, "ids", ids, (-1,), weight, (torch.int64,))
+    checks.shaped(op, "ids", ids, (-1,), weight, (torch.int64,))  # type: ignore[arg-type]  # asked for its device alone
     checks.positive(op, "scale", scale)
 
 

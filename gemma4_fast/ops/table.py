@@ -210,14 +210,10 @@ def _say_once(message: str) -> None:
 
 @dataclass(frozen=True)
 class _Selection:
-    """Backends named by the caller, in order of preference: for single ops, and for all others. Empty: automatic.
-
-    isa: the instruction set of the `cpu` backend, "" for the best that the machine has.
-    """
+    """Backends named by the caller, in order of preference: for single ops, and for all others. Empty: automatic."""
 
     default: tuple[str, ...] = ()
     per_op: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    isa: str = ""
 
     def for_op(self, name: str) -> tuple[str, ...]:
         return self.per_op.get(name, self.default)
@@ -243,19 +239,9 @@ def parse_backend(backend: str | Iterable[str] | None) -> tuple[str, ...]:
     return tuple(names)
 
 
-@functools.cache
-def _isa_index(isa: str) -> int:
-    return list(native.ISAS).index(isa or native.isas()[0])
-
-
-def cpu_isa() -> int:
-    """The instruction set that the selection in force gives the CPU kernels, as the number that they take."""
-    return _isa_index(_SELECTION.get().isa)
-
-
 def _parse_isa(isa: str | None) -> str:
     if isa is None:
-        return ""
+        return native.ISA.get()
     if isa not in native.ISAS:
         raise ValueError(f"unknown instruction set {isa!r}; the CPU kernels have {', '.join(native.ISAS)}")
     if (reason := native.kernels_missing()) is not None:
@@ -266,8 +252,8 @@ def _parse_isa(isa: str | None) -> str:
 
 
 def selection() -> object:
-    """The selection in force: equal ones choose the same backends."""
-    return _SELECTION.get()
+    """The selection in force: equal ones choose the same backends and the same instruction set."""
+    return _SELECTION.get(), native.ISA.get()
 
 
 @contextmanager
@@ -281,27 +267,28 @@ def use_backend(
     of all of them, whatever `ops` says.
     """
     names, now = parse_backend(backend), _SELECTION.get()
-    chosen_isa = _parse_isa(isa) or now.isa
+    chosen_isa = _parse_isa(isa)
     if ops is None:
-        new = _Selection(names, isa=chosen_isa)
+        new = _Selection(names)
     else:
         chosen = list(ops)
         if unknown := [n for n in chosen if n not in TABLE]:
             raise ValueError(f"unknown ops {unknown}; the table has {sorted(TABLE)}")
         chosen += [part for n in chosen for part in TABLE[n].parts]
-        new = _Selection(now.default, {**now.per_op, **dict.fromkeys(chosen, names)}, chosen_isa)
-    token = _SELECTION.set(new)
+        new = _Selection(now.default, {**now.per_op, **dict.fromkeys(chosen, names)})
+    token, isa_token = _SELECTION.set(new), native.ISA.set(chosen_isa)
     try:
         yield
     finally:
         _SELECTION.reset(token)
+        native.ISA.reset(isa_token)
 
 
 @contextmanager
 def default_backend(backend: str | Iterable[str] | None) -> Iterator[None]:
     """Like use_backend, but what a surrounding `use_backend(..., ops=...)` has chosen for single ops stays."""
     now, names = _SELECTION.get(), parse_backend(backend)
-    token = _SELECTION.set(_Selection(names or now.default, now.per_op, now.isa))
+    token = _SELECTION.set(_Selection(names or now.default, now.per_op))
     try:
         yield
     finally:
@@ -311,7 +298,7 @@ def default_backend(backend: str | Iterable[str] | None) -> Iterator[None]:
 def bound(op: Op, backend: str | Iterable[str]) -> Callable[..., Any]:
     """The op as a function that always runs on this backend: `use_backend` settled once, at no cost per call."""
     context = copy_context()
-    context.run(_SELECTION.set, _Selection(parse_backend(backend), isa=_SELECTION.get().isa))
+    context.run(_SELECTION.set, _Selection(parse_backend(backend)))
     return functools.partial(context.run, op)
 
 

@@ -65,7 +65,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def embedding(weight: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
-    """Rows ids [T] int64 of weight [V, H], times scale -> [T, H]. Gemma scales its embeddings by sqrt(H), in the weight's dtype."""
+    """Rows ids [T] int64 of weight [V, H], times scale -> [T, H]. Gemma's is sqrt(H), rounded to the weight's dtype."""
     return F.embedding(ids, weight) * scale
 
 

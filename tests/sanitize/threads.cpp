@@ -126,13 +126,37 @@ struct Checks {
     const auto x = in(all), residual = in(all), weight = in(hidden), scale = in(1), next = in(hidden);
     check("rms_norm", "", [&] {
       auto y = out(all);
-      kernels.rms_norm({dtype, x, weight, y, tokens, hidden, hidden, 1e-6f});
+      kernels.rms_norm({dtype, x, weight, y, tokens, hidden, 1e-6f});
       return outputs_of(y);
     });
     check("norm_add_norm", "", [&] {
       auto y = out(all), z = out(all);
       kernels.norm_add_norm({dtype, x, residual, weight, scale, next, y, z, tokens, hidden, 1e-6f});
       return outputs_of(y, z);
+    });
+  }
+
+  static void embedding(int bits) {
+    constexpr int64_t tokens = 71, vocab = 259, hidden = 1003;
+    const Weight<T> w(bits, 1, vocab, hidden);
+    Values<int64_t> ids(tokens);
+    for (int64_t t = 0; t < tokens; ++t) ids.at(t) = t * 31 % vocab;
+    check("embedding", w.name(), [&] {
+      auto y = out(tokens * hidden);
+      kernels.embedding({dtype, w.at(), ids, y, tokens, hidden, 3.0f, w.q()});
+      return outputs_of(y);
+    });
+  }
+
+  static void rope_angles() {
+    constexpr int64_t tokens = 71;
+    Values<int64_t> positions(tokens);
+    for (int64_t t = 0; t < tokens; ++t) positions.at(t) = t * 4001;
+    const auto freq = random_values<float>(kPairs);
+    check("rope_angles", "", [&] {
+      auto cos = unwritten<float>(tokens * kPairs), sin = unwritten<float>(tokens * kPairs);
+      kernels.rope_angles({positions, freq, cos, sin, tokens, kPairs});
+      return outputs_of(cos, sin);
     });
   }
 
@@ -247,7 +271,7 @@ struct Checks {
       check("qkv_norm_rope", cached ? "rows of a cache" : "", [&] {
         auto q = out(tokens * kHeads * kDim), k = out(kv_size), v = out(kv_size);
         kernels.qkv_norm_rope({dtype, qkv, q_weight, k_weight, cos, sin, q, k, v, cached ? rows.data() : nullptr, tokens, kHeads,
-                               kKvHeads, kDim, kPairs, stride, 2, 1e-6f});
+                               kKvHeads, kDim, kPairs, 2, 1e-6f});
         return outputs_of(q, k, v);
       });
   }
@@ -297,10 +321,10 @@ struct Checks {
   }
 
   static void all() {
-    norms(), grouped_gemm(), route_topk(), qkv_norm_rope(), attention(false), attention(true);
+    norms(), rope_angles(), grouped_gemm(), route_topk(), qkv_norm_rope(), attention(false), attention(true);
     for (const int64_t tokens : {1, 5, 70}) ple_gate(tokens);
     for (const int bits : {0, 8, 4}) {
-      logits(bits);
+      embedding(bits), logits(bits);
       if (bits) quantize_rows(bits);
       for (const int64_t tokens : {1, 5, 70})  // one row, a few tiles of rows, more than one block of tiles
         linear(bits, tokens), geglu_mlp(bits, tokens), moe(bits, tokens);
