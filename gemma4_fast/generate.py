@@ -62,7 +62,8 @@ class Prefix:
 
     cache: KVCache | None = None
     ids: list[int] = field(default_factory=list)
-    model: Gemma4 | None = None  # whose keys and values they are
+    model: Gemma4 | None = None  # whose keys and values they are,
+    changes: int = 0  # and its `changes` then
 
 
 class Session:
@@ -108,6 +109,7 @@ class Session:
             torch.Generator(model.device).manual_seed((first + b) % 2**63) for b in range(len(prompts))
         ]  # a sequence draws its own numbers, whoever its neighbours are
         self.prefill_seconds = self.decode_seconds = 0.0
+        self.graph: DecodeGraph | None = None  # while it runs, with the cache
 
     def _check_prompts(self, vocab: int) -> None:
         if not self.prompts:
@@ -135,11 +137,17 @@ class Session:
 
         on_prefill(done, total) is called after each chunk of the prompts, in tokens.
         """
+        try:
+            yield from self._run(on_prefill)
+        finally:
+            self.graph = None
+
+    def _run(self, on_prefill: Callable[[int, int], None] | None) -> Iterator[list[Token]]:
         batch = len(self.prompts)
         self.going = [True] * batch
         start = time.perf_counter()
         cache, hidden = self._prefill(on_prefill)
-        self.graph = DecodeGraph(self.model, cache)
+        graph = self.graph = DecodeGraph(self.model, cache)
         with self.model.running():
             tokens, ids = self._choose(self.model.logits(hidden, argmax=True) if self.greedy else hidden, 0)
         self.prefill_seconds = time.perf_counter() - start
@@ -150,7 +158,7 @@ class Session:
             start = time.perf_counter()
             going = [int(g) for g in self.going]
             with self.model.running():
-                out = self._pass(partial(self.graph.run, ids, going, greedy=self.greedy), [tokens[0].id], cache)
+                out = self._pass(partial(graph.run, ids, going, greedy=self.greedy), [tokens[0].id], cache)
                 tokens, ids = self._choose(out, step)
             self.decode_seconds += time.perf_counter() - start
             yield tokens
@@ -202,7 +210,7 @@ class Session:
             raise ValueError(f"a kept prefix serves one prompt, got {len(self.prompts)}")
         kept, prompt = self.prefix, self.prompts[0]
         # The last prompt token always runs again, for its hidden state; so the kept tokens must be a proper prefix.
-        cache = kept.cache if kept.model is self.model else None
+        cache = kept.cache if kept.model is self.model and kept.changes == self.model.changes else None
         if (
             cache is None
             or cache.max_len < room
@@ -212,7 +220,7 @@ class Session:
         ):
             limit = self.model.config.max_position_embeddings
             cache = self.model.new_cache(1, min(limit, 1 << max(10, (room - 1).bit_length())))
-            kept.cache, kept.ids, kept.model = cache, [], self.model
+            kept.cache, kept.ids, kept.model, kept.changes = cache, [], self.model, self.model.changes
         return cache, [len(kept.ids)]
 
     def _choose(self, out: Tensor, step: int) -> tuple[list[Token], Tensor]:

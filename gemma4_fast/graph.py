@@ -28,7 +28,8 @@ class DecodeGraph:
     long as there is nothing to replay: the first step under a selection of backends, and all of them where an op is not
     served by a kernel that can be recorded.
 
-    The model's parameters must stay the tensors they are; their values may change.
+    Parameters may change their values, and the model as `Gemma4.changes` counts it; a parameter that becomes another tensor
+    by other ways is not seen.
     """
 
     def __init__(self, model: Gemma4, cache: KVCache) -> None:
@@ -42,7 +43,7 @@ class DecodeGraph:
         """ids [B] int64, new_lens [B] (0: idle) -> final normed hidden states [B, H], or if `greedy` the likeliest next ids
         [B] int64 (-1 for a hidden state that is not finite); valid until the next call. The cache counts the new tokens."""
         longest = max((have + 1 for have, n in zip(self.cache.host_lens, new_lens, strict=True) if n), default=1)
-        key = greedy, ops.selection(), ops.decode_limit(longest)
+        key = greedy, ops.selection(), ops.decode_limit(longest), self.model.changes
         if key == self._key and self._recording is not None:
             out = self._recording.replay(ids, new_lens, self.times)
         elif key == self._key and not self._tried and self._recordable():
@@ -101,6 +102,8 @@ class _Inputs:
         self.going = torch.tensor(new_lens, dtype=torch.int32)
 
     def set(self, ids: Tensor, new_lens: list[int]) -> None:
+        if ids.shape != self.ids.shape:
+            raise ValueError(f"ids have shape {list(ids.shape)}, expected {list(self.ids.shape)}")
         self.ids.copy_(ids)
         if new_lens != self.new_lens:
             self.new_lens = list(new_lens)
@@ -130,6 +133,11 @@ class _Watch(TorchDispatchMode):
     """Notes the kernels called, and what computes a tensor and is no kernel of ours: a replay would not do it again."""
 
     ALLOCATIONS = frozenset(("empty", "empty_like", "new_empty"))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch asks each mode; "yes", what it assumes, costs an import of torch._dynamo: 0.7 s at a process's first token."""
+        return False
 
     def __init__(self) -> None:
         super().__init__()

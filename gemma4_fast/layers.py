@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gemma4_fast import ops
 from gemma4_fast.cache import KVCache, LayerCache
 from gemma4_fast.config import Gemma4Config, LayerConfig
-from gemma4_fast.quant import QuantizedWeight
+from gemma4_fast.quant import LARGEST_WEIGHT, QuantizedWeight
 
 # The ops a model calls; `moe` chooses among the last three.
 MODEL_OPS = (
@@ -276,9 +276,15 @@ class Layer(nn.Module):
 def quantize(model: nn.Module, bits: int) -> None:
     """Projections, experts and tables of the model become quantized ones, one after the other, so that memory never holds
     more than one of them twice. What stays: norms, scalars, the router, and the small matrices of per-layer embeddings."""
-    for module in model.modules():
-        if isinstance(module, Quantizable):
-            module.quantize(bits)
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, Quantizable)}
+    for name, module in tables.items():
+        for parameter, w in module.named_parameters(recurse=False):
+            if not w.is_meta and w.numel():
+                low, high = torch.aminmax(w)
+                if not max(-low, high).item() <= LARGEST_WEIGHT:
+                    raise ValueError(f"{name}.{parameter}: a value is not finite, or too large for a scale in fp16")
+    for module in tables.values():
+        module.quantize(bits)
 
 
 class Text(nn.Module):

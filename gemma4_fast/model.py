@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ class Gemma4(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Table(config.vocab_size, config.hidden_size)
         self.quantization: str | None = None  # see `quantize`
+        self.changes = 0  # how often its parameters may have become other tensors: moved, cast, quantized, loaded
         self.generation_config: dict[str, Any] = {}
         self.path: Path | None = None  # the checkpoint's folder, where the tokenizer lies
         self._tokenizer: Tokenizer | None = None
@@ -125,6 +126,14 @@ class Gemma4(nn.Module):
         weights.dummy(model, seed)
         return model
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Gemma4:
+        self.changes += 1
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        self.changes += 1
+        return super().load_state_dict(state_dict, strict, assign)
+
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Gemma4:
         """As nn.Module.to_empty, with huge pages where the system has them."""
         tables = [m for m in self.modules() if isinstance(m, Quantizable)]
@@ -141,13 +150,15 @@ class Gemma4(nn.Module):
     def quantize(self, to: str) -> Gemma4:
         """Weights of 8 or 4 bits, in place: "int8" has the values of GGUF's Q8_0, "int4" those of Q4_0, with a scale for each
         32 of a row. Projections and experts; embeddings and the head never below 8 bits; norms, router and the small matrices
-        of per-layer embeddings stay. ValueError for another word, and for a model that is quantized already.
+        of per-layer embeddings stay. ValueError, before any work, for another word, for a model that is quantized already, and
+        for a weight with values that no scale serves, by its name.
         """
         bits = parse_quantize(to)
         if bits is None:
             raise ValueError("quantize to what? 'int8' or 'int4'")
         if self.quantization is not None:
             raise ValueError(f"this model is quantized to {self.quantization} already")
+        self.changes += 1
         quantize(self, bits)
         self.quantization = to
         return self

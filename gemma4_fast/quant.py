@@ -24,12 +24,13 @@ from gemma4_fast import native
 GROUP = 32  # values that share a scale
 PANEL = 16  # rows that are stored interleaved
 BITS = {"int8": 8, "int4": 4}
+LARGEST_WEIGHT = 8 * 65504.0  # of any number of bits: its scale is finite in fp16
 _CHUNK = 1 << 24  # values that are widened at once while quantizing
 
 
 def parse_quantize(quantize: str | None) -> int | None:
     """None, "int8" or "int4" -> bits of a weight."""
-    if quantize is not None and quantize not in BITS:
+    if quantize is not None and (not isinstance(quantize, str) or quantize not in BITS):
         raise ValueError(f"quantize must be {', '.join(map(repr, BITS))} or None, got {quantize!r}")
     return None if quantize is None else BITS[quantize]
 
@@ -67,7 +68,7 @@ class QuantizedWeight:
         """Zeros, to be filled by `copy_`. ValueError for bits or a shape that there is not."""
         if bits not in BITS.values():
             raise ValueError(f"a weight is quantized to 8 or 4 bits, got {bits!r}")
-        if len(shape) not in (2, 3) or min(shape[-2:]) < 1 or shape[-2] % parts:
+        if len(shape) not in (2, 3) or min(shape[-2:]) < 1 or parts < 1 or shape[-2] % parts:
             raise ValueError(
                 f"a weight of shape {list(shape)} in {parts} parts cannot be quantized: expected [N, K] or [E, N, K]"
             )
@@ -118,8 +119,10 @@ class QuantizedWeight:
         """What `nn.Module._apply` does to a parameter: another device is obeyed, another dtype is that of computing alone."""
         new = copy.copy(self)
         new.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        new.data, scale = fn(self.data), fn(self.scale)
-        new.scale = scale if scale.dtype == self.scale.dtype else self.scale.to(scale.device)
+        new.data, new.scale = (
+            moved if moved.dtype == own.dtype else own.to(moved.device)
+            for own, moved in ((self.data, fn(self.data)), (self.scale, fn(self.scale)))
+        )
         if self.is_meta and not new.is_meta:
             new.clear()
         return new
@@ -145,11 +148,13 @@ class QuantizedWeight:
     def __getitem__(self, at: int | slice | Tensor) -> Any:
         """An expert by its number, a slice along the first axis: views. Rows of a matrix by their ids: a Tensor in `dtype`."""
         if isinstance(at, Tensor):
-            if self.dim() == 3:
-                raise ValueError("experts are taken by a number or a slice, not by a tensor of ids")
+            if self.dim() == 3 or at.dtype not in (torch.int64, torch.int32):
+                raise ValueError("rows are taken by a tensor of integer ids, experts by a number or a slice")
             if at.device.type == "cpu" and at.numel() and not 0 <= int(at.min()) <= int(at.max()) < len(self):
                 raise IndexError(f"ids must lie in [0, {len(self)})")  # a negative one would be a row of padding
             return self._values(at.flatten(), self.dtype).view(*at.shape, self.shape[-1])
+        if not isinstance(at, (int, slice)):
+            raise ValueError(f"rows and experts are taken by a number, a slice or a tensor of ids, got {type(at).__name__}")
         if isinstance(at, int) and self.dim() == 2:
             return self._values(torch.tensor([range(self.shape[0])[at]], device=self.device), self.dtype)[0]
         new = copy.copy(self)
@@ -173,11 +178,11 @@ class QuantizedWeight:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """F.linear(x, weight), with x rounded to Q8_0; F.embedding(ids, weight)."""
-        if func is F.linear:
+        if func is F.linear and not kwargs and len(args) == 2:
             x, weight = args
             product = F.linear(rounded(x), weight.dequantize(torch.promote_types(x.dtype, torch.float32)))
             return product.to(x.dtype)
-        if func is F.embedding:
+        if func is F.embedding and len(args) == 2:
             ids, weight = args
             return weight[ids]
         return NotImplemented
@@ -212,6 +217,9 @@ class QuantizedWeight:
 
     def copy_(self, source: Tensor) -> QuantizedWeight:
         """Quantizes `source`, of this shape, into this view. ValueError if a value is not finite, or too large for a scale."""
+        if not isinstance(source, Tensor) or not source.dtype.is_floating_point:
+            got = source.dtype if isinstance(source, Tensor) else type(source).__name__
+            raise ValueError(f"a weight is quantized from a tensor of a floating dtype, got {got}")
         if source.shape != self.shape:
             raise ValueError(f"a source of shape {list(source.shape)} does not fit a weight of shape {list(self.shape)}")
         if self.dim() == 3:

@@ -380,7 +380,7 @@ class _Check:
         op = f"logits [{self.report.backends['logits']}]"
         for rows in (LOGIT_TOKENS, 5, 1):
             h = hidden[-rows:]
-            truth, plain = (self._reference_logits(h.to(d)) for d in (self.wide, h.dtype))
+            truth, plain = (self._reference_logits(h, wide) for wide in (True, False))
             errors = relative_error(self.model.logits(h), truth), relative_error(plain, truth)
             row = Comparison("logits", f"{h.shape[0]} rows", *errors)
             self.report.comparisons.append(row if row.ok else replace(row, op=op))
@@ -393,9 +393,10 @@ class _Check:
             row = Comparison("greedy choice", f"{h.shape[0]} rows", missed / scale, allowed / scale)
             self.report.comparisons.append(row if row.ok else replace(row, op=op))
 
-    def _reference_logits(self, hidden: Tensor) -> Tensor:
-        blocks = [b if b.dtype == hidden.dtype else b.to(hidden.dtype) for b in self.model.head.split(16384)]
-        return reference.softcap(torch.cat([F.linear(hidden, cast(Tensor, block)) for block in blocks], -1), self.config)
+    def _reference_logits(self, hidden: Tensor, wide: bool) -> Tensor:
+        w, hidden = self._weights(wide), hidden.to(self.wide) if wide else hidden
+        blocks = [F.linear(hidden, w.widened(cast(Tensor, block))) for block in self.model.head.split(16384)]
+        return reference.softcap(torch.cat(blocks, -1), self.config)
 
     def _end_to_end(self) -> EndToEnd:
         plan, n = self.plans[0], min(LOGIT_TOKENS, self.ids.shape[0])

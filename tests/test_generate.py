@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import math
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -405,3 +408,26 @@ def test_a_tiny_temperature_is_greedy_and_a_huge_one_refused() -> None:
         assert sample(logits, Sampling(temperature=t), [torch.Generator().manual_seed(0)]).tolist() == [1]
     with pytest.raises(ValueError, match="temperature"):
         Sampling(temperature=10**400)
+
+
+def test_a_stream_that_has_ended_holds_no_cache(tiny: Gemma4, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    new_cache = Gemma4.new_cache
+    monkeypatch.setattr(Gemma4, "new_cache", lambda *args: made.append(weakref.ref(c := new_cache(*args))) or c)
+    stream = tiny.stream([5, 6, 7], max_new_tokens=4, stop_token_ids=())
+    assert list(stream) and len(made) == 1
+    gc.collect()
+    assert made[0]() is None and len(stream.result.token_ids) == 4
+
+
+def test_a_kept_prefix_is_not_used_by_a_model_that_changed(tiny: Gemma4) -> None:
+    model = copy.deepcopy(tiny)
+    for change in (model.float, lambda: model.quantize("int8")):
+        prefix = Prefix()
+        first = [5, 6, 7, 8]
+        options: dict[str, Any] = dict(max_new_tokens=3, stop_token_ids=())
+        tokens = [t[0].id for t in Session(model, [first], prefix=prefix, **options).run()]
+        change()
+        ids = [*first, *tokens, 9]
+        again = [t[0].id for t in Session(model, [ids], prefix=prefix, **options).run()]
+        assert again == model.generate(ids, temperature=0, **options).token_ids

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,8 +41,8 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield seen
 
 
-def model_of(member: str, dtype: torch.dtype = torch.float32, quantize: str | None = None) -> Gemma4:
-    config = Gemma4Config.from_dict({"model_type": "gemma4_text", **MEMBERS[member]})
+def model_of(member: str, dtype: torch.dtype = torch.float32, quantize: str | None = None, **change: Any) -> Gemma4:
+    config = Gemma4Config.from_dict({"model_type": "gemma4_text", **MEMBERS[member], **change})
     return Gemma4.dummy(config, dtype=dtype, device="cpu", quantize=quantize)
 
 
@@ -187,7 +189,7 @@ def test_a_step_that_fails_leaves_nothing_recording(monkeypatch: pytest.MonkeyPa
 def test_a_long_row_that_is_idle_does_not_count(replays: list[int]) -> None:
     """Of 1100 tokens, and of 1018 that grow beyond 1024: what is recorded while the long one is idle is made for the other."""
     for member in ("12b", "e4b"):
-        model = model_of(member)
+        model = model_of(member, max_position_embeddings=2048)
         prompts = [[i % 50 + 2 for i in range(n)] for n in (1100, 1018)]
         first = model.generate(prompts, max_new_tokens=1, stop_token_ids=())[0].token_ids[0]
         alone = model.generate(prompts[1], max_new_tokens=12, stop_token_ids=())
@@ -225,3 +227,35 @@ def test_the_likeliest_ids_are_those_of_the_logits(replays: list[int]) -> None:
             assert chosen.tolist()[1] == -1 if n >= 4 else min(chosen.tolist()) >= 0
             ids = chosen.clamp(min=0)
     assert len(replays) == 4
+
+
+def test_a_model_that_changed_is_recorded_anew(replays: list[int]) -> None:
+    model = model_of("26b-a4b", torch.bfloat16)
+    first, second = model.new_cache(1, 64), model.new_cache(1, 64)
+    graph, ids = DecodeGraph(model, first), torch.tensor([9])
+    with model.running():
+        for change in ("", "int8", "again"):
+            if change == "int8":
+                model.quantize(change)
+            elif change:
+                norm = model.model.norm.weight.clone() * 2
+                model.load_state_dict({"model.norm.weight": norm}, strict=False, assign=True)
+            for _ in range(4):
+                assert torch.equal(graph.run(ids, [1]), eager(model, second, ids, [1])), change
+    assert len(replays) == 6 and len(set(replays)) == 3
+
+
+def test_other_numbers_of_ids_are_refused() -> None:
+    model = model_of("12b")
+    graph = DecodeGraph(model, model.new_cache(2, 64))
+    with model.running():
+        for _ in range(3):
+            graph.run(torch.tensor([5, 6]), [1, 1])
+        with pytest.raises(ValueError, match=r"ids have shape \[1\], expected \[2\]"):
+            graph.run(torch.tensor([5]), [1, 1])
+
+
+def test_dynamo_is_not_imported() -> None:
+    code = "import sys, gemma4_fast; m = gemma4_fast.Gemma4.from_pretrained('tiny', check=False, progress=False)\n"
+    code += "m.generate([5, 6], max_new_tokens=5, stop_token_ids=()); assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

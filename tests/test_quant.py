@@ -332,12 +332,57 @@ def test_memory_given_anew_has_no_rows_of_rubbish(quantize: str) -> None:
             assert not w.scale.isnan().any() and w not in weights
 
 
+def test_a_weight_that_no_scale_serves_is_named_before_any_is_quantized() -> None:
+    model = Gemma4.from_pretrained("tiny", check=False, progress=False)
+    for bad in (math.nan, math.inf, 1e30):
+        model.model.layer(3).mlp.down_proj.weight.data[0, 0] = bad
+        with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp\.down_proj\.weight: a value is not finite, or too large"):
+            model.quantize("int4")
+        assert model.quantization is None
+        assert not any(m.quantized() for m in model.modules() if isinstance(m, Quantizable))
+
+
+def test_a_model_that_computes_in_fp64_is_checked() -> None:
+    for quantize in ("int8", "int4"):
+        Gemma4.from_pretrained("tiny", "float64", quantize=quantize, check="full", progress=False)  # raises if it is wrong
+
+
+def test_what_is_no_weight_is_refused() -> None:
+    w = QuantizedWeight.of(torch.ones(20, 32), 8)
+    for source in (w, torch.ones(20, 32, dtype=torch.int32), torch.ones(20, 32, dtype=torch.complex64), [1.0]):
+        with pytest.raises(ValueError, match="a tensor of a floating dtype"):
+            w.copy_(source)  # type: ignore[arg-type]
+    for at in (torch.ones(20, dtype=torch.bool), (1, 2), None, torch.ones(2)):
+        with pytest.raises(ValueError, match="are taken by a"):
+            w[at]  # type: ignore[index]
+    with pytest.raises(ValueError, match="in 0 parts cannot"):
+        QuantizedWeight.empty(8, (2, 32), parts=0)
+    with pytest.raises(ValueError, match="quantize must be"):
+        Gemma4.from_pretrained("tiny", quantize=["int8"])  # type: ignore[arg-type]
+
+
+def test_a_model_cast_by_type_keeps_its_quantized_bytes() -> None:
+    model = Gemma4.from_pretrained("tiny", quantize="int8", check=False, progress=False)
+    ids = torch.tensor([[5, 6, 7]])
+    wanted = copy.deepcopy(model).float()(ids)
+    assert torch.equal(model.type(torch.float32)(ids), wanted)  # type: ignore[arg-type]
+
+
+def test_another_default_device_does_not_matter() -> None:
+    require_native()
+    m = ops.table.Maker(torch.float32)
+    x, w = m.randn(3, 64), m.quantized(8, 20, 64)
+    wanted = ops.linear(x, w)
+    with torch.device("meta"):
+        assert torch.equal(ops.linear(x, w), wanted)
+
+
 def test_ids_of_rows_that_there_are_not() -> None:
     w = QuantizedWeight.of(torch.ones(20, 32), 8)
     for ids in ([-1], [0, 20]):
         with pytest.raises(IndexError, match=r"ids must lie in \[0, 20\)"):
             F.embedding(torch.tensor(ids), w)
-    with pytest.raises(ValueError, match="experts are taken by a number or a slice"):
+    with pytest.raises(ValueError, match="experts by a number or a slice"):
         QuantizedWeight.of(torch.ones(2, 20, 32), 8)[torch.tensor([0])]
 
 

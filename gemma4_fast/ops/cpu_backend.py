@@ -64,7 +64,7 @@ def _fp32(x: Tensor) -> Tensor:
 
 def embedding(weight: WeightLike, ids: Tensor, scale: float = 1.0) -> Tensor:
     values, scales = _parts(weight)
-    out = torch.empty(ids.shape[0], weight.shape[1], dtype=weight.dtype)
+    out = torch.empty(ids.shape[0], weight.shape[1], dtype=weight.dtype, device="cpu")
     kernels.embedding(values, scales, _whole(ids), out, scale, weight.shape[0], native.isa())
     return out
 
@@ -164,8 +164,8 @@ def _angles(inv_freq: Tensor, positions: int) -> tuple[Tensor, Tensor, Tensor, T
     if values is None or kept[0].shape[0] * TILE < positions or not torch.equal(values, inv_freq):  # written in place since
         tiles = max(16, 1 << (-(-positions // TILE) - 1).bit_length())
         freq = inv_freq.double()
-        start = torch.arange(0, tiles * TILE, TILE, dtype=torch.float64)[:, None] * freq
-        within = torch.arange(TILE, dtype=torch.float64)[:, None] * freq
+        start = torch.arange(0, tiles * TILE, TILE, dtype=torch.float64, device="cpu")[:, None] * freq
+        within = torch.arange(TILE, dtype=torch.float64, device="cpu")[:, None] * freq
         kept = cast(Any, tuple(x.float() for angle in (start, within) for x in (angle.cos(), angle.sin())))
         _ANGLES[inv_freq] = inv_freq.clone(), kept
     return cast(Any, kept)
@@ -209,9 +209,9 @@ def _scratch(size: int) -> Tensor:
     """fp32 [size]."""
     shared = _SHARED.get()
     if shared is None:
-        return torch.empty(size)
+        return torch.empty(size, dtype=torch.float32, device="cpu")
     if size not in shared:
-        shared[size] = torch.empty(size)
+        shared[size] = torch.empty(size, dtype=torch.float32, device="cpu")
     return shared[size]
 
 
@@ -333,7 +333,7 @@ def _rounded(rows: int, weight: WeightLike) -> Tensor | None:
     """Scratch for rows of what is multiplied by `weight`, rounded to 8 bits; None for a weight of floats."""
     if isinstance(weight, Tensor):
         return None
-    return torch.empty(rows * -(-weight.shape[-1] // GROUP) * ROUNDED, dtype=torch.uint8)
+    return torch.empty(rows * -(-weight.shape[-1] // GROUP) * ROUNDED, dtype=torch.uint8, device="cpu")
 
 
 def accepts_weights(x: Tensor, weight: WeightLike, *_: object) -> str | None:

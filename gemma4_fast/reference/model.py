@@ -24,8 +24,7 @@ class Weights(Mapping[str, Tensor]):
         self._tensors, self._prefix, self._dtype = tensors, prefix, dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._tensors[self._prefix + name].detach()
-        return tensor if self._dtype is None else tensor.to(self._dtype)
+        return self.widened(self._tensors[self._prefix + name].detach())
 
     def __iter__(self) -> Iterator[str]:
         return (n.removeprefix(self._prefix) for n in self._tensors if n.startswith(self._prefix))
@@ -33,14 +32,17 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def widened(self, w: Tensor) -> Tensor:
+        """w as these weights are read: quantized ones too, so that the truth's products do not round x to their bits."""
+        return w if self._dtype is None else w.to(self._dtype)
+
     def layer(self, index: int) -> Weights:
         """The tensors of decoder layer `index`, with names as in facts: "self_attn.q_proj.weight", "layer_scalar", ..."""
         return Weights(self._tensors, f"{self._prefix}layers.{index}.", self._dtype)
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
         """Rows `ids` of a table, widened after the look-up: embedding tables are too large to widen whole."""
-        rows = self._tensors[self._prefix + name].detach()[ids]
-        return rows if self._dtype is None else rows.to(self._dtype)
+        return self.widened(self._tensors[self._prefix + name].detach()[ids])
 
 
 def inv_freq(layer: LayerConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -121,7 +123,7 @@ def head(w: Weights, tensors: Mapping[str, Tensor], config: Gemma4Config, x: Ten
     x = ops.rms_norm(x, w["norm.weight"], config.rms_norm_eps)
     table = tensors["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"].detach()
     blocks = table.split(16384)  # widened block by block, so that fp64 never holds the whole table
-    y = torch.cat([F.linear(x, block if block.dtype == x.dtype else block.to(x.dtype)) for block in blocks], -1)
+    y = torch.cat([F.linear(x, w.widened(block)) for block in blocks], -1)
     return softcap(y, config)
 
 

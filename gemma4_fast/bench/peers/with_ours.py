@@ -98,6 +98,7 @@ class Peer:
         for _ in range(3):  # the prompt, a first step, one to record
             next(run)
         parts: dict[str, list[float]] = {}
+        assert session.graph is not None
         for _ in range(new):
             with _timed_ops(self.model.device) as by_op:
                 session.graph.times = by_op
