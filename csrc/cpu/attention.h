@@ -30,13 +30,12 @@ GEMMA4_INLINE void score_tile(int64_t rows, int keys, int64_t size, const T* con
                               const T* const* soon) {
   product<T>(
       rows, keys, size, [&](int64_t i) { return q[i]; }, [&](int64_t j) { return k[j]; },
-      [](int64_t, int) { return Ahead<T>{{nullptr, 0}, {nullptr, 0}}; },
+      [](int64_t, int) { return Rows<T>{nullptr, 0}; },
       [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
         if (soon && i == 0)
           for (int c = 0; c < nn; ++c)
             for (int64_t d = 0; d < size; d += 64 / static_cast<int64_t>(sizeof(T))) prefetch(soon[j + c] + d);
-        for (int r = 0; r < mm; ++r)
-          for (int c = 0; c < nn; ++c) scores[(i + r) * kKeys + j + c] = y[r * nn + c];
+        for (int r = 0; r < mm; ++r) store(scores + (i + r) * kKeys + j, load(y + r * kWidth));  // beyond nn: masked by take_tile
       });
 }
 

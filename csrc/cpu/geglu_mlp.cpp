@@ -12,8 +12,8 @@ void geglu_mlp_of(const GegluMlp& a) {
   const T *x = static_cast<const T*>(a.x), *gate = static_cast<const T*>(a.gate_up), *up = gate + a.inter * a.hidden;
   const T* down = static_cast<const T*>(a.down);
   T *h = static_cast<T*>(a.h), *out = static_cast<T*>(a.out);
-  const int64_t columns = rows_per_task(a.tokens, a.inter, 2 * a.hidden * sizeof(T), kTileN / 2);
-  const int64_t rows = rows_per_task(a.tokens, a.hidden, a.inter * sizeof(T), kTileN);
+  const int64_t columns = rows_per_task(a.tokens, a.inter, 2 * a.hidden * sizeof(T));
+  const int64_t rows = rows_per_task(a.tokens, a.hidden, a.inter * sizeof(T));
   Phase first((a.inter + columns - 1) / columns, [=](int64_t task) {
     const int64_t c = task * columns;
     geglu_product<T>(
@@ -27,7 +27,7 @@ void geglu_mlp_of(const GegluMlp& a) {
     product<T>(
         a.tokens, min_of(rows, a.hidden - n), a.inter, [&](int64_t i) { return h + i * a.inter; }, own, own + rows * a.inter,
         [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
-          for (int r = 0; r < mm; ++r) store_some(out + (i + r) * a.hidden + n + j, load_some(y + r * nn, nn), nn);
+          for (int r = 0; r < mm; ++r) store_some(out + (i + r) * a.hidden + n + j, load_some(y + r * kWidth, nn), nn);
         });
   });
   run_phases(threads_for(a.tokens * a.hidden * a.inter), first, second);
@@ -68,8 +68,8 @@ void ple_gate_of(const PleGate& a) {
   const T *x = static_cast<const T*>(a.x), *ple = static_cast<const T*>(a.ple);
   const T *gate = static_cast<const T*>(a.gate), *proj = static_cast<const T*>(a.proj);
   T *g = static_cast<T*>(a.g), *h = static_cast<T*>(a.h);
-  const int64_t columns = rows_per_task(a.tokens, a.size, a.hidden * sizeof(T), kTileN);
-  const int64_t rows = rows_per_task(a.tokens, a.hidden, a.size * sizeof(T), kTileN);
+  const int64_t columns = rows_per_task(a.tokens, a.size, a.hidden * sizeof(T));
+  const int64_t rows = rows_per_task(a.tokens, a.hidden, a.size * sizeof(T));
   Phase first((a.size + columns - 1) / columns, [=](int64_t task) {
     const int64_t n = task * columns;
     const T* own = gate + n * a.hidden;
@@ -78,7 +78,7 @@ void ple_gate_of(const PleGate& a) {
         [&](int64_t i, int mm, int64_t j, int nn, float* y) {
           for (int r = 0; r < mm; ++r) {
             const Vec up = load_some(ple + (i + r) * a.ple_stride + n + j, nn);
-            store_some(g + (i + r) * a.size + n + j, mul(gelu_tanh(load_some(y + r * nn, nn)), up), nn);
+            store_some(g + (i + r) * a.size + n + j, mul(gelu_tanh(load_some(y + r * kWidth, nn)), up), nn);
           }
         });
   });
@@ -88,7 +88,7 @@ void ple_gate_of(const PleGate& a) {
     product<T>(
         a.tokens, min_of(rows, a.hidden - n), a.size, [&](int64_t i) { return g + i * a.size; }, own, own + rows * a.size,
         [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
-          for (int r = 0; r < mm; ++r) store_some(h + (i + r) * a.hidden + n + j, load_some(y + r * nn, nn), nn);
+          for (int r = 0; r < mm; ++r) store_some(h + (i + r) * a.hidden + n + j, load_some(y + r * kWidth, nn), nn);
         });
   });
   Phase third(a.tokens, [&](int64_t t) { norm_add_norm_row(a.norm, h + t * a.hidden, t); });

@@ -10,14 +10,14 @@ template <class T>
 void linear_of(const Linear& a) {
   const T *x = static_cast<const T*>(a.x), *w = static_cast<const T*>(a.weight);
   T* out = static_cast<T*>(a.out);
-  const int64_t rows = rows_per_task(a.tokens, a.n, a.k * sizeof(T), kTileN);
+  const int64_t rows = rows_per_task(a.tokens, a.n, a.k * sizeof(T));
   parallel((a.n + rows - 1) / rows, a.tokens * a.n * a.k, [=](int64_t task) {
     const int64_t first = task * rows;
     const T* own = w + first * a.k;
     product<T>(
         a.tokens, min_of(rows, a.n - first), a.k, [&](int64_t i) { return x + i * a.k; }, own, own + rows * a.k,
         [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
-          for (int r = 0; r < mm; ++r) store_some(out + (i + r) * a.n + first + j, load_some(y + r * nn, nn), nn);
+          for (int r = 0; r < mm; ++r) store_some(out + (i + r) * a.n + first + j, load_some(y + r * kWidth, nn), nn);
         });
   });
 }
@@ -101,10 +101,10 @@ void logits_tasks(const Logits& a, int64_t width, Multiply multiply) {
 template <class T>
 void logits_of(const Logits& a) {
   const T *x = static_cast<const T*>(a.x), *w = static_cast<const T*>(a.weight);
-  logits_tasks<T>(a, 1, [=](int64_t task, int64_t first, int64_t last) {
+  logits_tasks<T>(a, kWidth, [=](int64_t task, int64_t first, int64_t last) {
     product<T>(
         a.tokens, last - first, a.hidden, [&](int64_t i) { return x + i * a.hidden; }, w + first * a.hidden, w + last * a.hidden,
-        [&](int64_t i, int mm, int64_t j, int nn, float* y) { take_logits<T>(a, task, i, mm, first + j, nn, nn, y); });
+        [&](int64_t i, int mm, int64_t j, int nn, float* y) { take_logits<T>(a, task, i, mm, first + j, nn, kWidth, y); });
   });
 }
 

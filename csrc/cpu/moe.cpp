@@ -75,6 +75,10 @@ GEMMA4_INLINE void second_half(const Sorted& s, int64_t n, int64_t columns, cons
     const T* w = down + (e * hidden + n) * inter;
     const int64_t next = next_active(s, e, experts);  // after the last one the first, for the next task
     const T* after = down + (next * hidden + n + (next <= e ? columns : 0)) * inter;
+    // The next expert's rows of h, asked for a few lines at each tile
+    const char* soon = reinterpret_cast<const char*>(h + s.offsets[next] * inter);
+    const char* const soon_end = reinterpret_cast<const char*>(h + s.offsets[next + 1] * inter);
+    const int64_t lines = (soon_end - soon) * kTileM * kWidth / (64 * rows * columns) + 1;
     for (int64_t block = 0; block < rows; block += kRowBlock) {
       const int64_t m = min_of(kRowBlock, rows - block);
       float *to[kRowBlock], weight[kRowBlock];  // where a row's products are added, and with which weight
@@ -85,9 +89,10 @@ GEMMA4_INLINE void second_half(const Sorted& s, int64_t n, int64_t columns, cons
       product<T>(
           m, columns, inter, [&](int64_t i) { return h + (begin + block + i) * inter; }, w, after,
           [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
+            for (int64_t c = 0; c < lines && soon < soon_end; ++c, soon += 64) prefetch(soon);
             for (int r = 0; r < mm; ++r) {
               float* at = to[i + r] + j;
-              store_some(at, fma(load_some(y + r * nn, nn), set(weight[i + r]), load_some(at, nn)), nn);
+              store_some(at, fma(load_some(y + r * kWidth, nn), set(weight[i + r]), load_some(at, nn)), nn);
             }
           });
     }
@@ -103,9 +108,9 @@ void moe_of(const Moe& a) {
   sort_by_expert(a.ids, pairs, a.experts, a.order, a.offsets);
   const Sorted s{a.order, a.offsets};
   const int64_t active = count_active(s, a.experts), per_expert = active ? (pairs + active - 1) / active : 0;
-  const int64_t columns = rows_per_task(per_expert, a.inter, 2 * a.hidden * sizeof(T), kTileN / 2);
+  const int64_t columns = rows_per_task(per_expert, a.inter, 2 * a.hidden * sizeof(T));
   const int64_t chunks = (a.inter + columns - 1) / columns;
-  const int64_t rows = rows_per_task(per_expert, a.hidden, a.inter * sizeof(T), kTileN);
+  const int64_t rows = rows_per_task(per_expert, a.hidden, a.inter * sizeof(T));
   Phase first(active * chunks, [=](int64_t task) {
     first_half(s, task, chunks, columns, x, gate_up, h, a.hidden, a.inter, a.top_k, a.experts);
   });
@@ -179,17 +184,17 @@ void grouped_gemm_of(const GroupedGemm& a) {
   const int64_t active = count_active(s, a.experts), per_expert = active ? (a.rows + active - 1) / active : 0;
   const int64_t work = a.rows * a.n * a.k;
   if (a.epilogue == 2) {
-    const int64_t rows = rows_per_task(per_expert, a.n, a.k * sizeof(T), kTileN);
+    const int64_t rows = rows_per_task(per_expert, a.n, a.k * sizeof(T));
     parallel((a.n + rows - 1) / rows, work, [=](int64_t task) {
       second_half(s, task * rows, rows, x, w, a.topk_weights, a.sum, out, a.rows / a.top_k, a.n, a.k, a.experts, a.top_k);
     });
   } else if (a.epilogue == 1) {
-    const int64_t inter = a.n / 2, columns = rows_per_task(per_expert, inter, 2 * a.k * sizeof(T), kTileN / 2);
+    const int64_t inter = a.n / 2, columns = rows_per_task(per_expert, inter, 2 * a.k * sizeof(T));
     const int64_t chunks = (inter + columns - 1) / columns;
     parallel(active * chunks, work,
              [=](int64_t task) { first_half(s, task, chunks, columns, x, w, out, a.k, inter, a.top_k, a.experts); });
   } else {
-    const int64_t rows = rows_per_task(per_expert, a.n, a.k * sizeof(T), kTileN), chunks = (a.n + rows - 1) / rows;
+    const int64_t rows = rows_per_task(per_expert, a.n, a.k * sizeof(T)), chunks = (a.n + rows - 1) / rows;
     parallel(active * chunks, work, [=](int64_t task) {
       const int64_t e = nth_active(s, task / chunks), n = task % chunks * rows, begin = s.offsets[e];
       const T* own = w + (e * a.n + n) * a.k;
@@ -198,7 +203,7 @@ void grouped_gemm_of(const GroupedGemm& a) {
           own + rows * a.k,
           [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
             for (int r = 0; r < mm; ++r)
-              store_some(out + (begin + i + r) * a.n + n + j, load_some(y + r * nn, nn), nn);
+              store_some(out + (begin + i + r) * a.n + n + j, load_some(y + r * kWidth, nn), nn);
           });
     });
   }

@@ -6,7 +6,9 @@
 //
 //   Vec              kWidth floats
 //   Raw<T>           what one step of a dot product loads: kStep<T> elements of T
-//   dot(acc, a, b)   acc += a * b, lane by lane; `sum_lanes` adds the lanes of several Vecs, always in the same order
+//   dot(acc, a, b)   acc += a * b, lane by lane
+//   sum_lanes        the sum of a Vec's lanes, always in the same order. Of kWidth Vecs at once: `add_lanes` of each kTileN of
+//                    them, then `join` of the kParts parts, whose lanes are the sums
 #pragma once
 
 #include <cmath>
@@ -21,6 +23,8 @@
 
 #define GEMMA4_INLINE inline __attribute__((always_inline))
 #define GEMMA4_LAMBDA_INLINE __attribute__((always_inline))
+// Before a loop over an array of Vecs: unrolled early enough that the array becomes registers.
+#define GEMMA4_UNROLL _Pragma("GCC unroll 32")
 
 namespace gemma4_fast {
 namespace GEMMA4_ISA {
@@ -123,12 +127,21 @@ GEMMA4_INLINE float sum_lanes(Vec x) {
   t = _mm512_add_ps(t, _mm512_shuffle_f32x4(t, t, 0xb1));            // + q^1
   return _mm512_cvtss_f32(t);
 }
-// Four at once: the same additions in the same order.
-GEMMA4_INLINE void sum_lanes4(const Vec* a, float* out) {
+// Several at once: the same additions in the same order. Of four, [q][i]: quarter q of a[i], its lanes added.
+GEMMA4_INLINE __m512 quarters_of4(const Vec* a) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0].v, a[1].v), _mm512_unpackhi_ps(a[0].v, a[1].v));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(a[2].v, a[3].v), _mm512_unpackhi_ps(a[2].v, a[3].v));
-  const __m512 lo = _mm512_shuffle_ps(ab, cd, 0x44), hi = _mm512_shuffle_ps(ab, cd, 0xee);
-  __m512 t = _mm512_add_ps(lo, hi);
+  return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+}
+// Of a and b, each [4][4], q0 + q2 and q1 + q3: [a or b][2][4].
+GEMMA4_INLINE __m512 halves_of8(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+}
+GEMMA4_INLINE Vec sums_of16(__m512 a, __m512 b) {  // each [2][2][4]
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd))};
+}
+GEMMA4_INLINE void sum_lanes4(const Vec* a, float* out) {
+  const __m512 t = quarters_of4(a);
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(t), _mm512_extractf32x8_ps(t, 1));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
@@ -153,7 +166,9 @@ GEMMA4_INLINE __m512i load_step(const bf16* p) { return _mm512_loadu_si512(p); }
 GEMMA4_INLINE __m512i load_step(const bf16* p, int n) { return _mm512_maskz_loadu_epi16((1u << n) - 1, p); }
 
 #if defined(__AVX512BF16__)
-constexpr int kTileM = 4, kTileN = 6;
+constexpr int kTileM = 3, kTileN = 8, kFewRows = 4;
+GEMMA4_INLINE Vec add_lanes(const Vec* acc) { return {halves_of8(quarters_of4(acc), quarters_of4(acc + 4))}; }
+GEMMA4_INLINE Vec join(const Vec* parts) { return sums_of16(parts[0].v, parts[1].v); }
 template <>
 struct Raw<bf16> {
   __m512bh v;
@@ -162,7 +177,11 @@ GEMMA4_INLINE Raw<bf16> raw(const bf16* p) { return {(__m512bh)load_step(p)}; }
 GEMMA4_INLINE Raw<bf16> raw(const bf16* p, int n) { return {(__m512bh)load_step(p, n)}; }
 GEMMA4_INLINE Vec dot(Vec acc, const Raw<bf16>& a, const Raw<bf16>& b) { return {_mm512_dpbf16_ps(acc.v, a.v, b.v)}; }
 #else
-constexpr int kTileM = 4, kTileN = 4;
+constexpr int kTileM = 4, kTileN = 4, kFewRows = 4;
+GEMMA4_INLINE Vec add_lanes(const Vec* acc) { return {quarters_of4(acc)}; }
+GEMMA4_INLINE Vec join(const Vec* parts) {
+  return sums_of16(halves_of8(parts[0].v, parts[1].v), halves_of8(parts[2].v, parts[3].v));
+}
 template <>
 struct Raw<bf16> {
   __m512 even, odd;
@@ -181,7 +200,7 @@ GEMMA4_INLINE Vec dot(Vec acc, const Raw<bf16>& a, const Raw<bf16>& b) {
 #elif defined(__AVX2__) && defined(__FMA__)
 
 constexpr int kWidth = 8;
-constexpr int kTileM = 2, kTileN = 4;
+constexpr int kTileM = 2, kTileN = 4, kFewRows = 2;
 struct Vec {
   __m256 v;
 };
@@ -249,10 +268,17 @@ GEMMA4_INLINE float sum_lanes(Vec x) {
   t = _mm256_add_ps(t, _mm256_shuffle_ps(t, t, 0xb1));
   return _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
 }
-GEMMA4_INLINE void sum_lanes4(const Vec* a, float* out) {
+GEMMA4_INLINE Vec add_lanes(const Vec* a) {  // of four, [h][i]: half h of a[i], its lanes added
   const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a[0].v, a[1].v), _mm256_unpackhi_ps(a[0].v, a[1].v));
   const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(a[2].v, a[3].v), _mm256_unpackhi_ps(a[2].v, a[3].v));
-  const __m256 t = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  return {_mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee))};
+}
+GEMMA4_INLINE Vec join(const Vec* parts) {
+  const __m256 a = parts[0].v, b = parts[1].v;
+  return {_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))};
+}
+GEMMA4_INLINE void sum_lanes4(const Vec* a, float* out) {
+  const __m256 t = add_lanes(a).v;
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
 }
 GEMMA4_INLINE float max_lanes(Vec x) {
@@ -299,7 +325,7 @@ GEMMA4_INLINE Vec dot(Vec acc, const Raw<bf16>& a, const Raw<bf16>& b) {
 #else  // plain C++: loops of a fixed length, which compilers turn into NEON, SSE or what there is
 
 constexpr int kWidth = 8;
-constexpr int kTileM = 2, kTileN = 2;
+constexpr int kTileM = 2, kTileN = 2, kFewRows = 2;
 struct Vec {
   float v[kWidth];
 };
@@ -352,6 +378,8 @@ GEMMA4_INLINE float sum_lanes(Vec x) {
   return q[0] + q[1];
 }
 GEMMA4_INLINE void sum_lanes4(const Vec* a, float* out) { for (int i = 0; i < 4; ++i) out[i] = sum_lanes(a[i]); }
+GEMMA4_INLINE Vec add_lanes(const Vec* a) { return {{sum_lanes(a[0]), sum_lanes(a[1])}}; }
+GEMMA4_INLINE Vec join(const Vec* parts) { Vec r; GEMMA4_LANES r.v[i] = parts[i / kTileN].v[i % kTileN]; return r; }
 GEMMA4_INLINE float max_lanes(Vec x) {
   float m = x.v[0];
   for (int i = 1; i < kWidth; ++i) m = max_of(m, x.v[i]);
@@ -379,6 +407,8 @@ GEMMA4_INLINE Vec dot(Vec acc, const Raw<T>& a, const Raw<T>& b) {
 }
 
 #endif
+
+constexpr int kParts = kWidth / kTileN;
 
 template <class T>
 GEMMA4_INLINE Vec load_some(const T* p, int n) {
