@@ -44,7 +44,10 @@ from gemma4_fast.model import Gemma4, weights_size
 
 PATIENCE = 30.0  # seconds that all turns of one contender with one workload may take together
 REST = 0.3  # seconds before each turn: OpenMP's threads spin for a while after their work, on the cores of the next
-SCORED = 16, 20  # tokens of the prompt whose next token's log-probabilities are compared, and how many of the likeliest
+# Tokens of the prompt whose next token's log-probabilities are compared; how many of the likeliest; and of how many of the
+# other's. Random weights have no favourites: in six layers the rounding of bf16 alone moves log-probabilities by 0.2, and what
+# is among one's first 20 may be the other's 50th.
+SCORED, LIKELIEST, OF = 16, 20, 1000
 
 
 @dataclass
@@ -195,9 +198,9 @@ class ModelBench:
         self.versions[process], self.notes[process] = answer["version"], answer.get("note", "")
         if not self.together:
             self.notes[process] = "; ".join(n for n in (self.notes[process], "started anew for each round") if n)
-        prompt = Workload(1, min(SCORED[0], plan.config.max_position_embeddings - 1), 1).ids(plan.config.vocab_size, 0)
+        prompt = Workload(1, min(SCORED, plan.config.max_position_embeddings - 1), 1).ids(plan.config.vocab_size, 0)
         for c in mine:
-            answer = worker.ask(do="score", variant=c.variant, ids=prompt, new=min(SCORED[1], plan.config.vocab_size))
+            answer = worker.ask(do="score", variant=c.variant, ids=prompt, new=min(OF, plan.config.vocab_size))
             if not answer["ok"] and worker.ended:
                 self.faults[c] = _fault_of(answer)
                 return self._renew(process)
@@ -416,11 +419,11 @@ def _name(w: Workload) -> str:
 
 
 def _distance(ours: list[tuple[int, float]] | None, theirs: list[tuple[int, float]] | None) -> str | None:
-    """How far the log-probabilities of the likeliest next tokens lie apart; None if it cannot be the same model, as fewer than
-    half of the tokens are the same, or half of them differ by more than a nat. Empty if one of the two is not known."""
+    """How far the log-probabilities of our likeliest next tokens lie apart; None if it cannot be the same model, as fewer than
+    half of them are likely there, or half of them differ by more than a nat. Empty if one of the two is not known."""
     if not ours or not theirs:
         return ""
-    other = dict(theirs)
+    ours, other = ours[:LIKELIEST], dict(theirs)
     both = sorted(abs(p - other[token]) for token, p in ours if token in other)
     if 2 * len(both) < len(ours) or both[len(both) // 2] > 1.0:
         return None

@@ -44,6 +44,7 @@ class Peer:
             kv_cache_memory_bytes=cache,
             skip_tokenizer_init=True,
             enable_prefix_caching=True,
+            max_logprobs=-1,  # no limit
             seed=spec["seed"],
             **options,
         )
@@ -65,7 +66,7 @@ class Peer:
 
     def score(self, variant: str, ids: list[list[int]], top: int) -> list[tuple[int, float]]:
         (output,) = self.llm.generate(
-            [{"prompt_token_ids": row} for row in ids], self._sampling(1, logprobs=min(top, 20)), use_tqdm=False
+            [{"prompt_token_ids": row} for row in ids], self._sampling(1, logprobs=top), use_tqdm=False
         )
         found = output.outputs[0].logprobs[0]
         return [(token, entry.logprob) for token, entry in found.items()]
