@@ -26,9 +26,7 @@ void geglu_mlp_of(const GegluMlp& a) {
     const T* own = down + n * a.inter;
     product<T>(
         a.tokens, min_of(rows, a.hidden - n), a.inter, [&](int64_t i) { return h + i * a.inter; }, own, own + rows * a.inter,
-        [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
-          for (int r = 0; r < mm; ++r) store_some(out + (i + r) * a.hidden + n + j, load_some(y + r * kWidth, nn), nn);
-        });
+        [&](int64_t i, int mm, int64_t j, int nn, const float* y) { store_rows(y, mm, nn, out + i * a.hidden + n + j, a.hidden); });
   });
   run_phases(threads_for(a.tokens * a.hidden * a.inter), first, second);
 }
@@ -87,9 +85,7 @@ void ple_gate_of(const PleGate& a) {
     const T* own = proj + n * a.size;
     product<T>(
         a.tokens, min_of(rows, a.hidden - n), a.size, [&](int64_t i) { return g + i * a.size; }, own, own + rows * a.size,
-        [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
-          for (int r = 0; r < mm; ++r) store_some(h + (i + r) * a.hidden + n + j, load_some(y + r * kWidth, nn), nn);
-        });
+        [&](int64_t i, int mm, int64_t j, int nn, const float* y) { store_rows(y, mm, nn, h + i * a.hidden + n + j, a.hidden); });
   });
   Phase third(a.tokens, [&](int64_t t) { norm_add_norm_row(a.norm, h + t * a.hidden, t); });
   run_phases(threads_for(a.tokens * a.hidden * a.size), first, second, third);

@@ -16,9 +16,7 @@ void linear_of(const Linear& a) {
     const T* own = w + first * a.k;
     product<T>(
         a.tokens, min_of(rows, a.n - first), a.k, [&](int64_t i) { return x + i * a.k; }, own, own + rows * a.k,
-        [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
-          for (int r = 0; r < mm; ++r) store_some(out + (i + r) * a.n + first + j, load_some(y + r * kWidth, nn), nn);
-        });
+        [&](int64_t i, int mm, int64_t j, int nn, const float* y) { store_rows(y, mm, nn, out + i * a.n + first + j, a.n); });
   });
 }
 

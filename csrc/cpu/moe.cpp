@@ -201,10 +201,7 @@ void grouped_gemm_of(const GroupedGemm& a) {
       product<T>(
           s.offsets[e + 1] - begin, min_of(rows, a.n - n), a.k, [&](int64_t i) { return x + (begin + i) * a.k; }, own,
           own + rows * a.k,
-          [&](int64_t i, int mm, int64_t j, int nn, const float* y) {
-            for (int r = 0; r < mm; ++r)
-              store_some(out + (begin + i + r) * a.n + n + j, load_some(y + r * kWidth, nn), nn);
-          });
+          [&](int64_t i, int mm, int64_t j, int nn, const float* y) { store_rows(y, mm, nn, out + (begin + i) * a.n + n + j, a.n); });
     });
   }
 }

@@ -156,6 +156,12 @@ constexpr int64_t kRowBlock = 64;  // rows of x that stay in L2 while a task's r
 template <class T>
 constexpr int64_t kDepth = 40 * 1024 / ((kTileM + kTileN) * static_cast<int64_t>(sizeof(T)));
 
+// The first n <= kWidth columns of y [m, kWidth], to rows that are `stride` apart.
+template <class T>
+GEMMA4_INLINE void store_rows(const float* y, int m, int n, T* out, int64_t stride) {
+  for (int r = 0; r < m; ++r) store_some(out + r * stride, load_some(y + r * kWidth, n), n);
+}
+
 // Rows x_row(0 .. m) times the weight rows w_row(0 .. n).
 // ahead(j, nn): the rows of w to ask for while rows j .. j + nn are multiplied.
 // emit(i, mm, j, nn, y): rows i .. i + mm of x, rows j .. j + nn of w, y[r * kWidth + c].
