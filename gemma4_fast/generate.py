@@ -58,7 +58,8 @@ class Token:
 
 @dataclass
 class Prefix:
-    """A cache kept between calls, and the tokens it holds: a chat's next turn prefills only what is new."""
+    """A cache kept between calls, and the tokens it holds: a chat's next turn prefills only what is new. New values that were
+    written into the model's parameters since, or into a part of it alone, are not seen: start with another one."""
 
     cache: KVCache | None = None
     ids: list[int] = field(default_factory=list)
@@ -234,7 +235,10 @@ class Session:
                 ids = ids.clamp(min=0)
         else:
             logits = self.model.logits(out)
-            ids = sample(logits, self.sampling, self.generators)
+            if self.sampling.greedy:  # not of the logits: softcapped and rounded to bf16, the largest have equals
+                ids = self.model.logits(out, argmax=True).clamp(min=0)
+            else:
+                ids = sample(logits, self.sampling, self.generators)
             if self.logprobs is not None:
                 logp = logits.float().log_softmax(-1)
                 values = logp.gather(-1, ids[:, None]).squeeze(-1).tolist()

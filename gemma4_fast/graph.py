@@ -43,6 +43,8 @@ class DecodeGraph:
         """ids [B] int64, new_lens [B] (0: idle) -> final normed hidden states [B, H], or if `greedy` the likeliest next ids
         [B] int64 (-1 for a hidden state that is not finite); valid until the next call. The cache counts the new tokens."""
         longest = max((have + 1 for have, n in zip(self.cache.host_lens, new_lens, strict=True) if n), default=1)
+        if longest > self.cache.max_len or not all(n in (0, 1) for n in new_lens):
+            raise ValueError(f"a step of {new_lens} tokens to {self.cache.host_lens} of at most {self.cache.max_len}")
         key = greedy, ops.selection(), ops.decode_limit(longest), self.model.changes
         if key == self._key and self._recording is not None:
             out = self._recording.replay(ids, new_lens, self.times)
@@ -69,17 +71,17 @@ class DecodeGraph:
         now = self.model.model.step(new_lens, self.cache, decode=True)
         slots = torch.tensor(list(now.rows))
         self._tried = True
-        kernels.record_start()
         try:
+            kernels.record_start()
             with watch, ops.shared_scratch():
                 step = self._step(now, inputs, slots)
                 out = self._finish(self.model.model.run(inputs.ids, step, self.cache), greedy)
                 kernels.count_tokens(self.cache.lens, inputs.going)
+            made = _Recording(kernels.record_stop(), watch.calls, inputs, out)
         except BaseException:
-            kernels.release(kernels.record_stop())
+            kernels.record_drop()
             self._key = None
             raise
-        made = _Recording(kernels.record_stop(), watch.calls, inputs, out)
         if not watch.unknown:
             self._recording = made
         return out
@@ -106,8 +108,8 @@ class _Inputs:
             raise ValueError(f"ids have shape {list(ids.shape)}, expected {list(self.ids.shape)}")
         self.ids.copy_(ids)
         if new_lens != self.new_lens:
-            self.new_lens = list(new_lens)
             self.going.copy_(torch.tensor(new_lens))
+            self.new_lens = list(new_lens)  # once they are
 
 
 class _Recording:

@@ -281,7 +281,7 @@ def quantize(model: nn.Module, bits: int) -> None:
         for parameter, w in module.named_parameters(recurse=False):
             if not w.is_meta and w.numel():
                 low, high = torch.aminmax(w)
-                if not max(-low, high).item() <= LARGEST_WEIGHT:
+                if not max(-low, high).item() <= LARGEST_WEIGHT[max(bits, module.least_bits)]:
                     raise ValueError(f"{name}.{parameter}: a value is not finite, or too large for a scale in fp16")
     for module in tables.values():
         module.quantize(bits)

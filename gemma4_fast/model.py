@@ -231,7 +231,7 @@ class Gemma4(nn.Module):
             return self.logits(h).view(batch, tokens, -1)
 
     def logits(self, h: Tensor, *, argmax: bool = False) -> Tensor:
-        """Final hidden states [T, H] -> softcapped logits [T, V], or the argmax [T]."""
+        """Final hidden states [T, H] -> softcapped logits [T, V], or the argmax [T] (-1: not finite)."""
         return ops.logits(h, self.head, self.config.final_logit_softcapping, argmax)
 
     def _check_forward(self, input_ids: Tensor, cache: KVCache | None) -> None:

@@ -24,7 +24,7 @@ from gemma4_fast import native
 GROUP = 32  # values that share a scale
 PANEL = 16  # rows that are stored interleaved
 BITS = {"int8": 8, "int4": 4}
-LARGEST_WEIGHT = 8 * 65504.0  # of any number of bits: its scale is finite in fp16
+LARGEST_WEIGHT = {8: 127 * 65504.0, 4: 8 * 65504.0}  # by bits: its scale is finite in fp16
 _CHUNK = 1 << 24  # values that are widened at once while quantizing
 
 

@@ -52,6 +52,9 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tokenizer:
+        return self  # nothing about it changes, and a chat template that was in use cannot be copied
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Tokenizer:
         """The tokenizer of a checkpoint folder. CheckpointError if it has none that can be read."""

@@ -431,3 +431,10 @@ def test_a_kept_prefix_is_not_used_by_a_model_that_changed(tiny: Gemma4) -> None
         ids = [*first, *tokens, 9]
         again = [t[0].id for t in Session(model, [ids], prefix=prefix, **options).run()]
         assert again == model.generate(ids, temperature=0, **options).token_ids
+
+
+def test_greedy_tokens_are_the_same_with_log_probabilities(tiny: Gemma4) -> None:
+    for prompt in ([9] * 40, [5, 6, 7], [100, 200, 300]):
+        options: dict[str, Any] = dict(max_new_tokens=6, temperature=0, stop_token_ids=())
+        plain, told = tiny.generate(prompt, **options), tiny.generate(prompt, logprobs=2, **options)
+        assert plain.token_ids == told.token_ids

@@ -184,6 +184,23 @@ def test_a_step_that_fails_leaves_nothing_recording(monkeypatch: pytest.MonkeyPa
     kernels.release(before)
     with pytest.raises(RuntimeError, match="does not record"):
         kernels.record_stop()
+    kernels.record_start()  # an interrupt right behind it: the next recording begins anew
+    graph = DecodeGraph(model, model.new_cache(1, 64))
+    with model.running():
+        for _ in range(3):
+            graph.run(torch.tensor([5]), [1])
+    assert graph._recording is not None
+
+
+def test_a_step_that_a_cache_has_no_room_for() -> None:
+    model = model_of("12b")
+    graph = DecodeGraph(model, model.new_cache(1, 4))
+    with model.running():
+        for _ in range(4):
+            graph.run(torch.tensor([5]), [1])
+        for new_lens in ([1], [2], [-1]):
+            with pytest.raises(ValueError, match="tokens to"):
+                graph.run(torch.tensor([5]), new_lens)
 
 
 def test_a_long_row_that_is_idle_does_not_count(replays: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -14,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from gemma4_fast import Gemma4
 from gemma4_fast.errors import CheckpointError
 from gemma4_fast.tokenizer import StopStrings, TextStream, Tokenizer
 from gemma4_fast.weights import tiny_path
@@ -443,3 +445,9 @@ def test_the_tiny_model_has_a_tokenizer(tmp_path: Path) -> None:
     assert "".join(stream(tok, ids)) == tok.decode(ids)
     shutil.copyfile(tiny_path() / "tokenizer.json", tmp_path / "tokenizer.json")
     assert Tokenizer(tmp_path).encode("Good morning!") == tok.encode("Good morning!")
+
+
+def test_a_copy_of_a_model_shares_its_tokenizer() -> None:
+    model = Gemma4.from_pretrained("tiny", check=False, progress=False)
+    model.tokenizer.apply_chat_template([{"role": "user", "content": "hello"}])
+    assert copy.deepcopy(model).tokenizer is model.tokenizer

@@ -177,7 +177,7 @@ GEMMA4_INLINE void product(int64_t m, int64_t n, int64_t k_size, XRow x_row, WRo
   for (int64_t block = 0; block < m; block += kRowBlock) {
     const int64_t rows = min_of(kRowBlock, m - block);
     for (int64_t r = 0; r < rows; ++r) x[r] = x_row(block + r);
-    const int64_t tiles = (rows + kTileM - 1) / kTileM;  // cut evenly: 5 rows are 3 + 2, not 4 + 1
+    const int64_t tiles = (rows + kTileM - 1) / kTileM;  // cut evenly: 7 rows are 2 + 2 + 3, not 3 + 3 + 1
     for (int64_t j = 0; j < n; j += kWidth) {
       const int nn = static_cast<int>(min_of<int64_t>(kWidth, n - j)), cuts = (nn + kTileN - 1) / kTileN;
       for (int c = 0; c < cuts * kTileN; ++c) w[c] = w_row(min_of(j + c, n - 1));  // beyond the last one: no one looks at those

@@ -314,9 +314,10 @@ void count_tokens(Tensor lens, Tensor going) {
 // ---- recordings: see recording.h ---------------------------------------------------------------------------------------
 
 void record_start() {
-  STD_TORCH_CHECK(!recording_now, "this thread records already");
-  recording_now = std::make_unique<Recording>();
+  recording_now = std::make_unique<Recording>();  // one that an interrupt left open ends here
 }
+void record_drop() { recording_now.reset(); }
+
 int64_t record_stop() {
   STD_TORCH_CHECK(recording_now, "this thread does not record");
   return recordings().keep(std::move(recording_now));
@@ -373,6 +374,7 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cpu, m) {
   m.def("quantize_rows(Tensor source, Tensor(a!) data, Tensor(b!) scale, int first, int n, int parts, int isa) -> int");
   m.def("record_start() -> ()");
   m.def("record_stop() -> int");
+  m.def("record_drop() -> ()");
   m.def("replay(int recording, Tensor(a!)? seconds) -> ()");
   m.def("release(int recording) -> ()");
 }
@@ -380,6 +382,7 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cpu, CompositeExplicitAutograd, m) {  // no tensor tells where they run
   m.impl("record_start", TORCH_BOX(&record_start));
   m.impl("record_stop", TORCH_BOX(&record_stop));
+  m.impl("record_drop", TORCH_BOX(&record_drop));
   m.impl("replay", TORCH_BOX(&replay));
   m.impl("release", TORCH_BOX(&release));
 }

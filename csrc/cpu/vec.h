@@ -63,7 +63,7 @@ GEMMA4_INLINE T max_of(T a, T b) {
   return a > b ? a : b;
 }
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 
 constexpr int kWidth = 16;
 struct Vec {
