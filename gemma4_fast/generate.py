@@ -150,7 +150,7 @@ class Session:
         cache, hidden = self._prefill(on_prefill)
         graph = self.graph = DecodeGraph(self.model, cache)
         with self.model.running():
-            tokens, ids = self._choose(self.model.logits(hidden, argmax=True) if self.greedy else hidden, 0)
+            tokens, ids = self._choose(graph.finish(hidden, self.greedy), 0)
         self.prefill_seconds = time.perf_counter() - start
         yield tokens
         for step in range(1, self.max_new_tokens):

@@ -55,11 +55,12 @@ class DecodeGraph:
             self._tried = key == self._key
             self._key, self._recording = key, None
             step = self.model.model.step(new_lens, self.cache, decode=True)
-            return self._finish(self.model.model(ids, step, self.cache), greedy)
+            return self.finish(self.model.model(ids, step, self.cache), greedy)
         self.cache.count(new_lens)
         return out
 
-    def _finish(self, h: Tensor, greedy: bool) -> Tensor:
+    def finish(self, h: Tensor, greedy: bool) -> Tensor:
+        """Of hidden states [B, H], what `run` returns: of a prompt's last ones too."""
         return self.model.logits(h, argmax=True) if greedy else h
 
     def _recordable(self) -> bool:
@@ -75,7 +76,7 @@ class DecodeGraph:
             kernels.record_start()
             with watch, ops.shared_scratch():
                 step = self._step(now, inputs, slots)
-                out = self._finish(self.model.model.run(inputs.ids, step, self.cache), greedy)
+                out = self.finish(self.model.model.run(inputs.ids, step, self.cache), greedy)
                 kernels.count_tokens(self.cache.lens, inputs.going)
             made = _Recording(kernels.record_stop(), watch.calls, inputs, out)
         except BaseException:

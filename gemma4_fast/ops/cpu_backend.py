@@ -69,8 +69,8 @@ def embedding(weight: WeightLike, ids: Tensor, scale: float = 1.0) -> Tensor:
     return out
 
 
-def accepts_embedding(weight: WeightLike, *_: object) -> str | None:
-    return None if isinstance(weight, Tensor) else _whole_weight(weight, 1)
+def accepts_embedding(weight: WeightLike, ids: Tensor, *_: object) -> str | None:
+    return accepts_weights(ids, weight)
 
 
 def rope_angles(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
