@@ -32,6 +32,12 @@ class LayerCache:
         """S, slots per sequence."""
         return self.v.shape[1]
 
+    def first(self, limit: int) -> LayerCache:
+        """The slots of positions below `limit`, of a cache that has not gone round: views, where there are more."""
+        if limit >= self.slots:
+            return self
+        return LayerCache(None if self.k is None else self.k[:, :limit], self.v[:, :limit])
+
     def rows(self, sequence: Tensor, position: Tensor) -> Tensor:
         """Row of the cache flattened to [B*S, Hkv, D] for each (sequence, position), both int64."""
         return sequence * self.slots + position % self.slots

@@ -65,6 +65,7 @@ class Prefix:
     ids: list[int] = field(default_factory=list)
     model: Gemma4 | None = None  # whose keys and values they are,
     changes: int = 0  # and its `changes` then
+    graph: DecodeGraph | None = None  # the recorded decode step over that cache
 
 
 class Session:
@@ -148,7 +149,7 @@ class Session:
         self.going = [True] * batch
         start = time.perf_counter()
         cache, hidden = self._prefill(on_prefill)
-        graph = self.graph = DecodeGraph(self.model, cache)
+        graph = self.graph = self._decode_graph(cache)
         with self.model.running():
             tokens, ids = self._choose(graph.finish(hidden, self.greedy), 0)
         self.prefill_seconds = time.perf_counter() - start
@@ -163,6 +164,15 @@ class Session:
                 tokens, ids = self._choose(out, step)
             self.decode_seconds += time.perf_counter() - start
             yield tokens
+
+    def _decode_graph(self, cache: KVCache) -> DecodeGraph:
+        """The one that is kept with the cache, or a new one."""
+        if self.prefix is None:
+            return DecodeGraph(self.model, cache)
+        kept = self.prefix.graph
+        if kept is None or kept.cache is not cache or kept.model is not self.model:
+            kept = self.prefix.graph = DecodeGraph(self.model, cache)
+        return kept
 
     def finish(self, sequence: int) -> None:
         """This sequence wants no more tokens."""

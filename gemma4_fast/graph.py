@@ -1,13 +1,15 @@
-"""The decode step, recorded once and run again: what a CUDA graph is on a GPU, for the CPU kernels.
+"""The decode step, recorded once and run again: on a GPU as a CUDA graph, and the same for the CPU kernels.
 
 A step of one token for each sequence is the same calls with the same shapes every time. Op by op, Python, checks and
 allocations cost some tens of microseconds a call, more where a step's weights have taken the caches; a replay costs less than
-one. All of a step is in it, from the tokens' ids to their successors' if those are the likeliest ones.
+one for all of them. All of a step is in it, from the tokens' ids to their successors' if those are the likeliest ones.
 """
 
 from __future__ import annotations
 
+import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +24,13 @@ from gemma4_fast.layers import Step, model_ops
 if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
 
+log = logging.getLogger("gemma4_fast")
+
 
 class DecodeGraph:
     """The decode steps of one model with one cache. `run` gives the same bits as running op by op, which it does for as
-    long as there is nothing to replay: the first step under a selection of backends, and all of them where an op is not
-    served by a kernel that can be recorded.
+    long as there is nothing to replay: the first step under a selection of backends, and all of them where an op cannot be
+    recorded: on a CPU one that no kernel of ours serves, on a GPU one that waits for the device.
 
     Parameters may change their values, and the model as `Gemma4.changes` counts it; a parameter that becomes another tensor
     by other ways is not seen.
@@ -37,7 +41,7 @@ class DecodeGraph:
         self.times: dict[str, float] | None = None  # a dict collects the seconds of each op's replayed calls, by its name
         self._key: Any = None  # what the steps so far have in common
         self._tried = False  # whether such a step has been recorded, or found to be none that can be
-        self._recording: _Recording | None = None
+        self._recording: _Recording | _Captured | None = None
 
     def run(self, ids: Tensor, new_lens: list[int], *, greedy: bool = False) -> Tensor:
         """ids [B] int64, new_lens [B] (0: idle) -> final normed hidden states [B, H], or if `greedy` the likeliest next ids
@@ -48,6 +52,8 @@ class DecodeGraph:
         key = greedy, ops.selection(), ops.decode_limit(longest), self.model.changes
         if key == self._key and self._recording is not None:
             out = self._recording.replay(ids, new_lens, self.times)
+        elif key == self._key and not self._tried and self.model.device.type == "cuda":
+            out = self._capture(ids, new_lens, greedy)
         elif key == self._key and not self._tried and self._recordable():
             out = self._record(ids, new_lens, greedy)
         else:
@@ -66,6 +72,31 @@ class DecodeGraph:
     def _recordable(self) -> bool:
         device, dtype = self.model.device, self.model.dtype
         return all(ops.recordable(name, device, dtype) for name in model_ops(self.model.config))
+
+    def _capture(self, ids: Tensor, new_lens: list[int], greedy: bool) -> Tensor:
+        """A CUDA graph of the step, replayed; where an op cannot be in one, the step op by op, as all that follow."""
+        inputs, text, cache = _Inputs(ids, new_lens), self.model.model, self.cache
+        now = text.step(new_lens, cache, decode=True)
+
+        def step() -> Tensor:
+            """`now`, with all that differs from one step to the next computed from what is on the device."""
+            positions = cache.lens.long()
+            kv_lens = torch.where(inputs.going > 0, cache.lens + 1, 0)
+            rows = {slots: now.sequence * slots + positions % slots for slots in now.rows}
+            anew = replace(now, positions=positions, kv_lens=kv_lens, angles=text.angles(positions), rows=rows)
+            out = self.finish(text.run(inputs.ids, anew, cache), greedy)
+            cache.lens.add_(inputs.going)
+            return out
+
+        self._tried = True
+        try:
+            self._recording = _Captured(step, inputs)
+        except RuntimeError as error:  # what capturing an op raises that waits for the device
+            log.warning("gemma4_fast: the decode step runs op by op, no CUDA graph can be made of it: %s", error)
+            out = self.finish(text.run(ids, now, cache), greedy)
+            cache.lens += inputs.going
+            return out
+        return self._recording.replay(ids, new_lens)
 
     def _record(self, ids: Tensor, new_lens: list[int], greedy: bool) -> Tensor:
         kernels, watch, inputs = torch.ops.gemma4_fast_cpu, _Watch(), _Inputs(ids, new_lens)
@@ -102,7 +133,7 @@ class _Inputs:
 
     def __init__(self, ids: Tensor, new_lens: list[int]) -> None:
         self.ids, self.new_lens = ids.clone(), list(new_lens)
-        self.going = torch.tensor(new_lens, dtype=torch.int32)
+        self.going = torch.tensor(new_lens, dtype=torch.int32, device=ids.device)
 
     def set(self, ids: Tensor, new_lens: list[int]) -> None:
         if ids.shape != self.ids.shape:
@@ -111,6 +142,20 @@ class _Inputs:
         if new_lens != self.new_lens:
             self.going.copy_(torch.tensor(new_lens))
             self.new_lens = list(new_lens)  # once they are
+
+
+class _Captured:
+    """A CUDA graph, and the tensors it reads and writes."""
+
+    def __init__(self, step: Callable[[], Tensor], inputs: _Inputs) -> None:
+        self.inputs, self.graph = inputs, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):  # nothing runs yet
+            self.output = step()
+
+    def replay(self, ids: Tensor, new_lens: list[int], times: dict[str, float] | None = None) -> Tensor:
+        self.inputs.set(ids, new_lens)
+        self.graph.replay()
+        return self.output
 
 
 class _Recording:

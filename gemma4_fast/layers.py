@@ -129,6 +129,7 @@ class Step:
     new_lens: list[int]
     rows: dict[int, Tensor] = field(default_factory=dict)  # by slots per sequence: cache row [T] of each token
     shared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by donor layer: this pass's K and V
+    limit: int | None = None  # decode: no sequence is longer after it. For kernels that cut a cache without asking the device
 
 
 class Attention(nn.Module):
@@ -164,13 +165,14 @@ class Attention(nn.Module):
                 q, _, _ = ops.qkv_norm_rope(*norm, kv.k, kv.v, step.rows[kv.slots], self.eps)
             else:
                 q, _, _ = ops.qkv_norm_rope(*norm, eps=self.eps)
-            a = ops.gqa_decode(q, kv.k, kv.v, step.kv_lens, layer.window, None, *rebuild)
+            old = kv if step.limit is None or layer.window is not None else kv.first(step.limit)
+            a = ops.gqa_decode(q, old.k, old.v, step.kv_lens, layer.window, None, *rebuild)
         else:
             q, k, v = ops.qkv_norm_rope(*norm, eps=self.eps)
             if k is None or v is None:
                 k, v = step.shared[owner.layer.index]
-            old = (None, None, None) if kv is None else (kv.k, kv.v, step.prefix_lens)
-            a = ops.gqa_prefill(q, k, v, step.cu_seqlens, layer.window, *old, None, *rebuild)  # type: ignore[call-arg]
+            before = (None, None, None) if kv is None else (kv.k, kv.v, step.prefix_lens)
+            a = ops.gqa_prefill(q, k, v, step.cu_seqlens, layer.window, *before, None, *rebuild)  # type: ignore[call-arg]
             if self.is_donor:  # its cache is written once the layers that share it are through: see Text.forward
                 step.shared[layer.index] = k, v
             elif own and kv is not None:
@@ -340,6 +342,7 @@ class Text(nn.Module):
                 angles=self.angles(positions),
                 new_lens=new_lens,
                 rows={slots: kv.rows(sequence, positions) for slots, kv in caches.items()},
+                limit=None if device.type == "cpu" else ops.decode_limit(max(cache.host_lens) + 1),
             )
         have = [0] * batch if cache is None else cache.host_lens
         bounds = list(itertools.accumulate(new_lens, initial=0))

@@ -60,7 +60,7 @@ def cases(names: Sequence[str], wanted: Sequence[str]) -> list[Case]:
     known: set[str] = set()
     for name in names:
         op = ops.TABLE[name]
-        every = {**op.bench_cases, **op.cases}
+        every = {**op.bench_cases, **op.gpu_cases, **op.cases}
         known |= set(every)
         chosen = list(every) if "all" in wanted else [c for c in every if c in wanted] if wanted else list(op.bench_cases)
         found += [Case(op, f"{name}/{c}", every[c], command=f"--op {name} --case {c}") for c in chosen]
@@ -76,7 +76,7 @@ def serving(op: Op, device: torch.device, dtype: torch.dtype, wanted: Iterable[s
     """
     found: dict[str, str | None] = {}
     for backend in tuple(wanted) or ops.AUTO_ORDER:
-        reasons = [part.why_not(backend, device, dtype) for part in _parts(op)]
+        reasons = [part.why_not(backend, device, dtype, named=bool(wanted)) for part in _parts(op)]
         reason = None if None in reasons else reasons[0]
         if reason is None or wanted:
             found[backend] = reason

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gemma4_fast.ops import checks, cpu_backend
+from gemma4_fast.ops import checks, cpu_backend, triton_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.reference import ops as reference
 
@@ -157,8 +157,22 @@ GQA_DECODE = register(
             "26b_full_32k_with_k": lambda m: decode_case(m, [32768], 16, 2, 512, 32768),
             "26b_full_8k_batch_8": lambda m: decode_case(m, [8192] * 8, 16, 2, 512, 8192, v_only=True),
         },
+        gpu_cases={
+            "26b_sliding_batch_64": lambda m: decode_case(m, [5000] * 64, 16, 8, 256, 1024, window=1024),
+            "26b_full_1k": lambda m: decode_case(m, [1024], 16, 2, 512, 1024, v_only=True),
+            "26b_full_128k": lambda m: decode_case(m, [131072], 16, 2, 512, 131072, v_only=True),
+            "26b_full_128k_with_k": lambda m: decode_case(m, [131072], 16, 2, 512, 131072),
+            "26b_full_8k_batch_32": lambda m: decode_case(m, [8192] * 32, 16, 2, 512, 8192, v_only=True),
+            "26b_full_8k_batch_32_with_k": lambda m: decode_case(m, [8192] * 32, 16, 2, 512, 8192),
+            "26b_full_8k_paged": lambda m: decode_case(m, [8192], 16, 2, 512, 8192, v_only=True, block=64),
+            "31b_full_32k": lambda m: decode_case(m, [32768], 32, 4, 512, 32768, v_only=True),
+            "e4b_full_8k": lambda m: decode_case(m, [8192], 8, 2, 512, 8192),
+        },
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:gqa_decode", cpu_backend.DTYPES, accepts=cpu_backend.accepts_gqa_decode),
+            "triton": Impl(
+                "gemma4_fast.triton.gqa_decode:gqa_decode", triton_backend.DTYPES, accepts=triton_backend.accepts_attention
+            ),
             "torch": Impl("gemma4_fast.ops.torch_backend:gqa_decode"),
         },
     )
@@ -280,8 +294,18 @@ GQA_PREFILL = register(
             "26b_full_2k": lambda m: prefill_case(m, [2048], 16, 2, 512),
             "26b_full_512_after_2k": lambda m: prefill_case(m, [512], 16, 2, 512, None, [2048], 2560, v_only=True),
         },
+        gpu_cases={
+            "26b_sliding_8k": lambda m: prefill_case(m, [8192], 16, 8, 256, window=1024),
+            "26b_full_8k": lambda m: prefill_case(m, [8192], 16, 2, 512),
+            "26b_sliding_2k_after_8k": lambda m: prefill_case(m, [2048], 16, 8, 256, 1024, [8192], 1024),
+            "26b_full_2k_after_30k": lambda m: prefill_case(m, [2048], 16, 2, 512, None, [30720], 32768, v_only=True),
+            "26b_sliding_images": lambda m: prefill_case(m, [2048], 16, 8, 256, window=1024, images=True),
+        },
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:gqa_prefill", cpu_backend.DTYPES, accepts=cpu_backend.accepts_gqa_prefill),
+            "triton": Impl(
+                "gemma4_fast.triton.gqa_prefill:gqa_prefill", triton_backend.DTYPES, accepts=triton_backend.accepts_attention
+            ),
             "torch": Impl("gemma4_fast.ops.torch_backend:gqa_prefill"),
         },
     )

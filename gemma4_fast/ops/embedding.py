@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_fast.ops import checks, cpu_backend
+from gemma4_fast.ops import checks, cpu_backend, triton_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.quant import QuantizedWeight, WeightLike
 from gemma4_fast.reference import ops as reference
@@ -56,6 +56,9 @@ EMBEDDING = register(
         },
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:embedding", cpu_backend.DTYPES, accepts=cpu_backend.accepts_embedding),
+            "triton": Impl(
+                "gemma4_fast.triton.embedding:embedding", triton_backend.DTYPES, accepts=triton_backend.accepts_embedding
+            ),
             "torch": Impl("gemma4_fast.ops.torch_backend:embedding"),
         },
     )
@@ -100,6 +103,9 @@ ROPE_ANGLES = register(
         },
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:rope_angles", cpu_backend.DTYPES, accepts=cpu_backend.accepts_angles),
+            "triton": Impl(
+                "gemma4_fast.triton.rope_angles:rope_angles", triton_backend.DTYPES, accepts=triton_backend.accepts_angles
+            ),
             "torch": Impl("gemma4_fast.ops.torch_backend:rope_angles"),
         },
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_fast.ops import checks, cpu_backend
+from gemma4_fast.ops import checks, cpu_backend, triton_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.quant import WeightLike
 from gemma4_fast.reference import ops as reference
@@ -55,6 +55,7 @@ LINEAR = register(
         },
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:linear", cpu_backend.DTYPES, accepts=cpu_backend.accepts_weights),
+            "triton": Impl("gemma4_fast.triton.linear:linear", triton_backend.DTYPES, accepts=triton_backend.accepts_weight),
             "torch": Impl("gemma4_fast.ops.torch_backend:linear"),
         },
     )
@@ -103,6 +104,9 @@ GEGLU_MLP = register(
         },
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:geglu_mlp", cpu_backend.DTYPES, accepts=cpu_backend.accepts_geglu),
+            "triton": Impl(
+                "gemma4_fast.triton.geglu_mlp:geglu_mlp", triton_backend.DTYPES, accepts=triton_backend.accepts_geglu
+            ),
             "torch": Impl("gemma4_fast.ops.torch_backend:geglu_mlp"),
         },
     )
@@ -170,6 +174,7 @@ LOGITS = register(
         },
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:logits", cpu_backend.DTYPES, accepts=cpu_backend.accepts_weights),
+            "triton": Impl("gemma4_fast.triton.logits:logits", triton_backend.DTYPES, accepts=triton_backend.accepts_weight),
             "torch": Impl("gemma4_fast.ops.torch_backend:logits"),
         },
     )

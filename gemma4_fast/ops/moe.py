@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_fast.ops import checks, cpu_backend
+from gemma4_fast.ops import checks, cpu_backend, triton_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.quant import WeightLike
 from gemma4_fast.reference import ops as reference
@@ -64,6 +64,7 @@ ROUTE_TOPK = register(
         },
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:route_topk", cpu_backend.DTYPES),
+            "triton": Impl("gemma4_fast.triton.route_topk:route_topk", triton_backend.DTYPES),
             "torch": Impl("gemma4_fast.ops.torch_backend:route_topk"),
         },
     )
@@ -112,8 +113,12 @@ EXPERT_DISPATCH = register(
         bench_cases={
             "26b_512_tokens": lambda m: _dispatch_case(m, 512, 128, 8, 64),
         },
+        gpu_cases={
+            "26b_4096_tokens": lambda m: _dispatch_case(m, 4096, 128, 8, 64),
+        },
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:expert_dispatch", cpu_backend.DTYPES),
+            "triton": Impl("gemma4_fast.triton.expert_dispatch:expert_dispatch", triton_backend.DTYPES),
             "torch": Impl("gemma4_fast.ops.torch_backend:expert_dispatch"),
         },
     )
@@ -197,8 +202,15 @@ GROUPED_GEMM = register(
             "26b_geglu_512_tokens": lambda m: _grouped_case(m, 512, 128, 8, 1408, 2816, "geglu"),
             "26b_combine_512_tokens": lambda m: _grouped_case(m, 512, 128, 8, 2816, 704, "combine"),
         },
+        gpu_cases={
+            "26b_geglu_4096_tokens": lambda m: _grouped_case(m, 4096, 128, 8, 1408, 2816, "geglu"),
+            "26b_combine_4096_tokens": lambda m: _grouped_case(m, 4096, 128, 8, 2816, 704, "combine"),
+        },
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:grouped_gemm", cpu_backend.DTYPES, accepts=cpu_backend.accepts_grouped),
+            "triton": Impl(
+                "gemma4_fast.triton.grouped_gemm:grouped_gemm", triton_backend.DTYPES, accepts=triton_backend.accepts_grouped
+            ),
             "torch": Impl("gemma4_fast.ops.torch_backend:grouped_gemm"),
         },
     )
@@ -262,6 +274,9 @@ MOE_DECODE = register(
         },
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:moe_decode", cpu_backend.DTYPES, accepts=cpu_backend.accepts_moe),
+            "triton": Impl(
+                "gemma4_fast.triton.moe_decode:moe_decode", triton_backend.DTYPES, accepts=triton_backend.accepts_moe
+            ),
             "torch": Impl("gemma4_fast.ops.torch_backend:moe_decode"),
         },
     )
@@ -275,7 +290,7 @@ CROSSOVER: dict[str, int] = {
 }
 # Backends whose moe_decode sorts too, and takes any number of tokens: in one fork where the grouped path has two, which on 2
 # cores is up to 4% faster for 17 to 256 tokens, and never slower.
-ANY_NUMBER = ("cpu",)
+ANY_NUMBER = ("cpu", "triton")
 
 
 def moe_crossover(device: torch.device, dtype: torch.dtype) -> float:
@@ -325,6 +340,13 @@ MOE = register(
             "26b_512_tokens": lambda m: moe_case(m, 512, 2816, 704, 128, 8),
             "26b_512_tokens_int8": lambda m: moe_case(m, 512, 2816, 704, 128, 8, bits=8),
             "26b_512_tokens_int4": lambda m: moe_case(m, 512, 2816, 704, 128, 8, bits=4),
+        },
+        gpu_cases={
+            "26b_8_tokens": lambda m: moe_case(m, 8, 2816, 704, 128, 8),
+            "26b_16_tokens": lambda m: moe_case(m, 16, 2816, 704, 128, 8),
+            "26b_32_tokens": lambda m: moe_case(m, 32, 2816, 704, 128, 8),
+            "26b_64_tokens": lambda m: moe_case(m, 64, 2816, 704, 128, 8),
+            "26b_4096_tokens": lambda m: moe_case(m, 4096, 2816, 704, 128, 8),
         },
         compose=_compose_moe,
         parts=("moe_decode", "expert_dispatch", "grouped_gemm"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_fast.ops import checks, cpu_backend
+from gemma4_fast.ops import checks, cpu_backend, triton_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.reference import ops as reference
 
@@ -47,6 +47,7 @@ RMS_NORM = register(
         },
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:rms_norm", cpu_backend.DTYPES),
+            "triton": Impl("gemma4_fast.triton.rms_norm:rms_norm", triton_backend.DTYPES),
             "torch": Impl("gemma4_fast.ops.torch_backend:rms_norm"),
         },
     )
@@ -112,6 +113,7 @@ NORM_ADD_NORM = register(
         },
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:norm_add_norm", cpu_backend.DTYPES),
+            "triton": Impl("gemma4_fast.triton.norm_add_norm:norm_add_norm", triton_backend.DTYPES),
             "torch": Impl("gemma4_fast.ops.torch_backend:norm_add_norm"),
         },
     )
@@ -235,6 +237,7 @@ QKV_NORM_ROPE = register(
             "cpu": Impl(
                 "gemma4_fast.ops.cpu_backend:qkv_norm_rope", cpu_backend.DTYPES, accepts=cpu_backend.accepts_qkv_norm_rope
             ),
+            "triton": Impl("gemma4_fast.triton.qkv_norm_rope:qkv_norm_rope", triton_backend.DTYPES),
             "torch": Impl("gemma4_fast.ops.torch_backend:qkv_norm_rope"),
         },
     )
@@ -309,6 +312,7 @@ PLE_GATE = register(
         },
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:ple_gate", cpu_backend.DTYPES),
+            "triton": Impl("gemma4_fast.triton.ple_gate:ple_gate", triton_backend.DTYPES),
             "torch": Impl("gemma4_fast.ops.torch_backend:ple_gate"),
         },
     )

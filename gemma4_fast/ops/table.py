@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
@@ -31,6 +32,7 @@ log = logging.getLogger("gemma4_fast")
 
 AUTO_ORDER = ("cuda", "triton", "cpu", "torch")
 BACKENDS = (*AUTO_ORDER, "reference")
+NEEDS_GPU = "needs a GPU, and the tensors are on {}"
 RECORDABLE = "gemma4_fast.ops.cpu_backend:"
 HALF_AND_UP = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -99,6 +101,7 @@ class Op:
     cost: Callable[..., Cost]
     impls: dict[str, Impl] = field(default_factory=dict)
     bench_cases: Mapping[str, Callable[[Maker], dict[str, Any]]] = field(default_factory=dict)  # true shapes, too large to test
+    gpu_cases: Mapping[str, Callable[[Maker], dict[str, Any]]] = field(default_factory=dict)  # more of them, too slow on a CPU
     compose: Callable[..., Any] | None = None  # an op made of other ops: it has no backend of its own
     parts: tuple[str, ...] = ()  # which ones
     mutates: tuple[str, ...] = ()  # arguments that are written in place; outputs, for a test
@@ -124,7 +127,7 @@ class Op:
             if reason is None and impl.accepts is not None:
                 reason = impl.accepts(*args)
             if reason is None:
-                return impl.function
+                return _on(x.device, impl.function) if x.is_cuda and backend != "torch" else impl.function
             reasons = {**reasons, backend: reason}
             if not wanted:
                 _say_once(f"{self.name} passes over {backend}: {reason}")
@@ -137,7 +140,7 @@ class Op:
         """Backends that serve this device and dtype, in order, and why the others do not. Kept: it is asked at every call."""
         key = wanted, device, dtype, *map(id, self.impls.values())
         if key not in self._kept:
-            asked = {b: self.why_not(b, device, dtype) for b in wanted or AUTO_ORDER}
+            asked = {b: self.why_not(b, device, dtype, named=bool(wanted)) for b in wanted or AUTO_ORDER}
             serving = [b for b, reason in asked.items() if reason is None]
             self._kept[key] = serving, {b: reason for b, reason in asked.items() if reason is not None}
             if not wanted:
@@ -151,12 +154,14 @@ class Op:
         serving, _ = self._candidates(_SELECTION.get().for_op(self.name), device, dtype)
         return serving[0] if serving else None
 
-    def why_not(self, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        """None if `backend` serves this device and dtype (shapes aside), else the reason."""
+    def why_not(self, backend: str, device: torch.device, dtype: torch.dtype, *, named: bool = True) -> str | None:
+        """None if `backend` serves this device and dtype (shapes aside), else the reason. named: the caller asks for it."""
         if self.compose is not None or backend == "reference":
             return None
         if (reason := backend_missing(backend, device.type)) is not None:
             return reason
+        if backend == "triton" and device.type == "cpu" and not named:
+            return NEEDS_GPU.format(device.type)
         impl = self.impls.get(backend)
         if impl is None:
             return "has no kernel for this op"
@@ -167,6 +172,18 @@ class Op:
     def inputs(self, case: str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
         """The arguments of a named case, by name, in the order of the signature."""
         return self.cases[case](Maker(dtype, device, seed))
+
+
+def _on(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel's launcher, with its tensors' GPU the current one: where Triton and CUDA launch."""
+    if device.index == torch.cuda.current_device():
+        return function
+
+    def there(*args: Any) -> Any:
+        with torch.cuda.device(device):
+            return function(*args)
+
+    return there
 
 
 def _no_gradients(args: tuple[Any, ...]) -> str | None:
@@ -194,13 +211,18 @@ def backend_missing(backend: str, device_type: str) -> str | None:
         return None
     if backend == "cpu":
         return native.kernels_missing() if device_type == "cpu" else "runs on CPU tensors only"
+    if backend == "triton":
+        interpreted = device_type == "cpu" and _triton_interprets()  # its kernels run there, slowly: for tests
+        if device_type != "cuda" and not interpreted:
+            return NEEDS_GPU.format(device_type)
+        return "the triton package is not installed" if importlib.util.find_spec("triton") is None else None
     if device_type != "cuda":
-        return f"needs a GPU, and the tensors are on {device_type}"
-    if backend == "cuda" and torch.version.hip is not None:
-        return "needs an NVIDIA GPU"
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        return "the triton package is not installed"
-    return None
+        return NEEDS_GPU.format(device_type)
+    return "needs an NVIDIA GPU" if torch.version.hip is not None else None
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache
@@ -328,8 +350,9 @@ def decide(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, di
     op, reasons = TABLE[name], dict[str, str]()
     if op.compose is not None:
         return "composed", reasons
-    for backend in _SELECTION.get().for_op(name) or AUTO_ORDER:
-        reason = op.why_not(backend, device, dtype)
+    wanted = _SELECTION.get().for_op(name)
+    for backend in wanted or AUTO_ORDER:
+        reason = op.why_not(backend, device, dtype, named=bool(wanted))
         if reason is None:
             return backend, reasons
         reasons[backend] = reason

@@ -1,0 +1,52 @@
+"""What the Triton kernels of kernels/triton take, asked before they are imported: Triton itself may not be installed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemma4_fast.quant import QuantizedWeight, WeightLike
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_DIM = 512
+
+
+def _weight(weight: WeightLike, parts: int) -> str | None:
+    if not isinstance(weight, QuantizedWeight):
+        return None
+    if not weight.is_contiguous():
+        return "takes whole quantized weights, no views of some rows"
+    return None if weight.parts == parts else f"takes this quantized weight in {parts} parts, got {weight.parts}"
+
+
+def accepts_weight(x: Tensor, weight: WeightLike, *_: object) -> str | None:
+    return _weight(weight, 1)
+
+
+def accepts_embedding(weight: WeightLike, *_: object) -> str | None:
+    return _weight(weight, 1)
+
+
+def accepts_geglu(x: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:
+    return _weight(gate_up, 2) or _weight(down, 1)
+
+
+def accepts_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:
+    if isinstance(gate_up, Tensor) != isinstance(down, Tensor):
+        return "takes gate_up and down both quantized, or neither"
+    return accepts_geglu(x, gate_up, down)
+
+
+def accepts_grouped(
+    x: Tensor, weight: WeightLike, order: Tensor, offsets: Tensor, top_k: int, epilogue: str = "none", *_: object
+) -> str | None:
+    return _weight(weight, 2 if epilogue == "geglu" else 1)
+
+
+def accepts_angles(positions: Tensor, inv_freq: Tensor) -> str | None:
+    return None if inv_freq.dtype == torch.float32 else "takes frequencies in float32"
+
+
+def accepts_attention(q: Tensor, *_: object) -> str | None:
+    dim = q.shape[2]
+    return f"takes even head dims up to {MAX_HEAD_DIM}, got {dim}" if dim > MAX_HEAD_DIM or dim % 2 else None

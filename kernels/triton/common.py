@@ -1,0 +1,170 @@
+"""What the kernels share: the target's limits, and small device functions. Imports nothing of the package but its weights.
+
+Kernels accumulate in fp32, offset rows in int64 and sum in a fixed order. `tl.dot` takes fp32 operands at full precision
+(IEEE): TF32 would lose more than plain PyTorch does.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gemma4_fast.quant import QuantizedWeight, WeightLike
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What tile choices depend on. arch: 80 … 120 for NVIDIA's compute capability, 942 for AMD's gfx942. shared: bytes a
+    program may have. cores: multiprocessors or compute units."""
+
+    kind: str  # "cuda" or "hip"
+    arch: int
+    cores: int
+    shared: int
+
+    @property
+    def has_tma(self) -> bool:
+        """Copies of whole tiles by descriptor."""
+        return self.kind == "cuda" and self.arch >= 90
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 108, 166912),
+    "sm_90": Target("cuda", 90, 132, 232448),
+    "sm_100": Target("cuda", 100, 148, 232448),
+    "sm_120": Target("cuda", 120, 188, 101376),
+    "gfx942": Target("hip", 942, 304, 65536),
+}
+ASSUMED: ContextVar[Target] = ContextVar("gemma4_fast_triton_target", default=TARGETS["sm_90"])  # for tensors on no GPU
+
+
+def target(device: torch.device) -> Target:
+    """The GPU that `device` is; for the interpreter, and for compiling without a GPU, the assumed one."""
+    return ASSUMED.get() if device.type != "cuda" else _target(device.index or 0)
+
+
+@functools.cache
+def _target(index: int) -> Target:
+    p = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        arch = "".join(c for c in p.gcnArchName.split(":")[0] if c.isdigit())
+        return Target("hip", int(arch or 0), p.multi_processor_count, 65536)
+    shared = getattr(p, "shared_memory_per_block_optin", 101376)
+    return Target("cuda", 10 * p.major + p.minor, p.multi_processor_count, shared)
+
+
+def whole(x: Tensor) -> Tensor:
+    """Contiguous, by a copy where it is not."""
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def maybe(x: Tensor | None) -> Tensor | None:
+    return None if x is None else whole(x)
+
+
+def pow2(n: int, least: int = 1) -> int:
+    """The next power of two, at least `least`."""
+    return max(least, triton.next_power_of_2(max(1, n)))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def parts(weight: WeightLike) -> tuple[Tensor, Tensor | None, int]:
+    """What a kernel is given of a weight: its values (of a quantized one int32 words), scales, and bits (0: not quantized)."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.data.view(torch.int32).squeeze(-1), weight.scale, weight.bits
+    return whole(weight), None, 0
+
+
+# ---- on the device ----
+
+
+@triton.jit
+def gelu_tanh(x):
+    """fp32. x * sigmoid(2 u) is 0.5 x (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x * tl.sigmoid(2.0 * u)
+
+
+@triton.jit
+def tanh(x):
+    """fp32; absolute error of some 1e-7."""
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def cos_sin(position, freq):
+    """cos, sin of position (int) times freq (fp32, radians), fp32: product and reduction to a quarter turn in fp64, so that
+    positions of 262144 lose nothing; then Taylor polynomials on [-pi/4, pi/4]. No branches: a library's cos has one, and keeps a stack
+    for it."""
+    angle = position.to(tl.float64) * freq.to(tl.float64)
+    quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
+    r = (angle - quarter * 1.5707963267948966).to(tl.float32)
+    turn = quarter.to(tl.int32) & 3
+    s = r * r
+    sin = r + r * s * (-1.6666667e-1 + s * (8.333333e-3 + s * (-1.9841270e-4 + s * 2.7557319e-6)))
+    cos = 1.0 + s * (-0.5 + s * (4.1666668e-2 + s * (-1.3888889e-3 + s * (2.4801587e-5 + s * -2.7557319e-7))))
+    swap = (turn & 1) == 1
+    c, d = tl.where(swap, sin, cos), tl.where(swap, cos, sin)
+    return tl.where((turn == 1) | (turn == 2), -c, c), tl.where(turn >= 2, -d, d)
+
+
+@triton.jit
+def words_of(row, word, num_words, first_panel):
+    """Offsets [N, W] of 32-bit words of a quantized matrix: row [N, 1], word [1, W] of that row. See gemma4_fast.quant: panels of
+    16 rows, a word of each beside the others."""
+    panel = first_panel + row // 16
+    return panel.to(tl.int64) * (num_words * 16) + word * 16 + row % 16
+
+
+@triton.jit
+def unpacked(words, BITS: tl.constexpr):
+    """int32 words [N, W] -> fp32 [N, W * 32 / BITS], in the order of the columns, offsets taken off."""
+    N: tl.constexpr = words.shape[0]
+    W: tl.constexpr = words.shape[1]
+    if BITS == 8:  # four columns in four bytes
+        a, b = words & 255, (words >> 8) & 255
+        c, d = (words >> 16) & 255, (words >> 24) & 255
+        q = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [N, W * 4]) - 128
+    else:  # columns 0 … 3 in the low halves of the bytes, 4 … 7 in the high ones
+        a, b = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
+        w = tl.reshape(tl.join(a, b), [N, W * 2])
+        a, b = w & 15, (w >> 8) & 15
+        c, d = (w >> 16) & 15, (w >> 24) & 15
+        q = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [N, W * 8]) - 8
+    return q.to(tl.float32)
+
+
+@triton.jit
+def weight_tile(
+    w_ptr, s_ptr, row, row_ok, k0, K, stride_n, first_panel, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EVEN_K: tl.constexpr
+):
+    """Rows `row` [N], columns [k0, k0 + BLOCK_K) of one matrix: [N, BLOCK_K], as stored if BITS is 0, else fp32. What is out of
+    bounds is 0. w_ptr: the matrix's first value; of a quantized one the pointers are the whole tensor's, and first_panel is the
+    matrix's."""
+    if BITS == 0:
+        k = k0 + tl.arange(0, BLOCK_K)
+        ok = row_ok[:, None] if EVEN_K else row_ok[:, None] & (k < K)[None, :]
+        return tl.load(w_ptr + row.to(tl.int64)[:, None] * stride_n + k[None, :], mask=ok, other=0.0)
+    else:
+        PER: tl.constexpr = 32 // BITS  # columns of a word
+        N: tl.constexpr = row.shape[0]
+        groups = tl.cdiv(K, 32)
+        word = k0 // PER + tl.arange(0, BLOCK_K // PER)
+        ok = row_ok[:, None] if EVEN_K else row_ok[:, None] & (word < groups * BITS)[None, :]
+        words = tl.load(w_ptr + words_of(row[:, None], word[None, :], groups * BITS, first_panel), mask=ok, other=0)
+        group = k0 // 32 + tl.arange(0, BLOCK_K // 32)
+        ok = row_ok[:, None] if EVEN_K else row_ok[:, None] & (group < groups)[None, :]
+        scale = tl.load(s_ptr + words_of(row[:, None], group[None, :], groups, first_panel), mask=ok, other=0.0)
+        q = tl.reshape(unpacked(words, BITS), [N, BLOCK_K // 32, 32])
+        return tl.reshape(q * scale.to(tl.float32)[:, :, None], [N, BLOCK_K])

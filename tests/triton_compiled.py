@@ -1,0 +1,621 @@
+"""Compiles every Triton kernel for GPUs that are not there, and reads in the machine code whether it will run and run well.
+
+    python tests/triton_compiled.py                    compile all, compare with tests/triton_compiled.txt
+    python tests/triton_compiled.py --target sm_90 --op linear
+    python tests/triton_compiled.py --write            make the file anew; with --target or --op, those rows alone
+
+How: each op's Triton function is called with the shapes of its `bench_cases` and `gpu_cases`, in bf16, on tensors of the meta device, and every
+launch that it makes is caught. A first pass only lists the launches. Then a pool of processes compiles each distinct one: a
+process calls the function again, and lets this launch through to the compiler.
+
+What holds for every compiler version (`broken_rules`): no spills and no stack, for both are slow memory; shared memory,
+registers and tensor memory that the GPU has; tensor cores for products of bf16. What the file adds (`differences`): the
+kernels and tile sizes are those it lists, and with the Triton version it names also the same instructions and no more
+registers. Triton's interpreter tests what the kernels compute; this tests what it cannot see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+from torch import Tensor
+
+from gemma4_fast.ops import TABLE
+from gemma4_fast.ops.table import Maker, Op
+from gemma4_fast.quant import QuantizedWeight
+
+FILE = Path(__file__).with_suffix(".txt")
+COMMAND = "python tests/triton_compiled.py --write"
+QUICK = "sm_90"  # what --quick compiles for
+SPARE_REGISTERS = 8  # a thread may take this many more than the file says: a change of wording should not fail a test
+AMD_WARP, NVIDIA_WARP = 64, 32
+HEADER = f"""\
+# What Triton's kernels compile to at their real shapes (bench_cases and gpu_cases, bf16). Written by `{COMMAND}`;
+# tests/test_triton_compiled.py compares.
+# triton {{version}}
+#
+# registers: of a thread (AMD: vector registers). shared: bytes of a program. spills: instructions that move registers to memory
+# and back (AMD: vector registers so moved). stack: bytes of a thread. tensor: the tensor-core instructions. async16, async:
+# asynchronous copies of 16 bytes a thread, and of fewer. tma: copies of tiles by descriptor. load16, load: global loads of at
+# least 16 bytes a thread, and of fewer. Counts are of instructions in the code, not of executions.
+# constants: dtypes behind the pointers, and what is a constant to the compiler. kernel/2: the case's second, other launch.
+"""
+
+
+# ---- what is known of a kernel ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the machine code of one kernel says, in the terms of the file's header."""
+
+    registers: int
+    shared: int
+    spills: int
+    stack: int
+    tensor: str  # "-": none
+    async16: int
+    async_: int
+    tma: int
+    load16: int
+    load: int
+    total_warps: int  # those that a specialized kernel adds included
+    tensor_memory: int  # columns; Blackwell alone
+    wants_tensor: bool  # it multiplies matrices of at most 16 bits a value
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel by one case of an op. number: which of them. identity: equal ones compile to the same code."""
+
+    op: str
+    case: str
+    kernel: str
+    target: str
+    warps: int
+    stages: int
+    constants: str
+    grid: tuple[int, ...] = (1,)
+    number: int = 0
+    identity: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.op, self.case, self.kernel, self.target
+
+    def __str__(self) -> str:
+        return named(self.key)
+
+
+def named(key: tuple[str, ...]) -> str:
+    return f"{' '.join(key[:-1])} for {key[-1]}"
+
+
+class Row(NamedTuple):
+    """A line of the file. All but the last have no blanks in them."""
+
+    op: str
+    case: str
+    kernel: str
+    target: str
+    registers: int
+    shared: int
+    spills: int
+    stack: int
+    warps: int
+    stages: int
+    tensor: str
+    async16: int
+    async_: int
+    tma: int
+    load16: int
+    load: int
+    constants: str
+
+    @classmethod
+    def of(cls, launch: Launch, facts: Facts) -> Row:
+        both = {**dataclasses.asdict(launch), **dataclasses.asdict(facts)}
+        return cls(**{name: both[name] for name in cls._fields})
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self[:4]
+
+
+KINDS = list(get_type_hints(Row).values())  # str or int, of each column
+
+
+# ---- the file ----
+
+
+def text(rows: Iterable[Row], version: str) -> str:
+    """The file: header, names of the columns, rows, in columns as wide as their widest entry."""
+    in_order = sorted(rows, key=lambda r: (r.op, r.case, r.kernel, r.target.startswith("gfx"), len(r.target), r.target))
+    lines = [tuple(name.rstrip("_") for name in Row._fields), *(tuple(map(str, row)) for row in in_order)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = (
+        "  ".join(c.ljust(w) if kind is str else c.rjust(w) for c, w, kind in zip(line, widths, KINDS, strict=True)).rstrip()
+        for line in lines
+    )
+    return HEADER.format(version=version) + "\n".join(padded) + "\n"
+
+
+def parse(written: str) -> tuple[str, list[Row]]:
+    """The file's text -> the Triton version that it was made with, and its rows. ValueError if it is no such file."""
+    version = re.search(r"^# triton (\S+)$", written, re.M)
+    lines = [line for line in written.splitlines() if line and not line.startswith("#")]
+    if version is None or not lines or lines[0].split() != [name.rstrip("_") for name in Row._fields]:
+        raise ValueError(f"this is not a file that `{COMMAND}` writes: no line '# triton VERSION', or other columns")
+    rows = []
+    for line in lines[1:]:
+        parts = line.split(None, len(KINDS) - 1)
+        if len(parts) != len(KINDS):
+            raise ValueError(f"this line has {len(parts)} columns, expected {len(KINDS)}: {line}")
+        rows.append(Row(*(kind(part) for kind, part in zip(KINDS, parts, strict=True))))
+    return version[1], rows
+
+
+# ---- judging ----
+
+
+def broken_rules(facts: Facts, target: Any) -> list[str]:
+    """What no kernel may do, whatever the compiler. target: a `gemma4_fast.triton.common.Target`."""
+    amd, warps, broken = target.kind == "hip", facts.total_warps, []
+    if facts.spills or facts.stack:
+        spilled = f"{facts.spills}; a stack of {facts.stack} bytes"
+        broken.append(f"spills registers ({spilled}): smaller tiles or more warps need fewer")
+    if facts.shared > target.shared:
+        broken.append(f"takes {facts.shared} bytes of shared memory, the GPU has {target.shared}: fewer stages need less")
+    if warps * (AMD_WARP if amd else NVIDIA_WARP) > 1024:
+        broken.append(f"has {warps} warps, more than the 1024 threads that a program may have")
+    granted = -(-facts.registers // 8) * 8
+    # AMD: 512 registers for each lane of one of four units, which share a program's warps. NVIDIA: 65536 for all threads.
+    needed, there_are = (granted * -(-warps // 4), 512) if amd else (granted * NVIDIA_WARP * warps, 65536)
+    if needed > there_are:
+        broken.append(f"cannot be launched: {warps} warps of {granted} registers need {needed}, there are {there_are}")
+    if facts.tensor_memory > 512:
+        broken.append(f"takes {facts.tensor_memory} columns of tensor memory, there are 512")
+    if facts.wants_tensor and facts.tensor == "-":
+        broken.append("multiplies matrices of 16-bit values or smaller without tensor cores")
+    return broken
+
+
+def copies(row: Row) -> str:
+    """How a kernel's loads run ahead of its arithmetic."""
+    return "tma" if row.tma else "async" if row.async16 or row.async_ else "none"
+
+
+def differences(row: Row, expected: Row, same_version: bool) -> list[str]:
+    """What is worse or other than the file says. Another version may choose other instructions, but not none for some."""
+    found = []
+    if row.tensor != expected.tensor and (same_version or row.tensor == "-"):
+        found.append(f"tensor-core instructions: {row.tensor}, expected {expected.tensor}")
+    if same_version and copies(row) != copies(expected):
+        found.append(f"asynchronous copies: {copies(row)}, expected {copies(expected)}")
+    if same_version and row.registers > expected.registers + SPARE_REGISTERS:
+        found.append(f"takes {row.registers} registers, expected {expected.registers}, or at most {SPARE_REGISTERS} more")
+    return found
+
+
+def unlisted(launches: Iterable[Launch], rows: Iterable[Row]) -> list[str]:
+    """Launches that have no row, rows without a launch, and those whose warps, stages or constants are others."""
+    launched, listed = {launch.key: launch for launch in launches}, {row.key: row for row in rows}
+    found = [f"{named(key)}: is in the file, but is launched no more" for key in listed.keys() - launched]
+    for key, launch in launched.items():
+        row = listed.get(key)
+        if row is None:
+            found.append(f"{launch}: is not in the file")
+            continue
+        for name in ("warps", "stages", "constants"):
+            if getattr(launch, name) != getattr(row, name):
+                found.append(f"{launch}: {name} {getattr(launch, name)}, the file has {getattr(row, name)}")
+    return sorted(found)
+
+
+# ---- catching launches ----
+
+
+class ShapesOnly(Maker):
+    """A Maker whose large tensors have no memory. Ids and lengths, which decide shapes, are real ones, on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.bfloat16)
+
+    def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+
+    def quantized(self, bits: int, *shape: int, scale: float = 1.0, parts: int = 1) -> QuantizedWeight:
+        return QuantizedWeight.empty(bits, shape, self.dtype, "meta", parts)
+
+
+def arguments(op: Op, case: str) -> list[Any]:
+    """The arguments of a benchmark's case, all tensors on the meta device."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, QuantizedWeight):
+            return value.apply(lambda t: t.to("meta"))
+        return value.to("meta") if isinstance(value, Tensor) else value
+
+    return [moved(value) for value in {**op.bench_cases, **op.gpu_cases}[case](ShapesOnly()).values()]
+
+
+class Refused(Exception):
+    """Triton's kernel does not take these arguments."""
+
+
+def _select_triton(op: Op, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """Stands in for `Op.select`, which gives Triton tensors on a GPU alone."""
+    impl = op.impls["triton"]
+    if impl.accepts is not None and (reason := impl.accepts(*args)) is not None:
+        raise Refused(f"Triton's {op.name} {reason}")
+    return impl.function
+
+
+class CompileOnlyDriver:
+    """What Triton asks a GPU's driver before it compiles. A number for each target: kernels are kept apart by it."""
+
+    def __init__(self, name: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        from gemma4_fast.triton.common import TARGETS
+
+        amd = TARGETS[name].kind == "hip"
+        self.target = GPUTarget("hip", name, AMD_WARP) if amd else GPUTarget("cuda", TARGETS[name].arch, NVIDIA_WARP)
+        self.number = list(TARGETS).index(name)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def _constants(fn: Any, details: dict[str, Any]) -> str:
+    """Dtypes behind the pointers, then the arguments that are constants, as one line."""
+    types = [t.replace(" ", "") for t in details["signature"].values() if isinstance(t, str)]
+    pointers = dict.fromkeys(t.lstrip("*k") for t in types if t.startswith(("*", "tensordesc")))
+
+    def shown(value: Any) -> str:
+        value = getattr(value, "value", value)  # of a tl.constexpr
+        return getattr(value, "__name__", None) or str(value).replace(" ", "")
+
+    values = (f"{fn.params[path[0]].name}={shown(value)}" for path, value in sorted(details["constants"].items()))
+    return " ".join([",".join(pointers) or "-", *values])
+
+
+@contextmanager
+def launches_caught(let_through: int | None = None) -> Iterator[tuple[list[Launch], list[Any]]]:
+    """Nothing is run inside. Launches are listed (op, case and target are left blank); number `let_through` is compiled."""
+    from triton import knobs
+    from triton.runtime.jit import JITFunction
+
+    original, caught, compiled, count = JITFunction.run, list[Launch](), list[Any](), 0
+    programs: tuple[int, ...] = ()
+
+    def instead_of_compiling(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        name, warps, stages = fn.name, compile["num_warps"], compile["num_stages"]
+        constants = _constants(fn.jit_function, compile)
+        caught.append(Launch("", "", name, "", warps, stages, constants, programs, count - 1, f"{fn.module}.{name} {key}"))
+        return True
+
+    def run(fn: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        nonlocal count, programs
+        count += 1
+        programs = tuple(grid({**dict(zip(fn.arg_names, args, strict=False)), **kwargs}) if callable(grid) else grid)
+        knobs.runtime.jit_cache_hook = None if count - 1 == let_through else instead_of_compiling
+        kernel = original(fn, *args, grid=grid, warmup=True, **kwargs)
+        if count - 1 == let_through:
+            compiled.append(kernel)
+        return kernel
+
+    JITFunction.run = run
+    try:
+        yield caught, compiled
+    finally:
+        JITFunction.run, knobs.runtime.jit_cache_hook = original, None
+
+
+def call(op: Op, case: str, target: str, let_through: int | None = None) -> tuple[list[Launch], list[Any]]:
+    """Calls the op's Triton function for `target` with the case's arguments. Launches, and the kernel that was compiled."""
+    from triton.runtime import driver
+
+    from gemma4_fast.triton.common import ASSUMED, TARGETS
+
+    args = arguments(op, case)
+    driver.set_active(CompileOnlyDriver(target))
+    token, select = ASSUMED.set(TARGETS[target]), Op.select
+    Op.select = _select_triton
+    try:
+        with launches_caught(let_through) as (caught, compiled):
+            op(*args)
+    finally:
+        Op.select = select
+        ASSUMED.reset(token)
+    return caught, compiled
+
+
+def listed(op: Op, case: str, target: str) -> list[Launch]:
+    """The launches of a case, each distinct code once. A kernel's second code is called kernel/2."""
+    distinct: dict[str, Launch] = {}
+    for launch in call(op, case, target)[0]:
+        distinct.setdefault(launch.identity, launch)
+    launches, times = [], Counter[str]()
+    for launch in distinct.values():
+        times[launch.kernel] += 1
+        name = launch.kernel if times[launch.kernel] == 1 else f"{launch.kernel}/{times[launch.kernel]}"
+        identity = f"{target} {launch.identity}"
+        launches.append(dataclasses.replace(launch, op=op.name, case=case, target=target, kernel=name, identity=identity))
+    return launches
+
+
+# ---- reading machine code ----
+
+OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w+)((?:\.\w+)*)", re.M)
+TENSOR = re.compile(r"UTC\w*MMA|[HIQOD]G?MMA")
+WIDE = {"128", "256"}
+SIXTEEN_BITS_OR_FEWER = re.compile(r"tt\.dot(?:_scaled)? .*?tensor<[\dx]+x(?:bf16|f16|i8|f8\w*)")
+
+
+def read_cubin(cubin: bytes) -> dict[str, Any]:
+    """Registers, spills, stack and instructions, from NVIDIA's disassembler, which Triton brings along."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", sass)}
+    found = Counter[str]()
+    tensor = set()
+    for opcode, suffixes in OPCODE.findall(sass):
+        if TENSOR.fullmatch(opcode):
+            tensor.add(opcode)
+        elif opcode in ("LDG", "LDGSTS"):
+            found[opcode + ("16" if WIDE & set(suffixes.split(".")) else "")] += 1
+        else:
+            found[opcode] += 1
+    return dict(
+        registers=usage["REG"],
+        spills=found["LDL"] + found["STL"],
+        stack=usage["STACK"] + usage["LOCAL"],
+        tensor="+".join(sorted(tensor)) or "-",
+        async16=found["LDGSTS16"],
+        async_=found["LDGSTS"],
+        tma=found["UTMALDG"] + found["UBLKCP"],
+        load16=found["LDG16"],
+        load=found["LDG"],
+    )
+
+
+def read_amdgcn(assembly: str) -> dict[str, Any]:
+    """The same, from AMD's assembly and the metadata at its end."""
+    said = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.M)}
+    loads = re.findall(r"^\s+(?:global|buffer|flat)_load_(\w+)\s(.*)$", assembly, re.M)
+    wide = [size.endswith("x4") for size, _ in loads]
+    to_shared = ["lds" in size or re.search(r"\blds\b", operands) is not None for size, operands in loads]
+    kinds = Counter(zip(wide, to_shared, strict=True))
+    return dict(
+        registers=said["vgpr_count"],
+        spills=said["vgpr_spill_count"],  # scalar ones go to vector registers, or else to the stack
+        stack=said["private_segment_fixed_size"],
+        tensor="mfma" if re.search(r"^\s+v_s?mfmac?_", assembly, re.M) else "-",
+        async16=kinds[True, True],
+        async_=kinds[False, True],
+        tma=0,
+        load16=kinds[True, False],
+        load=kinds[False, False],
+    )
+
+
+def facts_of(kernel: Any) -> Facts:
+    """What a compiled kernel (triton's CompiledKernel) says about itself."""
+    read = read_cubin(kernel.asm["cubin"]) if "cubin" in kernel.asm else read_amdgcn(kernel.asm["amdgcn"])
+    return Facts(
+        **read,
+        shared=kernel.metadata.shared,
+        total_warps=kernel.metadata.num_warps,
+        tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
+        wants_tensor=SIXTEEN_BITS_OR_FEWER.search(kernel.asm["ttir"]) is not None,
+    )
+
+
+# ---- compiling, in processes ----
+
+
+def start_worker(modules: list[str], folder: Path) -> None:
+    """What is printed from here on goes to a file: a compiler that fails prints whole programs."""
+    with (folder / f"{os.getpid()}.log").open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    torch.set_num_threads(1)
+    imported(modules)
+
+
+def said_in(log: Path, begin: int = 0) -> str:
+    """What the first lines say that tell what a compiler stumbled over."""
+    told = re.findall(r"\b(?:error|assertion|fatal)\b.{1,200}", log.read_bytes()[begin:].decode(errors="replace"), re.I)
+    return "; ".join(dict.fromkeys(told[:3]))
+
+
+def compiled_facts(launch: Launch, folder: Path) -> Facts | str:
+    """In a worker: what a launch compiles to, or why it does not."""
+    begin = os.lseek(1, 0, os.SEEK_END)
+    try:
+        _, (kernel,) = call(TABLE[launch.op], launch.case, launch.target, launch.number)
+        return facts_of(kernel)
+    except Exception as error:  # noqa: BLE001  # compilers fail in many ways; all are findings about this kernel
+        sys.stdout.flush()
+        return f"does not compile: {type(error).__name__}: {error}; {said_in(folder / f'{os.getpid()}.log', begin)}"
+
+
+def compiled(launches: list[Launch], jobs: int, modules: list[str], folder: Path) -> dict[str, Facts | str]:
+    """What the launches compile to, by their identity. folder: for the workers' output."""
+    wanted = list({launch.identity: launch for launch in launches}.values())
+    results: dict[str, Facts | str] = {}
+
+    def pool(workers: int) -> ProcessPoolExecutor:
+        start = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads half
+        return ProcessPoolExecutor(workers, start, initializer=start_worker, initargs=(modules, folder))
+
+    if not wanted:
+        return results
+    with pool(min(jobs, len(wanted))) as workers:
+        futures = {workers.submit(compiled_facts, launch, folder): launch for launch in wanted}
+        for future in as_completed(futures):
+            if not isinstance(future.exception(), BrokenProcessPool):
+                results[futures[future].identity] = future.result()
+    for launch in wanted:  # LLVM has ended a process, and with it the pool: which kernel was it?
+        if launch.identity not in results:
+            with pool(1) as worker:
+                future = worker.submit(compiled_facts, launch, folder)
+                if isinstance(future.exception(), BrokenProcessPool):
+                    log = max(folder.glob("*.log"), key=lambda file: file.stat().st_mtime_ns)
+                    results[launch.identity] = f"does not compile: the compiler ends its process; {said_in(log)}"
+                else:
+                    results[launch.identity] = future.result()
+    return results
+
+
+def imported(modules: list[str]) -> None:
+    for name in modules:
+        importlib.import_module(name)
+
+
+# ---- the command ----
+
+
+def with_kernels(names: Iterable[str]) -> list[Op]:
+    """Those ops that Triton has a kernel for; of a composed one, for all of its parts."""
+    return [TABLE[n] for n in names if all("triton" in TABLE[part].impls for part in TABLE[n].parts or (n,))]
+
+
+def trace(ops: Iterable[Op], targets: Iterable[str]) -> tuple[list[Launch], list[str], list[str]]:
+    """All launches; what went wrong; what Triton's kernels do not take."""
+    launches, faults, refused = list[Launch](), list[str](), list[str]()
+    for op in ops:
+        for case in (*op.bench_cases, *op.gpu_cases):
+            for target in targets:
+                try:
+                    launches += listed(op, case, target)
+                except Refused as reason:
+                    refused.append(f"{op.name} {case} for {target} is left out: {reason}")
+                except Exception as error:  # noqa: BLE001  # whatever a kernel's launcher does wrong
+                    hint = "; a launcher that reads values of tensors makes the GPU wait" if "meta tensor" in str(error) else ""
+                    faults.append(f"{op.name} {case} for {target}: the call fails: {type(error).__name__}: {error}{hint}")
+    return launches, faults, refused
+
+
+def quick(launches: Iterable[Launch]) -> list[Launch]:
+    """For one target, of each op the first case that launches a kernel."""
+    first: dict[tuple[str, ...], Launch] = {}
+    for launch in launches:
+        if launch.target == QUICK:
+            first.setdefault((launch.op, launch.kernel), launch)
+    return list(first.values())
+
+
+def read(file: Path) -> tuple[str | None, list[Row]]:
+    return parse(file.read_text()) if file.exists() else (None, [])
+
+
+def judge(launch: Launch, facts: Facts | str, expected: Row | None, same_version: bool) -> list[str]:
+    """All that is wrong with one launch, in whole sentences."""
+    from gemma4_fast.triton.common import TARGETS
+
+    if isinstance(facts, str):
+        return [f"{launch}: {facts}"]
+    found = broken_rules(facts, TARGETS[launch.target])
+    if any(size > 65535 for size in launch.grid[1:]):
+        found.append(f"cannot be launched: a grid of {launch.grid}, where all but the first may be 65535 at most")
+    if expected is not None:
+        found += differences(Row.of(launch, facts), expected, same_version)
+    return [f"{launch}: {fault}" for fault in found]
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description="Compile the Triton kernels for GPUs that are not there, and judge what comes out.")
+    p.add_argument("--target", action="append", metavar="NAME", help="sm_90, gfx942, ...; may be repeated; all if left out")
+    p.add_argument("--op", action="append", metavar="NAME", help="an op of the table; may be repeated; all if left out")
+    p.add_argument("--write", action="store_true", help="write what is found into the file, instead of comparing")
+    p.add_argument("--quick", action="store_true", help=f"compile for {QUICK}, of each op the first launch of a kernel")
+    p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one for each core)")
+    p.add_argument("--file", type=Path, default=FILE, help="the file to compare with, or to write")
+    p.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE", help="a module with more ops")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: all is as it should be. 1: faults, which are printed last."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.write and args.quick:
+        p.error("--quick leaves out most rows of the file: it cannot --write")
+    os.environ.pop("TRITON_INTERPRET", None)  # a kernel is compiled or interpreted: it is read at the kernel's definition
+    try:
+        import triton
+    except ImportError:
+        p.error("the triton package is not installed: pip install triton")
+    from gemma4_fast.triton.common import TARGETS
+
+    imported(args.modules)
+    targets, names = args.target or list(TARGETS), args.op or list(TABLE)
+    for name, known in [*((t, TARGETS) for t in targets), *((n, TABLE) for n in names)]:
+        if name not in known:
+            p.error(f"there is no {name!r}; there are {', '.join(known)}")
+    version, rows = read(args.file)
+    chosen = [row for row in rows if row.target in targets and (row.op in names or not args.op)]
+    others = [row for row in rows if row not in chosen]
+    if args.write and others and version != triton.__version__:
+        p.error(f"the file is of triton {version}, this is {triton.__version__}: write all of it, without --target and --op")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        launches, faults, refused = trace(with_kernels(names), targets)
+        results = compiled(quick(launches) if args.quick else launches, args.jobs, args.modules, Path(cache))
+
+    made = [(launch, results[launch.identity]) for launch in launches if launch.identity in results]
+    new = [Row.of(launch, facts) for launch, facts in made if not isinstance(facts, str)]
+    if new:
+        print(text(new, triton.__version__).removeprefix(HEADER.format(version=triton.__version__)))
+    if refused:
+        print("\n".join(refused))
+    if args.write:
+        args.file.write_text(text([*others, *new], triton.__version__))
+    else:
+        if missing := unlisted(launches, chosen):
+            faults += missing
+            print(f"Kernels are not those of the file, or not as they were. If that is meant, run: {COMMAND}")
+        if version not in (None, triton.__version__):
+            print(f"The file is of triton {version}, not {triton.__version__}: instructions and registers are not compared.")
+    expected = {} if args.write else {row.key: row for row in chosen}
+    for launch, facts in made:
+        faults += judge(launch, facts, expected.get(launch.key), version == triton.__version__)
+    print(f"{len(launches)} launches, {len(results)} kernels compiled with triton {triton.__version__}, {len(faults)} faults")
+    print("\n".join(faults))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
