@@ -33,14 +33,16 @@ def seen(lens_ptr, b, slots, window, BLOCK_N: tl.constexpr, NODE: tl.constexpr):
 
 
 @triton.jit
-def cache_rows(position, table_ptr, b, slots, block_size, stride_b, stride_s, stride_table, PAGED: tl.constexpr):
-    """Offsets of positions [N] in a cache: int64."""
+def cache_rows(
+    position, table_ptr, b, slots, block_size, stride_b, stride_s, stride_table, PAGED: tl.constexpr, OFFSET: tl.constexpr
+):
+    """Offsets of positions [N] in a cache, as `offset_type` of it: where 32 bits hold them, they take half the registers."""
     slot = position % slots
     if PAGED:
-        block = tl.load(table_ptr + b * stride_table + slot // block_size).to(tl.int64)
-        return block * stride_b + (slot % block_size).to(tl.int64) * stride_s
+        block = tl.load(table_ptr + b * stride_table + slot // block_size).to(OFFSET)
+        return block * stride_b + (slot % block_size).to(OFFSET) * stride_s
     else:
-        return b.to(tl.int64) * stride_b + slot.to(tl.int64) * stride_s
+        return b.to(OFFSET) * stride_b + slot.to(OFFSET) * stride_s
 
 
 @triton.jit
@@ -71,7 +73,7 @@ def _tiles_kernel(
     q_ptr, k_ptr, v_ptr, lens_ptr, table_ptr, m_ptr, l_ptr, acc_ptr, scale, window, slots, block_size, splits,
     stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_table,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr, PER_SPLIT: tl.constexpr,
-    NODE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    OFFSET: tl.constexpr, NODE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     split, b, head = tl.program_id(0), tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     lo, length, first = seen(lens_ptr, b, slots, window, BLOCK_N, NODE)
@@ -93,8 +95,8 @@ def _tiles_kernel(
         position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         valid = (position >= lo) & (position < length)
         ok = valid[:, None] & d_ok[None, :]
-        k_row = cache_rows(position, table_ptr, b, slots, block_size, stride_kb, stride_ks, stride_table, PAGED)
-        v_row = cache_rows(position, table_ptr, b, slots, block_size, stride_vb, stride_vs, stride_table, PAGED)
+        k_row = cache_rows(position, table_ptr, b, slots, block_size, stride_kb, stride_ks, stride_table, PAGED, OFFSET)
+        v_row = cache_rows(position, table_ptr, b, slots, block_size, stride_vb, stride_vs, stride_table, PAGED, OFFSET)
         k = tl.load(k_ptr + (k_row + head * stride_kh)[:, None] + d[None, :], mask=ok, other=0.0)  # [BLOCK_N, BLOCK_D]
         v = tl.load(v_ptr + (v_row + head * stride_vh)[:, None] + d[None, :], mask=ok, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_G, BLOCK_N]
@@ -211,9 +213,15 @@ def gqa_decode(
         q, k_cache, v_cache, kv_lens, block_table, s.m, s.l, s.acc, scale, s.window, slots, v_cache.shape[1], s.splits,
         *k_cache.stride()[:3], *v_cache.stride()[:3], 0 if block_table is None else block_table.stride(0),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=dim, PAGED=block_table is not None, PER_SPLIT=s.per_split, NODE=NODE,
-        BLOCK_G=pow2(heads // kv_heads, 16), BLOCK_D=pow2(dim, 16), **sizes,
+        OFFSET=offset_type(k_cache, v_cache), BLOCK_G=pow2(heads // kv_heads, 16), BLOCK_D=pow2(dim, 16), **sizes,
     )  # fmt: skip
     return s.merge(kv_lens, out)
+
+
+def offset_type(*caches: Tensor) -> Any:
+    """Of offsets into these caches, which may be views: 32 bits if they hold them all."""
+    spans = (sum((size - 1) * stride for size, stride in zip(c.shape, c.stride(), strict=True)) for c in caches)
+    return tl.int32 if max(spans) < 2**31 else tl.int64
 
 
 def columns_together(x: Tensor) -> Tensor:

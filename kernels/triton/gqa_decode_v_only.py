@@ -19,7 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma4_fast.triton.common import Target, cos_sin, pow2, target, whole
-from gemma4_fast.triton.gqa_decode import NODE, Splits, cache_rows, columns_together, merged, seen, shares, tile_softmax
+from gemma4_fast.triton.gqa_decode import (
+    NODE,
+    Splits,
+    cache_rows,
+    columns_together,
+    merged,
+    offset_type,
+    seen,
+    shares,
+    tile_softmax,
+)
 
 
 @triton.jit
@@ -58,7 +68,7 @@ def _tiles_kernel(
     q_ptr, v_ptr, w_ptr, freq_ptr, cos_ptr, sin_ptr, lens_ptr, table_ptr, m_ptr, l_ptr, acc_ptr, scale, window, slots, block_size,
     splits, R, stride_vb, stride_vs, stride_vh, stride_table,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr, PER_SPLIT: tl.constexpr,
-    NODE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, REST_1: tl.constexpr,
+    OFFSET: tl.constexpr, NODE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, REST_1: tl.constexpr,
     REST_2: tl.constexpr,
 ):  # fmt: skip
     split, b, head = tl.program_id(0), tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
@@ -91,7 +101,10 @@ def _tiles_kernel(
     for t in range(begin, end):
         position = t * BLOCK_N + n
         valid = (position >= lo) & (position < length)
-        at = cache_rows(position, table_ptr, b, slots, block_size, stride_vb, stride_vs, stride_table, PAGED) + head * stride_vh
+        at = (
+            cache_rows(position, table_ptr, b, slots, block_size, stride_vb, stride_vs, stride_table, PAGED, OFFSET)
+            + head * stride_vh
+        )
         v_lo = _piece(v_ptr, at, valid, 0, HALF, BLOCK_R)  # [BLOCK_N, BLOCK_R]
         v_hi = _piece(v_ptr, at, valid, HALF, D, BLOCK_R)
         cos, sin = cos_sin(t * BLOCK_N + tl.zeros([BLOCK_R], tl.int32), freq)
@@ -184,6 +197,6 @@ def gqa_decode_v_only(
         q, v_cache, whole(k_weight), inv_freq, cos, sin, kv_lens, block_table, s.m, s.l, s.acc, scale, s.window, slots,
         v_cache.shape[1], s.splits, pairs, *v_cache.stride()[:3], 0 if block_table is None else block_table.stride(0),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=dim, PAGED=block_table is not None, PER_SPLIT=s.per_split, NODE=NODE,
-        BLOCK_G=pow2(heads // kv_heads, 16), BLOCK_R=block_r, REST_1=rest_1, REST_2=rest_2, **sizes,
+        OFFSET=offset_type(v_cache), BLOCK_G=pow2(heads // kv_heads, 16), BLOCK_R=block_r, REST_1=rest_1, REST_2=rest_2, **sizes,
     )  # fmt: skip
     return s.merge(kv_lens, out)

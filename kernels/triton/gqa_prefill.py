@@ -6,8 +6,9 @@ the cache, which is as in gqa_decode.py (V-only: its keys are rebuilt first, onc
   softmax(scale q K^T) V over keys that are (not later, or of the same image) and newer than query - window.
 Source: FlashAttention (Dao et al. 2022), over grouped queries (Ainslie et al. 2023).
 
-A program takes BLOCK_M rows of one KV head of one sequence; row r is query head r % GROUP of token r // GROUP. Which sequence it has, it
-finds out itself from cu_seqlens, so that the host never waits for them.
+A program takes BLOCK_M rows of one KV head of one sequence; row r is query head r % GROUP of token r // GROUP. Which sequence
+it has, it finds out itself from cu_seqlens, so that the host never waits for them. The cache and the new tokens have a launch each,
+whose results a third merges: with both loops in one kernel, or results in fp32, the registers run over.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma4_fast.triton.common import LOG2E, Target, cdiv, maybe, pow2, target, whole
-from gemma4_fast.triton.gqa_decode import cache_rows, columns_together
+from gemma4_fast.triton.gqa_decode import cache_rows, columns_together, offset_type
 from gemma4_fast.triton.rebuilt_keys import rebuilt_keys
 
 
@@ -37,10 +38,10 @@ def _attend(scores, v, m, l, acc):  # noqa: E741
 
 @triton.jit
 def _prefill_kernel(
-    q_ptr, k_ptr, v_ptr, cu_ptr, k_cache_ptr, v_cache_ptr, prefix_ptr, table_ptr, image_ptr, out_ptr, scale, window, batch,
+    q_ptr, k_ptr, v_ptr, cu_ptr, prefix_ptr, table_ptr, image_ptr, lse_ptr, out_ptr, scale, window, batch,
     slots, block_size, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_table,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, PAGED: tl.constexpr,
-    REBUILT: tl.constexpr, IMAGES: tl.constexpr, BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, CACHE: tl.constexpr, PARTIAL: tl.constexpr, PAGED: tl.constexpr,
+    K_PAGED: tl.constexpr, ALIKE: tl.constexpr, OFFSET: tl.constexpr, IMAGES: tl.constexpr, BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     index, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
@@ -67,81 +68,99 @@ def _prefill_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    if PREFIX:
+    if CACHE:
         prefix = tl.load(prefix_ptr + b).to(tl.int32)
         lo = tl.maximum(prefix - slots, 0)
         if WINDOW:
             lo = tl.maximum(lo, prefix + first - window + 1)
         for p0 in range(lo, prefix, BLOCK_N):
             position = p0 + n
-            ok = (position < prefix)[:, None] & d_ok[None, :]
-            if REBUILT:  # keys lie in slots, whether the values are paged or not
-                k_row = (b.to(tl.int64) * slots + position % slots) * (KV_HEADS * D) + head * D
+            n_ok = (position < prefix)[:, None] & d_ok[None, :]
+            v_row = cache_rows(position, table_ptr, b, slots, block_size, stride_vb, stride_vs, stride_table, PAGED, OFFSET)
+            v_row += head * stride_vh
+            if ALIKE:
+                k_row = v_row
             else:
-                k_row = (
-                    cache_rows(position, table_ptr, b, slots, block_size, stride_kb, stride_ks, stride_table, PAGED)
-                    + head * stride_kh
+                k_row = cache_rows(
+                    position, table_ptr, b, slots, block_size, stride_kb, stride_ks, stride_table, K_PAGED, OFFSET
                 )
-            v_row = (
-                cache_rows(position, table_ptr, b, slots, block_size, stride_vb, stride_vs, stride_table, PAGED)
-                + head * stride_vh
-            )
-            k = tl.load(k_cache_ptr + k_row[:, None] + d[None, :], mask=ok, other=0.0)  # [BLOCK_N, BLOCK_D]
-            v = tl.load(v_cache_ptr + v_row[:, None] + d[None, :], mask=ok, other=0.0)
+                k_row += head * stride_kh
+            k = tl.load(k_ptr + k_row[:, None] + d[None, :], mask=n_ok, other=0.0)  # [BLOCK_N, BLOCK_D]
+            v = tl.load(v_ptr + v_row[:, None] + d[None, :], mask=n_ok, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-            sees = (position < prefix)[None, :] & row_ok[:, None]
+            sees = (position < prefix)[None, :]
             if WINDOW:
                 sees = sees & (position[None, :] > prefix + token[:, None] - window)
             m, l, acc = _attend(tl.where(sees, scores, float("-inf")), v, m, l, acc)  # noqa: E741
-
-    lo = 0
-    if WINDOW:
-        lo = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
-    if IMAGES:
-        row_image = tl.load(image_ptr + begin + token, mask=row_ok, other=-1)
-        hi = count
     else:
-        hi = final + 1
-    for j0 in range(lo, hi, BLOCK_N):
-        j = j0 + n
-        # Tiles in the middle are seen whole; a mask would cost a third of their arithmetic.
-        edge = j0 + BLOCK_N > first + 1
+        lo = 0
         if WINDOW:
-            edge = edge | (j0 <= final - window)
+            lo = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
+        hi = final + 1
         if IMAGES:
-            image = tl.load(image_ptr + begin + j, mask=j < count, other=-2)
-            same = (image[None, :] == row_image[:, None]) & (row_image >= 0)[:, None]
-            wanted = (j0 <= final) | (tl.max(same.to(tl.int32)) > 0)
-        else:
-            wanted = True
-        if wanted:
+            row_image = tl.load(image_ptr + begin + token, mask=row_ok, other=-1)
+            for j0 in range(hi, count, BLOCK_N):  # how far behind the diagonal the images reach
+                image = tl.load(image_ptr + begin + j0 + n, mask=j0 + n < count, other=-2)
+                same = (image[None, :] == row_image[:, None]) & (row_image >= 0)[:, None]
+                hi = tl.where(tl.max(tl.max(same.to(tl.int32), 1), 0) > 0, tl.minimum(j0 + BLOCK_N, count), hi)
+        for j0 in range(lo, hi, BLOCK_N):
+            j = j0 + n
             at = ((begin + j).to(tl.int64) * KV_HEADS + head) * D
-            ok = (j < count)[:, None] & d_ok[None, :]
-            k = tl.load(k_ptr + at[:, None] + d[None, :], mask=ok, other=0.0)
-            v = tl.load(v_ptr + at[:, None] + d[None, :], mask=ok, other=0.0)
+            n_ok = (j < count)[:, None] & d_ok[None, :]
+            k = tl.load(k_ptr + at[:, None] + d[None, :], mask=n_ok, other=0.0)
+            v = tl.load(v_ptr + at[:, None] + d[None, :], mask=n_ok, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+            # Tiles in the middle are seen whole; a mask would cost a third of their arithmetic.
+            edge = j0 + BLOCK_N > first + 1
+            if WINDOW:
+                edge = edge | (j0 <= final - window)
             if edge:
                 sees = j[None, :] <= token[:, None]
                 if IMAGES:
-                    sees = sees | same
+                    image = tl.load(image_ptr + begin + j, mask=j < count, other=-2)
+                    sees = sees | ((image[None, :] == row_image[:, None]) & (row_image >= 0)[:, None])
                 if WINDOW:
                     sees = sees & (j[None, :] > token[:, None] - window)
-                scores = tl.where(sees & row_ok[:, None] & (j < count)[None, :], scores, float("-inf"))
+                scores = tl.where(sees, scores, float("-inf"))
             m, l, acc = _attend(scores, v, m, l, acc)  # noqa: E741
+
     out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     to = out_ptr + q_at[:, None] * D + d[None, :]
     tl.store(to, out.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & d_ok[None, :])
+    if PARTIAL:
+        tl.store(lse_ptr + q_at, m + tl.log2(l), mask=row_ok)
 
 
-def tile(dim: int, itemsize: int, t: Target) -> dict[str, Any]:
-    """BLOCK_M, BLOCK_N, warps and stages: the most that shared memory holds. At D = 512 64 rows of 8 warps are what registers hold."""
+@triton.jit
+def _merge_kernel(lse_ptr, part_ptr, out_ptr, rows, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Two parts [2, rows, D], and their log-sums [2, rows] (base 2) -> out [rows, D]."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = tl.arange(0, BLOCK_D)
+    ok = (row < rows)[:, None] & (d < D)[None, :]
+    lse_0 = tl.load(lse_ptr + row, mask=row < rows, other=0.0)  # of the cache: -inf if a query saw nothing there
+    lse_1 = tl.load(lse_ptr + rows + row, mask=row < rows, other=0.0)  # of the new tokens: each sees itself
+    most = tl.maximum(lse_0, lse_1)
+    share_0, share_1 = tl.exp2(lse_0 - most), tl.exp2(lse_1 - most)
+    total = share_0 + share_1
+    at = row[:, None] * D + d[None, :]
+    out = tl.load(part_ptr + at, mask=ok, other=0.0).to(tl.float32) * (share_0 / total)[:, None]
+    out += tl.load(part_ptr + rows.to(tl.int64) * D + at, mask=ok, other=0.0).to(tl.float32) * (share_1 / total)[:, None]
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+def tile(dim: int, itemsize: int, plain: bool, t: Target) -> dict[str, Any]:
+    """BLOCK_M, BLOCK_N, warps and stages: the most that shared memory and registers hold, see tests/triton_compiled.txt. `plain`:
+    new tokens alone, without images; the rest needs more registers."""
     if t.kind == "hip":
-        return dict(BLOCK_M=64, BLOCK_N=32 if dim <= 256 else 16, num_warps=4 if dim <= 256 else 8, num_stages=1)
-    row = pow2(dim) * itemsize
-    for block_m, block_n in ((128, 64), (128, 32), (64, 32), (64, 16), (32, 16), (16, 16)):
-        if block_m * row + 2 * 2 * block_n * row <= t.shared and block_m * pow2(dim) <= 128 * 256:
-            break
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8 if block_m >= 64 else 4, num_stages=2)
+        return dict(BLOCK_M=64 if dim <= 256 else 32, BLOCK_N=32, num_warps=4 if dim <= 256 else 8, num_stages=1)
+    row, hopper = pow2(dim) * itemsize, t.arch in (90, 100)
+    if row > 1024:
+        return dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2)
+    if row > 512:
+        return dict(BLOCK_M=64 if hopper else 32, BLOCK_N=32, num_warps=8, num_stages=2)
+    if t.shared < 160_000:
+        return dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2)
+    return dict(BLOCK_M=128 if hopper else 64, BLOCK_N=64 if plain or not hopper else 32, num_warps=8, num_stages=2)
 
 
 def gqa_prefill(
@@ -159,27 +178,39 @@ def gqa_prefill(
     image_ids: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    q, k, v, cu_seqlens = whole(q), whole(k), whole(v), whole(cu_seqlens)
+    q, k, v, cu_seqlens, image_ids = whole(q), whole(k), whole(v), whole(cu_seqlens), maybe(image_ids)
     out = torch.empty_like(q)
     if q.numel() == 0:
         return out
     (tokens, heads, dim), kv_heads, batch = q.shape, k.shape[1], cu_seqlens.shape[0] - 1
-    sizes, group = tile(dim, q.element_size(), target(q.device)), heads // k.shape[1]
-    slots, strides, block_size, rebuilt = 1, (0,) * 6, 1, False
+    group, cached = heads // kv_heads, v_cache is not None
+    sizes = tile(dim, q.element_size(), not cached and image_ids is None, target(q.device))
+    grid = ((cdiv(tokens * group, sizes["BLOCK_M"]) + batch) * kv_heads,)
+    flags = dict(
+        KV_HEADS=kv_heads, GROUP=group, D=dim, WINDOW=window is not None, BATCH=pow2(batch), BLOCK_D=pow2(dim, 16), **sizes
+    )
+    lse, parts = None, [out]
     if v_cache is not None and prefix_lens is not None:
-        v_cache, block_table, block_size = columns_together(v_cache), maybe(block_table), v_cache.shape[1]
-        slots = block_size * (1 if block_table is None else block_table.shape[1])
+        lse = q.new_empty(2, tokens, heads, dtype=torch.float32)
+        parts = [*q.new_empty(2, *q.shape)]
+        v_cache, block_table, paged = columns_together(v_cache), maybe(block_table), block_table is not None
+        slots = v_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
         rebuilt = k_cache is None
         if k_cache is None:
             assert inv_freq is not None and k_weight is not None
             k_cache = rebuilt_keys(v_cache, prefix_lens, block_table, slots, inv_freq, k_weight)
         k_cache = columns_together(k_cache)
-        strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
-    tiles = cdiv(tokens * group, sizes["BLOCK_M"]) + batch
-    _prefill_kernel[(tiles * kv_heads,)](
-        q, k, v, cu_seqlens, k_cache, v_cache, prefix_lens, block_table, maybe(image_ids), out, scale, window or 0, batch,
-        slots, block_size, *strides, 0 if block_table is None else block_table.stride(0),
-        KV_HEADS=kv_heads, GROUP=group, D=dim, WINDOW=window is not None, PREFIX=v_cache is not None,
-        PAGED=block_table is not None, REBUILT=rebuilt, IMAGES=image_ids is not None, BATCH=pow2(batch), BLOCK_D=pow2(dim, 16), **sizes,
+        strides = *k_cache.stride()[:3], *v_cache.stride()[:3], 0 if block_table is None else block_table.stride(0)
+        _prefill_kernel[grid](
+            q, k_cache, v_cache, cu_seqlens, prefix_lens, block_table, None, lse[0], parts[0], scale, window or 0, batch,
+            slots, v_cache.shape[1], *strides, CACHE=True, PARTIAL=True, PAGED=paged, K_PAGED=paged and not rebuilt,
+            ALIKE=strides[:3] == strides[3:6] and not (paged and rebuilt), OFFSET=offset_type(k_cache, v_cache), IMAGES=False, **flags,
+        )  # fmt: skip
+    _prefill_kernel[grid](
+        q, k, v, cu_seqlens, None, None, image_ids, None if lse is None else lse[1], parts[-1], scale, window or 0, batch, 1, 1, *(0,) * 7,
+        CACHE=False, PARTIAL=cached, PAGED=False, K_PAGED=False, ALIKE=True, OFFSET=tl.int32, IMAGES=image_ids is not None, **flags,
     )  # fmt: skip
+    if cached:
+        rows = tokens * heads
+        _merge_kernel[(cdiv(rows, 8),)](lse, parts[0], out, rows, D=dim, BLOCK_R=8, BLOCK_D=pow2(dim), num_warps=4)
     return out

@@ -26,7 +26,9 @@ def _keys_kernel(
     slot = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     ok = (slot < length) & (slot < slots)
     position = slot + tl.maximum(length - 1 - slot, 0) // slots * slots  # the newest one that lies in the slot
-    v_row = cache_rows(tl.where(ok, slot, 0), table_ptr, b, slots, block_size, stride_vb, stride_vs, stride_table, PAGED)
+    v_row = cache_rows(
+        tl.where(ok, slot, 0), table_ptr, b, slots, block_size, stride_vb, stride_vs, stride_table, PAGED, tl.int64
+    )
     k_row = (b.to(tl.int64) * slots + slot) * (KV_HEADS * 2 * HALF)
     r = tl.arange(0, BLOCK_R)
     turns = ok[:, None] & (r < R)[None, :]
