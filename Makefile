@@ -22,17 +22,21 @@ RUN_DONE := $(VENV)/.run-done
 DEV_DONE := $(VENV)/.dev-done
 PACKAGE_DONE := $(VENV)/.package-done
 NATIVE_DONE := $(VENV)/.native-done
+GPU_VENV := build/gpu-venv
+GPU_DONE := $(GPU_VENV)/.gpu-done
 
 # OpenMP's threads spin while they wait, which on a machine that is busy with other work makes small tensors 10x slower.
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench sanitize lint format clean
+.PHONY: help demo test test-full gpu bench sanitize lint format clean
 .NOTPARALLEL: # two steps of the set-up must not run pip in one environment at the same time
 
 help:
 	@echo "make demo      generate text with the tiny model, timed and checked (sets up $(VENV) first)"
 	@echo "make test      ruff, mypy and pytest (sets up $(VENV) first)"
+	@echo "make test-full the same, and what takes long: the large cases in Triton's interpreter, every kernel compiled for every GPU"
+	@echo "make gpu       all that needs a GPU, in ten minutes at most: tests, memory checker, benchmarks, into bench/results/"
 	@echo "make bench     the standard benchmarks of this machine, in ten minutes at most, into bench/results/"
 	@echo "make sanitize  the CPU kernels under GCC's address, undefined-behaviour and thread sanitizers (Linux)"
 	@echo "make lint      ruff and mypy only"
@@ -46,6 +50,13 @@ demo: $(RUN_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
 
 test: lint $(PACKAGE_DONE) $(NATIVE_DONE)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-full: lint $(PACKAGE_DONE) $(NATIVE_DONE)
+	$(BIN)/python -m pytest -m "full or not full" $(PYTEST_ARGS)
+
+# With what the interpreter has: a GPU's PyTorch is large, and often there already. Nothing is downloaded.
+gpu: $(GPU_DONE)
+	$(GPU_VENV)/bin/python bench/gpu.py $(GPU_ARGS)
 
 bench: $(DEV_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
 	@# Without the setting above: a benchmark has the machine to itself, and others' threads are not to be slowed down by it.
@@ -111,6 +122,16 @@ $(NATIVE_DONE): $(CSRC) $(PACKAGE_DONE)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@if ls gemma4_fast/_native*.so gemma4_fast/_cpu*.so >/dev/null 2>&1; then touch $@; \
 	 else echo "warning: no native extension, or no CPU kernels (no C++17 compiler, or the error above); the package runs without it."; fi
+
+$(GPU_DONE): pyproject.toml setup.py gemma4_fast/__init__.py
+	@$(PYTHON) -c 'import torch, triton, pytest, setuptools, pybind11, ninja, rich, jinja2, safetensors, tokenizers' || \
+		{ echo "error: $(PYTHON) lacks a package (above) that the GPU's tests need; they use what it has, and download nothing."; exit 1; }
+	$(PYTHON) -m venv --without-pip --system-site-packages $(GPU_VENV)
+	@# An interpreter that is in a virtual environment itself: its packages too.
+	$(PYTHON) -c 'import site; print(*site.getsitepackages(), sep="\n")' > \
+		$$($(GPU_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth
+	GEMMA4_FAST_NATIVE=0 $(GPU_VENV)/bin/python -m pip install --no-deps --no-build-isolation --no-index --editable .
+	@touch $@
 
 # ---- sanitizers ------------------------------------------------------------------------------------------------------
 

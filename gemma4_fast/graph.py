@@ -52,7 +52,7 @@ class DecodeGraph:
         key = greedy, ops.selection(), ops.decode_limit(longest), self.model.changes
         if key == self._key and self._recording is not None:
             out = self._recording.replay(ids, new_lens, self.times)
-        elif key == self._key and not self._tried and self.model.device.type == "cuda":
+        elif key == self._key and not self._tried and self.on_gpu:
             out = self._capture(ids, new_lens, greedy)
         elif key == self._key and not self._tried and self._recordable():
             out = self._record(ids, new_lens, greedy)
@@ -64,6 +64,10 @@ class DecodeGraph:
             return self.finish(self.model.model(ids, step, self.cache), greedy)
         self.cache.count(new_lens)
         return out
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.model.device.type == "cuda"
 
     def finish(self, h: Tensor, greedy: bool) -> Tensor:
         """Of hidden states [B, H], what `run` returns: of a prompt's last ones too."""

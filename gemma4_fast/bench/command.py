@@ -151,7 +151,7 @@ def _cases(cases: list[op_rows.Case], args: Namespace, device: torch.device, dty
 
 def op_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:
     names = _names(args.op, list(ops.TABLE), "op")
-    return _cases(op_rows.cases(names, args.case), args, device, dtype)
+    return _cases(op_rows.cases(names, args.case, device), args, device, dtype)
 
 
 def scale_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:

@@ -54,15 +54,17 @@ class Case:
     command: str = ""
 
 
-def cases(names: Sequence[str], wanted: Sequence[str]) -> list[Case]:
-    """Of these ops the cases named; without names those at true shapes. ValueError for a name that no op has."""
+def cases(names: Sequence[str], wanted: Sequence[str], device: torch.device) -> list[Case]:
+    """Of these ops the cases named; without names those at true shapes, on a GPU larger ones too. ValueError for a name that no op
+    has."""
     found = []
     known: set[str] = set()
     for name in names:
         op = ops.TABLE[name]
         every = {**op.bench_cases, **op.gpu_cases, **op.cases}
         known |= set(every)
-        chosen = list(every) if "all" in wanted else [c for c in every if c in wanted] if wanted else list(op.bench_cases)
+        true_shapes = [*op.bench_cases, *(op.gpu_cases if device.type == "cuda" else ())]
+        chosen = list(every) if "all" in wanted else [c for c in every if c in wanted] if wanted else true_shapes
         found += [Case(op, f"{name}/{c}", every[c], command=f"--op {name} --case {c}") for c in chosen]
     if unknown := [w for w in wanted if w not in known and w != "all"]:
         raise ValueError(f"no case {', '.join(unknown)} among these ops; they have {', '.join(sorted(known))}")

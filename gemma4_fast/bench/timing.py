@@ -6,6 +6,7 @@ and the machine's own limits are sampled between their calls.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import os
@@ -20,6 +21,7 @@ from torch import Tensor
 from gemma4_fast.bench.machine import free_bytes
 from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.errors import UnsupportedError
+from gemma4_fast.quant import QuantizedWeight
 
 Call = Callable[[], Any]
 T = TypeVar("T")
@@ -75,14 +77,14 @@ class Rotation:
 
     def __init__(self, args: Mapping[str, Any], touched: int, device: torch.device, limit: int = 8192) -> None:
         whole = 2 * cache_bytes(device)
-        one = sum(v.nbytes for v in args.values() if isinstance(v, Tensor))
+        one = sum(v.nbytes for v in args.values() if isinstance(v, (Tensor, QuantizedWeight)))
         free = free_bytes(device)
         room = limit if free is None else max(1, free // 4 // max(1, one))
         count = min(limit, room, max(1, -(-whole // max(1, touched))))
         self.cold = count * touched >= whole
         self.copies = [tuple(args.values())]
         for _ in range(count - 1):
-            self.copies.append(tuple(v.clone() if isinstance(v, Tensor) else v for v in args.values()))
+            self.copies.append(tuple(_copied(v) for v in args.values()))
         self._turn = itertools.cycle(self.copies)
 
     def call(self, fn: Callable[..., Any]) -> Call:
@@ -96,6 +98,10 @@ class Rotation:
             fn(*args)
             if time.perf_counter() - start > seconds:
                 return
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)  # a quantized weight, or a number
 
 
 def captured(calls: Sequence[Call]) -> tuple[Call, Any]:

@@ -127,7 +127,8 @@ class Op:
             if reason is None and impl.accepts is not None:
                 reason = impl.accepts(*args)
             if reason is None:
-                return _on(x.device, impl.function) if x.is_cuda and backend != "torch" else impl.function
+                on_gpu = x.device.type == "cuda" and backend != "torch"
+                return _on(x.device, impl.function) if on_gpu else impl.function
             reasons = {**reasons, backend: reason}
             if not wanted:
                 _say_once(f"{self.name} passes over {backend}: {reason}")

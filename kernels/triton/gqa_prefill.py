@@ -152,7 +152,9 @@ def tile(dim: int, itemsize: int, plain: bool, t: Target) -> dict[str, Any]:
     """BLOCK_M, BLOCK_N, warps and stages: the most that shared memory and registers hold, see tests/triton_compiled.txt. `plain`:
     new tokens alone, without images; the rest needs more registers."""
     if t.kind == "hip":
-        return dict(BLOCK_M=64 if dim <= 256 else 32, BLOCK_N=32, num_warps=4 if dim <= 256 else 8, num_stages=1)
+        return dict(
+            BLOCK_M=64 if dim <= 256 else 32, BLOCK_N=32 if dim <= 256 else 16, num_warps=4 if dim <= 256 else 8, num_stages=1
+        )
     row, hopper = pow2(dim) * itemsize, t.arch in (90, 100)
     if row > 1024:
         return dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2)

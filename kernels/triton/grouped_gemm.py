@@ -32,7 +32,7 @@ def tile(rows_per_expert: float, double: bool, itemsize: int, bits: int, t: Targ
     block_k = 128 if block_m <= 32 and roomy else 64
     if itemsize == 4:
         block_k //= 2
-    stages = 2 if t.kind == "hip" or bits else 4 if roomy and block_m > 32 else 3
+    stages = 2 if t.kind == "hip" or bits else 4 if roomy and block_m > 32 and t.arch != 100 else 3
     return dict(BLOCK_M=block_m, BLOCK_N=64 if double or block_m <= 32 else 128, BLOCK_K=block_k,
                 num_warps=8 if block_m == 128 else 4, num_stages=stages)  # fmt: skip
 
@@ -53,7 +53,7 @@ def _expert_tile(w, s_ptr, row, row_ok, n0, k0, K, expert, N, PART: tl.constexpr
 
 @triton.jit
 def _grouped_kernel(
-    x_ptr, w, s_ptr, order_ptr, offsets_ptr, out_ptr, N, K, E, tiles_n,
+    x_ptr, w, s_ptr, order_ptr, offsets_ptr, out_ptr, rows, N, K, E, tiles_n,
     TOP_K: tl.constexpr, GEGLU: tl.constexpr, SCATTER: tl.constexpr, BITS: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -88,6 +88,14 @@ def _grouped_kernel(
             acc = gelu_tanh(acc) * up
         to = (at if SCATTER else r).to(tl.int64)[:, None] * N + n[None, :]
         tl.store(out_ptr + to, acc.to(out_ptr.dtype.element_ty), mask=r_ok[:, None] & n_ok[None, :])
+    # Rows of no expert, behind the last one's: 0.
+    for r0 in range(tl.max(end, 0) + tl.program_id(0) * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
+        r = r0 + tl.arange(0, BLOCK_M)
+        at = tl.load(order_ptr + r, mask=r < rows, other=0) if SCATTER else r
+        for n0 in range(0, N, BLOCK_N):
+            n = n0 + tl.arange(0, BLOCK_N)
+            zero = tl.zeros([BLOCK_M, BLOCK_N], out_ptr.dtype.element_ty)
+            tl.store(out_ptr + at.to(tl.int64)[:, None] * N + n[None, :], zero, mask=(r < rows)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
@@ -114,8 +122,7 @@ def grouped_gemm(
     n = n // 2 if double else n
     x, order, offsets = whole(x), whole(order), whole(offsets)
     values, scales, bits = parts(weight)
-    # Rows of assignments to no expert are not computed: they are 0.
-    y = x.new_zeros(rows, n) if rows else x.new_empty(rows, n)
+    y = x.new_empty(rows, n) if k else x.new_zeros(rows, n)
     t = target(x.device)
     if rows and n and k:
         sizes = tile(rows / experts, double, x.element_size(), bits, t)
@@ -128,7 +135,7 @@ def grouped_gemm(
         most = (cdiv(rows, sizes["BLOCK_M"]) + min(experts, rows)) * tiles_n
         per_core = 1 if sizes["BLOCK_M"] == 128 else 2
         _grouped_kernel[(min(most, per_core * t.cores),)](
-            x, values, scales, order, offsets, y, n, k, experts, tiles_n, TOP_K=top_k, GEGLU=double, SCATTER=epilogue == "combine",
+            x, values, scales, order, offsets, y, rows, n, k, experts, tiles_n, TOP_K=top_k, GEGLU=double, SCATTER=epilogue == "combine",
             BITS=bits, TMA=tma, EVEN_K=k % sizes["BLOCK_K"] == 0, EXPERTS=pow2(experts), **sizes,
         )  # fmt: skip
     if epilogue != "combine":

@@ -40,8 +40,9 @@ def tile(m: int, n: int, k: int, itemsize: int, bits: int, double: bool, t: Targ
         stages = 2 if amd else 4 if m <= 16 else 3
         return dict(BLOCK_M=16 if m <= 16 else 32, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=2 if block_n == 16 and not double else 4,
                     num_stages=stages)  # fmt: skip
-    block_k = 64 if itemsize == 2 else 32
-    stages = 2 if amd or bits else 4 if t.shared > 200_000 else 3
+    roomy = t.shared > 200_000
+    block_k = 64 if itemsize == 2 and (roomy or not double) else 32
+    stages = 2 if amd or bits else 4 if roomy or double else 3
     return dict(BLOCK_M=128, BLOCK_N=64 if double else 128, BLOCK_K=block_k, num_warps=8, num_stages=stages)
 
 

@@ -103,7 +103,7 @@ def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike
         return grouped_gemm(h, down, order, offsets, top_k, "combine", topk_weights)
     t, wide = target(x.device), x.element_size() == 4
     h = x.new_empty(ids.numel(), inter)
-    block_k = min(128 if wide else 256, pow2(hidden, 32))
+    block_k = min(128 if wide or bits else 256, pow2(hidden, 32))  # unpacked, 256 columns take all registers
     _gate_up_kernel[(cdiv(inter, 16), ids.numel())](
         x, ids, w1, maybe(s1), h, hidden, inter, experts, ids.numel(), TOP_K=top_k, PAIRS=pow2(ids.numel(), 16), BITS=bits,
         EVEN_K=hidden % block_k == 0, BLOCK_M=16, BLOCK_I=16, BLOCK_K=block_k, num_warps=4, num_stages=2 if t.kind == "hip" else 3,

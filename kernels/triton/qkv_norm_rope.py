@@ -33,29 +33,31 @@ def _qkv_norm_rope_kernel(
     cos = tl.load(cos_ptr + token * R + i, mask=i < R, other=1.0)  # columns without a pair are rotated by nothing
     sin = tl.load(sin_ptr + token * R + i, mask=i < R, other=0.0)
     is_q = head < Hq
-    w_ptr, out_ptr = q_w_ptr, q_ptr + (token * Hq + head) * D
-    rotated = is_q
-    if v_ptr is not None:
-        row = token if slots_ptr is None else tl.load(slots_ptr + token)
-        inside = (row >= 0) & (row < num_rows)
-        if k_ptr is not None:
-            w_ptr = tl.where(is_q, w_ptr, k_w_ptr)
-            out_ptr = tl.where(is_q, out_ptr, k_ptr + (row * Hkv + head - Hq) * D)
-            rotated = is_q | (inside & (head < Hq + Hkv))
-    w_a = tl.load(w_ptr + i, mask=first & rotated, other=0.0).to(tl.float32)
-    w_b = tl.load(w_ptr + HALF + i, mask=second & rotated, other=0.0).to(tl.float32)
-
+    w_a = tl.load(q_w_ptr + i, mask=first & is_q, other=0.0).to(tl.float32)
+    w_b = tl.load(q_w_ptr + HALF + i, mask=second & is_q, other=0.0).to(tl.float32)
     rms = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
     a, b = a * rms, b * rms
     if v_ptr is not None:
+        row = token if slots_ptr is None else tl.load(slots_ptr + token)
+        inside = (row >= 0) & (row < num_rows)
         first_v = Hq if K_IS_V else Hq + Hkv
-        at = v_ptr + (row * Hkv + head - first_v) * D
+        to_v = v_ptr + (row * Hkv + head - first_v) * D
         ok = inside & (head >= first_v)
-        tl.store(at + i, a.to(v_ptr.dtype.element_ty), mask=first & ok)
-        tl.store(at + HALF + i, b.to(v_ptr.dtype.element_ty), mask=second & ok)
+        tl.store(to_v + i, a.to(v_ptr.dtype.element_ty), mask=first & ok)
+        tl.store(to_v + HALF + i, b.to(v_ptr.dtype.element_ty), mask=second & ok)
+        if k_ptr is not None:
+            is_k = (head >= Hq) & (head < Hq + Hkv)
+            w_a += tl.load(k_w_ptr + i, mask=first & is_k, other=0.0).to(tl.float32)
+            w_b += tl.load(k_w_ptr + HALF + i, mask=second & is_k, other=0.0).to(tl.float32)
     a, b = a * w_a, b * w_b
-    tl.store(out_ptr + i, (a * cos - b * sin).to(q_ptr.dtype.element_ty), mask=first & rotated)
-    tl.store(out_ptr + HALF + i, (b * cos + a * sin).to(q_ptr.dtype.element_ty), mask=second & rotated)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    to_q = q_ptr + (token * Hq + head) * D
+    tl.store(to_q + i, a.to(q_ptr.dtype.element_ty), mask=first & is_q)
+    tl.store(to_q + HALF + i, b.to(q_ptr.dtype.element_ty), mask=second & is_q)
+    if k_ptr is not None:
+        to_k = k_ptr + (row * Hkv + head - Hq) * D
+        tl.store(to_k + i, a.to(k_ptr.dtype.element_ty), mask=first & is_k & inside)
+        tl.store(to_k + HALF + i, b.to(k_ptr.dtype.element_ty), mask=second & is_k & inside)
 
 
 def qkv_norm_rope(

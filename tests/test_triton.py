@@ -1,0 +1,314 @@
+"""The Triton kernels: on a GPU if there is one, else in Triton's interpreter, which runs them on the CPU.
+
+The interpreter finds wrong numbers and indexes; it runs programs one after the other, so it finds no races, and it cuts bf16
+off instead of rounding, so bf16 is judged on a GPU alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemma4_fast import Gemma4, UnsupportedError, explain, ops, use_backend, verify
+from gemma4_fast.ops.accuracy import Judge
+from gemma4_fast.ops.attention import decode_case, prefill_case
+from gemma4_fast.ops.moe import moe_case
+from gemma4_fast.ops.table import Maker
+from gemma4_fast.quant import QuantizedWeight
+
+pytest.importorskip("triton")
+
+from gemma4_fast.triton import common, gqa_decode
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32] if GPU else [torch.float16, torch.float32]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning"),  # numpy, of infinities
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),  # the interpreter's loops
+]
+
+# What takes the interpreter many seconds; each of these ops has quick cases too, and a whole model below.
+SLOW = {
+    "linear": ["26b_qkv_one_token", "e2b_o_proj", "int8_one_token"],
+    "geglu_mlp": ["26b_dense_one_token", "e2b", "int4_one_token", "int8"],
+    "logits": ["26b_slice", "argmax", "int8_argmax"],
+    "gqa_decode": ["sliding_ring", "full_v_only", "full_v_only_paged", "full_kv"],
+    "grouped_gemm": ["26b_geglu", "26b_combine"],
+    "moe_decode": ["26b_one_token", "26b", "int8_one_token", "int4"],
+    "moe": ["26b_one_token", "26b_prefill"],
+    "ple_gate": ["e2b_one_token", "e4b"],
+    "embedding": ["e2b_per_layer"],
+}
+
+
+def rows() -> Iterator[Any]:
+    for op in ops.TABLE.values():
+        if op.compose is None and "triton" not in op.impls:
+            continue
+        for case, dtype in itertools.product(op.cases, DTYPES):
+            slow = [pytest.mark.full] if not GPU and case in SLOW.get(op.name, []) else []
+            yield pytest.param(op, case, dtype, marks=slow, id=f"{op.name}-{case}-{str(dtype)[6:]}")
+
+
+def on(backend: str, op: ops.Op) -> Any:
+    return ops.bound(op, backend)
+
+
+@pytest.mark.parametrize("op, case, dtype", list(rows()))
+def test_matches_reference(op: ops.Op, case: str, dtype: torch.dtype) -> None:
+    verdict = Judge(op, op.inputs(case, dtype, DEVICE))(on("triton", op))
+    assert verdict.ok, verdict.message
+
+
+def test_every_slow_case_is_one() -> None:
+    assert all(set(cases) < set(ops.TABLE[name].cases) for name, cases in SLOW.items())
+
+
+# ---- attention ----
+
+
+def decode(args: dict[str, Any]) -> Tensor:
+    with use_backend("triton"):
+        return ops.gqa_decode(**args)
+
+
+@contextlib.contextmanager
+def cores(count: int) -> Iterator[None]:
+    """A GPU of so many multiprocessors."""
+    token = common.ASSUMED.set(common.Target("cuda", 90, count, 232448))
+    try:
+        yield
+    finally:
+        common.ASSUMED.reset(token)
+
+
+@pytest.mark.parametrize("v_only", [False, True])
+@pytest.mark.skipif(GPU, reason="pretends to be other GPUs")
+def test_a_sequence_gets_the_same_bits_however_the_work_is_cut(v_only: bool) -> None:
+    args = decode_case(Maker(torch.float16), [700, 3], 4, 1, 64, 768, v_only=v_only)
+    with cores(1):  # a node a program
+        whole = decode(args)
+    with cores(10**6):  # a tile a program
+        cut = decode(args)
+    assert torch.equal(whole, cut)
+    assert Judge(ops.TABLE["gqa_decode"], args).of([cut]).ok
+
+
+@pytest.mark.skipif(not GPU, reason="numpy's products depend on how many rows there are")
+@pytest.mark.parametrize("v_only", [False, True])
+def test_a_sequence_gets_the_same_bits_alone_and_in_a_batch(v_only: bool) -> None:
+    args = decode_case(Maker(torch.bfloat16, DEVICE), [5000, *range(1, 2000, 17)], 16, 2, 512, 5056, v_only=v_only)
+    together = decode(args)
+    alone = {k: v[:1] if isinstance(v, Tensor) and k in ("q", "k_cache", "v_cache", "kv_lens") else v for k, v in args.items()}
+    assert torch.equal(decode(alone), together[:1])
+    assert torch.equal(decode(args), together)
+
+
+@pytest.mark.parametrize("v_only", [False, True])
+def test_a_paged_cache_gives_the_same_bits(v_only: bool) -> None:
+    paged = decode_case(Maker(DTYPES[0], DEVICE), [70, 33], 4, 2, 64, 96, v_only=v_only, block=32)
+    table = paged["block_table"].long()
+    flat = {k: None if paged[k] is None else paged[k][table].flatten(1, 2) for k in ("k_cache", "v_cache")}
+    assert torch.equal(decode(paged), decode({**paged, **flat, "block_table": None}))
+    paged = prefill_case(Maker(DTYPES[0], DEVICE), [9, 20], 4, 2, 64, None, [50, 64], 96, v_only=v_only, block=32)
+    table = paged["block_table"].long()
+    flat = {k: None if paged[k] is None else paged[k][table].flatten(1, 2) for k in ("k_cache", "v_cache")}
+    with use_backend("triton"):
+        assert torch.equal(ops.gqa_prefill(**paged), ops.gqa_prefill(**{**paged, **flat, "block_table": None}))
+
+
+@pytest.mark.parametrize("v_only", [False, True])
+def test_what_no_query_sees_may_be_anything(v_only: bool) -> None:
+    """Slots behind a sequence's end, and before its window, hold NaN."""
+    args = decode_case(Maker(DTYPES[0], DEVICE), [70], 4, 2, 64, 128, window=40, v_only=v_only)
+    wanted = decode(args)
+    for cache in (args["k_cache"], args["v_cache"]):
+        if cache is not None:
+            cache[:, 70:] = float("nan")
+            cache[:, :30] = float("nan")
+    assert torch.equal(decode(args), wanted)
+    args = prefill_case(Maker(DTYPES[0], DEVICE), [20], 4, 2, 64, 16, [30], 64, v_only=v_only)
+    with use_backend("triton"):
+        wanted = ops.gqa_prefill(**args)
+        for cache in (args["k_cache"], args["v_cache"]):
+            if cache is not None:
+                cache[:, 30:] = float("nan")
+                cache[:, :14] = float("nan")
+        assert torch.equal(ops.gqa_prefill(**args), wanted)
+
+
+def test_a_view_of_a_cache_is_read_where_it_is() -> None:
+    """A cache's first slots, of a step that knows how long the longest sequence is."""
+    args = decode_case(Maker(DTYPES[0], DEVICE), [60, 7], 4, 2, 64, 256)
+    short = {k: args[k][:, :64] for k in ("k_cache", "v_cache")}
+    assert not short["k_cache"].is_contiguous()
+    assert torch.equal(decode({**args, **short}), decode(args))
+
+
+def test_offsets_have_64_bits_where_32_do_not_hold_them() -> None:
+    cache = torch.empty(1, dtype=torch.float16, device="meta").expand(4, 2**20, 1, 512)
+    fits, beyond = (
+        cache.as_strided((1, 2**22, 1, 512), (2**31, 511, 512, 1)),
+        cache.as_strided((2, 4, 1, 512), (2**31, 1, 1, 1)),
+    )
+    assert gqa_decode.offset_type(fits) == gqa_decode.tl.int32
+    assert gqa_decode.offset_type(fits, beyond) == gqa_decode.tl.int64
+
+
+# ---- experts ----
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("bits", [0, 4])
+def test_an_id_that_is_no_expert_adds_nothing(tokens: int, bits: int) -> None:
+    args = moe_case(Maker(DTYPES[0], DEVICE), tokens, 64, 32, 8, 4, bits=bits)
+    wanted = {**args, "topk_weights": args["topk_weights"].clone()}
+    wanted["topk_weights"][:, 1] = 0
+    wanted["topk_weights"][0] = 0
+    args["ids"] = args["ids"].clone()
+    args["ids"][:, 1], args["ids"][0] = 8, -1
+    with use_backend("triton"):
+        torch.testing.assert_close(ops.moe(**args), ops.moe(**wanted))
+
+
+def test_more_tokens_of_one_expert_than_a_tile_has_rows() -> None:
+    args = moe_case(Maker(torch.float32, DEVICE), 16, 64, 32, 8, 2, "one")
+    args["ids"][:] = torch.tensor([3, 3], dtype=torch.int32)  # 32 of one, both assignments of a token
+    op = ops.TABLE["moe_decode"]
+    verdict = Judge(op, args)(on("triton", op))
+    assert verdict.ok, verdict.message
+
+
+# ---- what must turn the judge's light red ----
+
+MUTANTS = [
+    # file, what stands there, what a mistake would put there, op, case
+    ("gqa_decode", "valid = (position >= lo)", "valid = (position > lo)", "gqa_decode", "odd"),
+    ("gqa_decode", "position < length)", "position < length - 1)", "gqa_decode", "odd"),
+    ("gqa_decode", 'float("-inf"))\n    m = tl.max(s, 1)', "0.0)\n    m = tl.max(s, 1)", "gqa_decode", "odd"),
+    ("gqa_decode", "scores * (scale * LOG2E)", "scores * LOG2E * LOG2E", "gqa_decode", "odd"),
+    ("gqa_decode", "tl.exp2(m_new - finite)", "1.0", "gqa_decode", "sliding_ring_paged"),
+    ("gqa_decode", "slot = position % slots", "slot = (position + 1) % slots", "gqa_decode", "sliding_ring_paged"),
+    ("gqa_decode_v_only", "q_lo * cos[None, :] + q_hi", "q_lo * cos[None, :] - q_hi", "gqa_decode", "full_v_only_wrapped"),
+    ("gqa_decode_v_only", "q_hi1 = _weighted(q_ptr, row * D, g_ok, w_ptr, HALF", "q_hi1 = _weighted(q_ptr, row * D, g_ok, w_ptr, 0",
+     "gqa_decode", "full_v_only_wrapped"),
+    ("gqa_prefill", "sees = j[None, :] <= token[:, None]", "sees = j[None, :] < token[:, None] + 2", "gqa_prefill", "odd"),
+    ("gqa_prefill", "token[:, None] - window)\n                scores", "token[:, None] - window + 1)\n                scores",
+     "gqa_prefill", "images"),
+    ("gqa_prefill", "prefix + token[:, None] - window)", "token[:, None] - window)", "gqa_prefill", "sliding_ring_prefix"),
+    ("gqa_prefill", "share_1 / total", "share_0 / total", "gqa_prefill", "full_paged_prefix"),
+    ("gqa_prefill", "(row_image >= 0)[:, None])\n", "(row_image >= 99)[:, None])\n", "gqa_prefill", "images"),
+    ("gqa_prefill", "l * old + tl.sum(p, 1)", "l + tl.sum(p, 1)", "gqa_prefill", "sliding"),
+    ("rebuilt_keys", "lo * cos - hi * sin", "lo * cos + hi * sin", "gqa_prefill", "full_v_only_paged"),
+    ("qkv_norm_rope", "a * cos - b * sin", "a * cos + b * sin", "qkv_norm_rope", "odd"),
+    ("norm_add_norm", "y = y * tl.load(scale_ptr)", "y = y * 1.0 + 0 * tl.load(scale_ptr)", "norm_add_norm", "26b"),
+    ("linear", "(k0 + tl.arange(0, BLOCK_K) < K)", "(k0 + tl.arange(0, BLOCK_K) < K - 1)", "linear", "odd"),
+    ("linear", "cap * tanh(acc / cap)", "cap * tanh(acc)", "logits", "odd"),
+    ("linear", "gelu_tanh(acc) * up", "gelu_tanh(up) * acc", "geglu_mlp", "odd"),
+    ("moe_decode", "rank[None, :] == slot[:, None]", "rank[None, :] == slot[:, None] + 1", "moe_decode", "odd"),
+    ("moe_decode", "h * tl.load(weight_ptr + pair)", "h * 1.0", "moe_decode", "odd"),
+    ("grouped_gemm", "r_ok, n_ok = r < hi", "r_ok, n_ok = r < hi - 1", "grouped_gemm", "none"),
+    ("grouped_gemm", "at // TOP_K if GEGLU", "at // (2 * TOP_K) if GEGLU", "grouped_gemm", "skewed_geglu"),
+    ("route_topk", "* tl.load(expert_scale_ptr + ids)", "+ 0 * tl.load(expert_scale_ptr + ids)", "route_topk", "odd"),
+    ("expert_dispatch", "(i[None, :] < i[:, None])", "(i[None, :] > i[:, None])", "expert_dispatch", "odd"),
+    ("embedding", "* scale", "* 1.0", "embedding", "odd"),
+    ("common", "- 128\n", "- 127\n", "linear", "int8_odd"),
+    ("common", "swap = (turn & 1) == 1", "swap = (turn & 1) == 2", "rope_angles", "full_far"),
+    ("common", "0.044715 * x * x * x", "0.044715 * x * x", "geglu_mlp", "odd"),
+]  # fmt: skip
+KERNELS = Path(common.__file__).parent
+
+
+@contextlib.contextmanager
+def kernels_with(file: str, old: str, new: str, folder: Path) -> Iterator[None]:
+    """All kernels imported anew, of a copy in which `old` is `new` in one file."""
+    package = "gemma4_fast.triton"
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(package + ".")}
+    parent = sys.modules[package]
+    for source in KERNELS.glob("*.py"):
+        text = source.read_text(encoding="utf-8")
+        if source.stem == file:
+            assert old in text, f"{file}.py has no {old!r} any more: mend this mutant"
+            text = text.replace(old, new)
+        (folder / source.name).write_text(text, encoding="utf-8")
+    path = parent.__path__
+    parent.__path__ = [str(folder)]
+    try:
+        yield
+    finally:
+        parent.__path__ = path
+        for name in [n for n in sys.modules if n.startswith(package + ".")]:
+            del sys.modules[name]
+        sys.modules.update(kept)
+        for name, module in kept.items():
+            setattr(parent, name.rsplit(".", 1)[1], module)
+
+
+@pytest.mark.skipif(GPU, reason="the interpreter shows it, and on a GPU some of these would leave memory")
+@pytest.mark.parametrize("file, old, new, name, case", MUTANTS, ids=[f"{m[0]}-{i}" for i, m in enumerate(MUTANTS)])
+def test_a_mistake_is_seen(file: str, old: str, new: str, name: str, case: str, tmp_path: Path) -> None:
+    op = ops.TABLE[name]
+    judge = Judge(op, op.inputs(case, torch.float32))
+    with kernels_with(file, old, new, tmp_path):
+        function = getattr(importlib.import_module(f"gemma4_fast.triton.{name}"), name)
+        assert not judge(function).ok
+    assert judge(op.impls["triton"].function).ok
+
+
+# ---- choosing it ----
+
+
+def test_the_interpreter_is_never_the_automatic_choice() -> None:
+    if not GPU:
+        assert all(c.backend != "triton" for c in explain(device="cpu", dtype="float32").choices)
+        with use_backend("triton"):
+            shown = {c.backend for c in explain(device="cpu", dtype="float32").choices}
+        assert shown == {"triton", "composed"}
+    else:
+        assert {c.backend for c in explain(device="cuda").choices} <= {"cuda", "triton", "composed"}
+
+
+def test_what_the_kernels_do_not_take_is_refused() -> None:
+    args = decode_case(Maker(torch.float16, DEVICE), [3], 2, 1, 1024, 8)
+    with use_backend("triton"):
+        with pytest.raises(UnsupportedError, match="even head dims up to 512, got 1024"):
+            ops.gqa_decode(**args)
+        with pytest.raises(UnsupportedError, match="does not take float64"):
+            ops.rms_norm(torch.ones(2, 8, dtype=torch.float64, device=DEVICE))
+        weight = QuantizedWeight.of(torch.randn(32, 64, device=DEVICE), 8)
+        with pytest.raises(UnsupportedError, match="no views"):
+            ops.linear(torch.ones(1, 64, device=DEVICE), weight[3:9])
+        with pytest.raises(UnsupportedError, match="in 2 parts"):
+            ops.geglu_mlp(torch.ones(1, 64, device=DEVICE), weight, QuantizedWeight.of(torch.randn(64, 16, device=DEVICE), 8))
+
+
+# ---- a whole model ----
+
+
+def test_a_whole_model_runs_on_these_kernels_alone() -> None:
+    prompt, new = list(range(70, 83)), 3
+    dtype = torch.float32
+    wanted = Gemma4.from_pretrained("tiny", dtype, DEVICE, "torch", check=False).generate(
+        prompt, max_new_tokens=new, temperature=0.0
+    )
+    got = Gemma4.from_pretrained("tiny", dtype, DEVICE, "triton", check=False).generate(
+        prompt, max_new_tokens=new, temperature=0.0
+    )
+    assert got.token_ids == wanted.token_ids
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_whole_model_passes_its_self_check(dtype: torch.dtype) -> None:
+    report = verify(Gemma4.from_pretrained("tiny", dtype, DEVICE, "triton", check=False))
+    assert report.passed, str(report)
