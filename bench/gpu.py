@@ -42,7 +42,19 @@ def parts(folder: Path, python: str = sys.executable) -> list[Part]:
     many = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []  # compiling takes the time
     bench = [python, "-m", "gemma4_fast", "bench"]
     small = ["-k", f"test_matches_reference and ({CHECKED}) and float16 and not bfloat16"]
-    model = [*bench, "model", "--config", SHAPES, "--backend", "triton", "--rounds", "3", "--append", "-o", str(folder / "gpu-model.jsonl")]
+    model = [
+        *bench,
+        "model",
+        "--config",
+        SHAPES,
+        "--backend",
+        "triton",
+        "--rounds",
+        "3",
+        "--append",
+        "-o",
+        str(folder / "gpu-model.jsonl"),
+    ]
     return [
         Part("tests", 170, [*test, "-q", *many]),
         Part("ops", 150, [*bench, "ops", "--backend", "triton,torch", "--seconds", "0.1", "-o", str(folder / "gpu-ops.jsonl"), "--append"]),

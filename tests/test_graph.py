@@ -276,3 +276,102 @@ def test_dynamo_is_not_imported() -> None:
     code = "import sys, gemma4_fast; m = gemma4_fast.Gemma4.from_pretrained('tiny', check=False, progress=False)\n"
     code += "m.generate([5, 6], max_new_tokens=5, stop_token_ids=()); assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- what a GPU does: the step is captured, and what is captured is what is replayed ----
+
+
+class Captured:
+    """Stands for a CUDA graph: what it would have captured runs at each replay."""
+
+    made: list[Captured]
+
+    def __init__(self, step: Any, inputs: Any) -> None:
+        self.step, self.inputs, self.replays = step, inputs, 0
+        Captured.made.append(self)
+
+    def replay(self, ids: Tensor, new_lens: list[int], times: Any = None) -> Tensor:
+        self.replays += 1
+        self.inputs.set(ids, new_lens)
+        return self.step()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> type[Captured]:
+    from gemma4_fast import graph
+
+    Captured.made = []
+    monkeypatch.setattr(graph.DecodeGraph, "on_gpu", True)
+    monkeypatch.setattr(graph, "_Captured", Captured)
+    return Captured
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_a_captured_step_gives_the_same_bits(member: str, gpu: type[Captured]) -> None:
+    with use_backend("torch"):
+        compare(model_of(member), batch=3, steps=14)
+    assert [c.replays for c in gpu.made] == [13]  # the first one runs op by op, and warms up
+
+
+def test_a_step_that_cannot_be_captured_runs_op_by_op(
+    gpu: type[Captured], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        gpu.made.append(None)  # type: ignore[arg-type]
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    from gemma4_fast import graph
+
+    monkeypatch.setattr(graph, "_Captured", fails)
+    with use_backend("torch"):
+        compare(model_of("26b-a4b"), batch=3, steps=8)
+    assert len(gpu.made) == 1  # not tried again
+    assert "not permitted when stream is capturing" in caplog.text
+
+
+def test_captured_anew_when_a_cache_outgrows_what_it_was_made_ready_for(
+    monkeypatch: pytest.MonkeyPatch, gpu: type[Captured]
+) -> None:
+    monkeypatch.setattr(ops, "decode_limit", lambda longest: -(-longest // 16) * 16)
+    with use_backend("torch"):
+        compare(model_of("12b"), batch=1, steps=40)
+    assert len(gpu.made) == 3 and sum(c.replays for c in gpu.made) == 40 - 3
+
+
+def test_a_step_that_knows_the_longest_sequence_reads_that_much_of_full_caches() -> None:
+    """What steps on a GPU tell attention, so that it cuts its work without asking the device."""
+    seen: list[tuple[int, ...]] = []
+    decode = ops.gqa_decode
+
+    def noted(q: Tensor, k: Tensor | None, v: Tensor, *args: Any) -> Tensor:
+        seen.append(tuple(v.shape))
+        return decode(q, k, v, *args)
+
+    model = model_of("12b")
+    caches = [model.new_cache(2, 192) for _ in range(2)]
+    with model.running(), use_backend("torch"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "gqa_decode", noted)
+        for cache in caches:
+            model.model(torch.arange(2 * 50), model.model.step([50, 50], cache), cache)
+        steps = [model.model.step([1, 1], cache, decode=True) for cache in caches]
+        steps[1].limit = 64
+        outs = [model.model(torch.tensor([5, 6]), step, cache) for step, cache in zip(steps, caches, strict=True)]
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)
+    half = len(seen) // 2
+    slots = [{s[1] for s in seen[:half]}, {s[1] for s in seen[half:]}]
+    assert 192 in slots[0] and 192 not in slots[1] and 64 in slots[1]
+
+
+def test_a_chat_keeps_its_recorded_step_with_its_cache() -> None:
+    from gemma4_fast.generate import Prefix, Session
+
+    model, prefix, ids = model_of("26b-a4b"), Prefix(), [5, 6, 7]
+    graphs = []
+    for _ in range(3):
+        session = Session(model, [ids], max_new_tokens=4, prefix=prefix)
+        ids = ids + [step[0].id for step in session.run()] + [9]
+        graphs.append(prefix.graph)
+    assert graphs[0] is not None and graphs[0] is graphs[1] is graphs[2]
+    prefix.cache = None  # an interrupt lost it
+    list(Session(model, [ids], max_new_tokens=2, prefix=prefix).run())
+    assert prefix.graph is not graphs[0]

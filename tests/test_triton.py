@@ -197,7 +197,7 @@ MUTANTS = [
     ("gqa_decode", "position < length)", "position < length - 1)", "gqa_decode", "odd"),
     ("gqa_decode", 'float("-inf"))\n    m = tl.max(s, 1)', "0.0)\n    m = tl.max(s, 1)", "gqa_decode", "odd"),
     ("gqa_decode", "scores * (scale * LOG2E)", "scores * LOG2E * LOG2E", "gqa_decode", "odd"),
-    ("gqa_decode", "tl.exp2(m_new - finite)", "1.0", "gqa_decode", "sliding_ring_paged"),
+    ("gqa_decode", "tl.exp2(m_new - finite)", "tl.exp2(m_new - m_new)", "gqa_decode", "sliding_ring_paged"),
     ("gqa_decode", "slot = position % slots", "slot = (position + 1) % slots", "gqa_decode", "sliding_ring_paged"),
     ("gqa_decode_v_only", "q_lo * cos[None, :] + q_hi", "q_lo * cos[None, :] - q_hi", "gqa_decode", "full_v_only_wrapped"),
     ("gqa_decode_v_only", "q_hi1 = _weighted(q_ptr, row * D, g_ok, w_ptr, HALF", "q_hi1 = _weighted(q_ptr, row * D, g_ok, w_ptr, 0",
@@ -222,7 +222,7 @@ MUTANTS = [
     ("route_topk", "* tl.load(expert_scale_ptr + ids)", "+ 0 * tl.load(expert_scale_ptr + ids)", "route_topk", "odd"),
     ("expert_dispatch", "(i[None, :] < i[:, None])", "(i[None, :] > i[:, None])", "expert_dispatch", "odd"),
     ("embedding", "* scale", "* 1.0", "embedding", "odd"),
-    ("common", "- 128\n", "- 127\n", "linear", "int8_odd"),
+    ("common", "- 128\n", "- 127\n", "embedding", "int8_odd"),
     ("common", "swap = (turn & 1) == 1", "swap = (turn & 1) == 2", "rope_angles", "full_far"),
     ("common", "0.044715 * x * x * x", "0.044715 * x * x", "geglu_mlp", "odd"),
 ]  # fmt: skip

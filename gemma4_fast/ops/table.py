@@ -146,7 +146,8 @@ class Op:
             self._kept[key] = serving, {b: reason for b, reason in asked.items() if reason is not None}
             if not wanted:
                 for backend, reason in self._kept[key][1].items():
-                    if backend in self.impls and backend_missing(backend, device.type) is None:
+                    here = backend_missing(backend, device.type) is None and reason != NEEDS_GPU.format(device.type)
+                    if backend in self.impls and here:
                         _say_once(f"{self.name} passes over {backend}: {reason}")
         return self._kept[key]
 
