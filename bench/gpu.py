@@ -1,7 +1,8 @@
 """All that needs a GPU, in one command that ends within ten minutes: `make gpu`, or `python bench/gpu.py`.
 
-The op table on the device in bf16, fp16 and fp32, the memory checker over a part of it, the ops at true shapes, and 26B-A4B with
-dummy weights. Needs nothing from the network. Each part has a time of its own, and what one part finds does not keep the next
+The op table on the device in bf16, fp16 and fp32, the memory checker over a part of it, the ops at true shapes, and 26B-A4B
+with dummy weights. Needs nothing from the network. Each part has a time of its own, and what one part finds does not keep the
+next
 from running; rows are written as they are made, into bench/results/<machine>/. Exit code 1 if a part failed.
 """
 
@@ -57,10 +58,10 @@ def parts(folder: Path, python: str = sys.executable) -> list[Part]:
     ]
     return [
         Part("tests", 170, [*test, "-q", *many]),
-        Part("ops", 150, [*bench, "ops", "--backend", "triton,torch", "--seconds", "0.1", "-o", str(folder / "gpu-ops.jsonl"), "--append"]),
-        Part("model", 80, [*model, "--depth", "1K", "--decode", "64"]),
-        Part("model, batch 64", 60, [*model, "--depth", "1K", "--decode", "32", "--batch", "64"]),
-        Part("memory checker", 90, ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *test, "-q", "-x", *small],
+        Part("ops", 150, [*bench, "ops", "--backend", "triton,torch", "--seconds", "0.1", "-o", str(folder / "gpu-ops.jsonl"),
+        "--append"]), Part("model", 80, [*model, "--depth", "1K", "--decode", "64"]), Part("model, batch 64", 60, [*model,
+        "--depth", "1K", "--decode", "32", "--batch", "64"]), Part("memory checker", 90, ["compute-sanitizer", "--tool",
+        "memcheck", "--error-exitcode", "9", *test, "-q", "-x", *small],
              wants="compute-sanitizer"),
     ]  # fmt: skip
 

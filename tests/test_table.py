@@ -107,21 +107,8 @@ def test_a_named_backend_never_falls_back(fake_cpu: None) -> None:
         assert ops.rms_norm(X)[0, 0] != 7.0
 
 
-@pytest.fixture
-def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As for users: Triton compiles its kernels, for a GPU."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    table.backend_missing.cache_clear()
-    for op in ops.TABLE.values():
-        op._kept.clear()
-    yield
-    table.backend_missing.cache_clear()
-    for op in ops.TABLE.values():
-        op._kept.clear()
-
-
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_backend_that_cannot_run_here_says_so(backend: str, no_interpreter: None) -> None:
+def test_a_backend_that_cannot_run_here_says_so(backend: str) -> None:
     with use_backend(backend), pytest.raises(UnsupportedError, match=f"{backend}: needs a GPU"):
         ops.rms_norm(X)
     with pytest.raises(UnsupportedError, match=r"needs a GPU.*rms_norm.*grouped_gemm"):
@@ -148,7 +135,7 @@ def test_a_composed_op_hands_the_choice_to_its_parts() -> None:
         ops.moe(**args)
 
 
-def test_a_choice_for_one_op_holds_inside_a_model_with_a_backend(fake_cpu: None, no_interpreter: None) -> None:
+def test_a_choice_for_one_op_holds_inside_a_model_with_a_backend(fake_cpu: None) -> None:
     model = gemma4_fast.Gemma4.from_pretrained("tiny", "float32", None, "torch", check=False)
     with use_backend("triton", ops=["logits"]), pytest.raises(UnsupportedError, match=r"logits.*needs a GPU"):
         model(torch.tensor([[1, 2]]))

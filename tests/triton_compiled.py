@@ -4,9 +4,9 @@
     python tests/triton_compiled.py --target sm_90 --op linear
     python tests/triton_compiled.py --write            make the file anew; with --target or --op, those rows alone
 
-How: each op's Triton function is called with the shapes of its `bench_cases` and `gpu_cases`, in bf16, on tensors of the meta device, and every
-launch that it makes is caught. A first pass only lists the launches. Then a pool of processes compiles each distinct one: a
-process calls the function again, and lets this launch through to the compiler.
+How: each op's Triton function is called with the shapes of its `bench_cases` and `gpu_cases`, in bf16, on tensors of the meta
+device, and every launch that it makes is caught. A first pass only lists the launches. Then a pool of processes compiles each
+distinct one: a process calls the function again, and lets this launch through to the compiler.
 
 What holds for every compiler version (`broken_rules`): no spills and no stack, for both are slow memory; shared memory,
 registers and tensor memory that the GPU has; tensor cores for products of bf16. What the file adds (`differences`): the

@@ -55,8 +55,8 @@ class Case:
 
 
 def cases(names: Sequence[str], wanted: Sequence[str], device: torch.device) -> list[Case]:
-    """Of these ops the cases named; without names those at true shapes, on a GPU larger ones too. ValueError for a name that no op
-    has."""
+    """Of these ops the cases named; without names those at true shapes, on a GPU larger ones too. ValueError for a name that no
+    op has."""
     found = []
     known: set[str] = set()
     for name in names:

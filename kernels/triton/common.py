@@ -105,8 +105,8 @@ def tanh(x):
 @triton.jit
 def cos_sin(position, freq):
     """cos, sin of position (int) times freq (fp32, radians), fp32: product and reduction to a quarter turn in fp64, so that
-    positions of 262144 lose nothing; then Taylor polynomials on [-pi/4, pi/4]. No branches: a library's cos has one, and keeps a stack
-    for it."""
+    positions of 262144 lose nothing; then Taylor polynomials on [-pi/4, pi/4]. No branches: a library's cos has one, and
+    keeps a stack for it."""
     angle = position.to(tl.float64) * freq.to(tl.float64)
     quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
     r = (angle - quarter * 1.5707963267948966).to(tl.float32)
@@ -121,8 +121,8 @@ def cos_sin(position, freq):
 
 @triton.jit
 def words_of(row, word, num_words, first_panel):
-    """Offsets [N, W] of 32-bit words of a quantized matrix: row [N, 1], word [1, W] of that row. See gemma4_fast.quant: panels of
-    16 rows, a word of each beside the others."""
+    """Offsets [N, W] of 32-bit words of a quantized matrix: row [N, 1], word [1, W] of that row. See gemma4_fast.quant: panels
+    of 16 rows, a word of each beside the others."""
     panel = first_panel + row // 16
     return panel.to(tl.int64) * (num_words * 16) + word * 16 + row % 16
 

@@ -1,7 +1,7 @@
 """geglu_mlp: out = (gelu_tanh(x @ gate^T) * (x @ up^T)) @ down^T
 
-x [.., H]; gate_up [2 I, H], gate rows first; down [H, I]; floats, or quantized. Two products of linear.py, the first of which ends
-with GeGLU; what stands between them, [M, I], is rounded to x.dtype, as in plain PyTorch.
+x [.., H]; gate_up [2 I, H], gate rows first; down [H, I]; floats, or quantized. Two products of linear.py, the first of which
+ends with GeGLU; what stands between them, [M, I], is rounded to x.dtype, as in plain PyTorch.
 """
 
 from __future__ import annotations

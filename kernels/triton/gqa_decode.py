@@ -1,13 +1,14 @@
 """gqa_decode: attention of one new token per sequence over its cache,  out[b, h] = softmax(scale q[b, h] K^T) V
 
-q [B, Hq, D]; k_cache, v_cache [B, S, Hkv, D], or [num_blocks, block_size, Hkv, D] with block_table [B, blocks] int32; kv_lens [B] int;
-window: only the newest so many positions. Position p lies in slot p mod S. k_cache None: K is rebuilt, gqa_decode_v_only.py.
-Source: Flash-Decoding (Dao et al. 2023), over grouped queries (Ainslie et al. 2023).
+q [B, Hq, D]; k_cache, v_cache [B, S, Hkv, D], or [num_blocks, block_size, Hkv, D] with block_table [B, blocks] int32; kv_lens
+[B] int; window: only the newest so many positions. Position p lies in slot p mod S. k_cache None: K is rebuilt,
+gqa_decode_v_only.py. Source: Flash-Decoding (Dao et al. 2023), over grouped queries (Ainslie et al. 2023).
 
-The cache is cut where it does not depend on who else is in the batch, into tiles of BLOCK_N positions and nodes of NODE. A program takes
-one node, or if those are too few for the machine one tile; the Hq / Hkv query heads of a KV head are the rows of its products. Sums and
-maxima are merged tile by tile into their node, and the nodes by a second kernel, in the same order and with the same operations whoever
-does it: a sequence gets the same bits alone and in a batch. Partial sums: fp32 [B, Hq, splits, D], and m, l [B, Hq, splits].
+The cache is cut where it does not depend on who else is in the batch, into tiles of BLOCK_N positions and nodes of NODE. A
+program takes one node, or if those are too few for the machine one tile; the Hq / Hkv query heads of a KV head are the rows
+of its products. Sums and maxima are merged tile by tile into their node, and the nodes by a second kernel, in the same order
+and with the same operations whoever does it: a sequence gets the same bits alone and in a batch. Partial sums: fp32 [B, Hq,
+splits, D], and m, l [B, Hq, splits].
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ NODE = 512  # positions
 
 @triton.jit
 def seen(lens_ptr, b, slots, window, BLOCK_N: tl.constexpr, NODE: tl.constexpr):
-    """The newest positions [lo, length) that sequence b has in its cache and its query sees, and the first tile of lo's node."""
+    """The newest positions [lo, length) that sequence b has in its cache and its query sees; the first tile of lo's node."""
     length = tl.load(lens_ptr + b).to(tl.int32)
     lo = tl.maximum(length - tl.minimum(slots, window), 0)
     return lo, length, (lo // NODE) * (NODE // BLOCK_N)
@@ -89,7 +90,7 @@ def _tiles_kernel(
         q_ptr + row[:, None] * D + d[None, :], mask=(g < GROUP)[:, None] & d_ok[None, :], other=0.0
     )  # [BLOCK_G, BLOCK_D]
     m = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_G], tl.float32)  # noqa: E741
+    l = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for tile in range(begin, end):
         position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -103,7 +104,7 @@ def _tiles_kernel(
         p, m_tile, l_tile = tile_softmax(scores, valid, scale)
         acc_tile = tl.dot(p.to(v.dtype), v, input_precision="ieee")
         m, old, new = shares(m, m_tile)
-        l = merged(l, old, l_tile, new)  # noqa: E741
+        l = merged(l, old, l_tile, new)
         acc = merged(acc, old[:, None], acc_tile, new[:, None])
     to = row * splits + split
     tl.store(m_ptr + to, m, mask=g < GROUP)
@@ -114,8 +115,8 @@ def _tiles_kernel(
 @triton.jit
 def _merge_kernel(
     m_ptr, l_ptr, acc_ptr, lens_ptr, out_ptr, window, slots, splits,
-    HEADS: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr, PER_SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, NODE: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr, PER_SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
+    NODE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # a query head of a sequence
     lo, length, first = seen(lens_ptr, (row // HEADS).to(tl.int32), slots, window, BLOCK_N, NODE)
@@ -134,7 +135,7 @@ def _merge_kernel(
     weight = 0.0
     for n0 in range(0, nodes, BLOCK_S):
         m = tl.full([BLOCK_S], float("-inf"), tl.float32)
-        l = tl.zeros([BLOCK_S], tl.float32)  # noqa: E741
+        l = tl.zeros([BLOCK_S], tl.float32)
         acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
         for part in tl.static_range(PARTS):  # as a program that takes a whole node does it
             s = (n0 + tl.arange(0, BLOCK_S)) * PARTS + part
@@ -144,7 +145,7 @@ def _merge_kernel(
             l_new = tl.load(l_ptr + at, mask=there, other=0.0)
             acc_new = tl.load(acc_ptr + at[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
             m, old, new = shares(m, m_new)
-            l = merged(l, old, l_new, new)  # noqa: E741
+            l = merged(l, old, l_new, new)
             acc = merged(acc, old[:, None], acc_new, new[:, None])
         share = tl.exp2(m - largest)
         total += tl.sum(acc * share[:, None], 0)
@@ -180,7 +181,8 @@ class Splits:
         block_d = min(64, pow2(self.dim))
         _merge_kernel[(self.batch * self.heads, cdiv(self.dim, block_d))](
             self.m, self.l, self.acc, lens, out, self.window, self.slots, self.splits, HEADS=self.heads, D=self.dim,
-            TILES=self.tiles, PER_SPLIT=self.per_split, BLOCK_N=self.block_n, NODE=NODE, BLOCK_S=16, BLOCK_D=block_d, num_warps=4,
+            TILES=self.tiles, PER_SPLIT=self.per_split, BLOCK_N=self.block_n, NODE=NODE, BLOCK_S=16, BLOCK_D=block_d,
+            num_warps=4,
         )  # fmt: skip
         return out
 

@@ -1,12 +1,14 @@
 """gqa_decode over a V-only cache: K = RoPE(w * V) is rebuilt in the kernel, so that half the bytes are read
 
-Where V = rms(x) and K = RoPE(rms(x) * w) come from one projection (Gemma 4's full layers), K needs no memory. v_cache as in gqa_decode.py,
-which see for how the work is cut and merged; inv_freq [R] fp32, the rotary pairs (i, i + D/2), i < R; k_weight [D].
+Where V = rms(x) and K = RoPE(rms(x) * w) come from one projection (Gemma 4's full layers), K needs no memory. v_cache as in
+gqa_decode.py, which see for how the work is cut and merged; inv_freq [R] fp32, the rotary pairs (i, i + D/2), i < R; k_weight
+[D].
 
-Two thirds of a key's work are saved by algebra. Columns that do not rotate: q . (w * v) = (q * w) . v, so w goes into q, once, and v is
-the key. Pairs that do, at position p = t + o of the tile that begins at t: q . R(p) k = (R(-t) q) . (R(o) k), so q is turned back by t once a tile,
-and the keys by their offset o in the tile alone, whose angles are the same for all tiles: a table [BLOCK_N, R]. The head's columns are
-therefore taken in up to six pieces: the rotating lo and hi, and what lies behind each, in two powers of two.
+Two thirds of a key's work are saved by algebra. Columns that do not rotate: q . (w * v) = (q * w) . v, so w goes into q,
+once, and v is the key. Pairs that do, at position p = t + o of the tile that begins at t: q . R(p) k = (R(-t) q) . (R(o) k),
+so q is turned back by t once a tile, and the keys by their offset o in the tile alone, whose angles are the same for all
+tiles: a table [BLOCK_N, R]. The head's columns are therefore taken in up to six pieces: the rotating lo and hi, and what lies
+behind each, in two powers of two.
 """
 
 from __future__ import annotations
@@ -65,11 +67,11 @@ def _store(acc_ptr, row, row_ok, first, limit, acc, SIZE: tl.constexpr):
 
 @triton.jit
 def _tiles_kernel(
-    q_ptr, v_ptr, w_ptr, freq_ptr, cos_ptr, sin_ptr, lens_ptr, table_ptr, m_ptr, l_ptr, acc_ptr, scale, window, slots, block_size,
-    splits, R, stride_vb, stride_vs, stride_vh, stride_table,
+    q_ptr, v_ptr, w_ptr, freq_ptr, cos_ptr, sin_ptr, lens_ptr, table_ptr, m_ptr, l_ptr, acc_ptr, scale, window, slots,
+    block_size, splits, R, stride_vb, stride_vs, stride_vh, stride_table,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr, PER_SPLIT: tl.constexpr,
-    OFFSET: tl.constexpr, NODE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, REST_1: tl.constexpr,
-    REST_2: tl.constexpr,
+    OFFSET: tl.constexpr, NODE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    REST_1: tl.constexpr, REST_2: tl.constexpr,
 ):  # fmt: skip
     split, b, head = tl.program_id(0), tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     lo, length, first = seen(lens_ptr, b, slots, window, BLOCK_N, NODE)
@@ -88,7 +90,7 @@ def _tiles_kernel(
     w_hi = tl.load(w_ptr + HALF + r, mask=r < HALF, other=0.0).to(tl.float32)
     freq = tl.load(freq_ptr + r, mask=r < R, other=0.0)
     m = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_G], tl.float32)  # noqa: E741
+    l = tl.zeros([BLOCK_G], tl.float32)
     acc_lo, acc_hi = tl.zeros([BLOCK_G, BLOCK_R], tl.float32), tl.zeros([BLOCK_G, BLOCK_R], tl.float32)
     if REST_1:
         q_lo1 = _weighted(q_ptr, row * D, g_ok, w_ptr, BLOCK_R, HALF, REST_1)
@@ -130,7 +132,7 @@ def _tiles_kernel(
         p, m_tile, l_tile = tile_softmax(scores, valid, scale)
         p = p.to(v_lo.dtype)
         m, old, new = shares(m, m_tile)
-        l = merged(l, old, l_tile, new)  # noqa: E741
+        l = merged(l, old, l_tile, new)
         old, new = old[:, None], new[:, None]
         acc_lo = merged(acc_lo, old, tl.dot(p, v_lo, input_precision="ieee"), new)
         acc_hi = merged(acc_hi, old, tl.dot(p, v_hi, input_precision="ieee"), new)
@@ -197,6 +199,7 @@ def gqa_decode_v_only(
         q, v_cache, whole(k_weight), inv_freq, cos, sin, kv_lens, block_table, s.m, s.l, s.acc, scale, s.window, slots,
         v_cache.shape[1], s.splits, pairs, *v_cache.stride()[:3], 0 if block_table is None else block_table.stride(0),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=dim, PAGED=block_table is not None, PER_SPLIT=s.per_split, NODE=NODE,
-        OFFSET=offset_type(v_cache), BLOCK_G=pow2(heads // kv_heads, 16), BLOCK_R=block_r, REST_1=rest_1, REST_2=rest_2, **sizes,
+        OFFSET=offset_type(v_cache), BLOCK_G=pow2(heads // kv_heads, 16), BLOCK_R=block_r, REST_1=rest_1, REST_2=rest_2,
+        **sizes,
     )  # fmt: skip
     return s.merge(kv_lens, out)

@@ -1,14 +1,15 @@
 """gqa_prefill: causal attention of new tokens over themselves and over what the cache holds from before them
 
-q [T, Hq, D], k, v [T, Hkv, D], sequences end to end, sequence b in rows cu_seqlens[b] … cu_seqlens[b + 1]; prefix_lens [B]: positions in
-the cache, which is as in gqa_decode.py (V-only: its keys are rebuilt first, once for all queries, by rebuilt_keys.py). image_ids
-[T] int32: tokens of one image (equal ids >= 0) also see each other forwards; -1: text. out [T, Hq, D]:
+q [T, Hq, D], k, v [T, Hkv, D], sequences end to end, sequence b in rows cu_seqlens[b] … cu_seqlens[b + 1]; prefix_lens [B]:
+positions in the cache, which is as in gqa_decode.py (V-only: its keys are rebuilt first, once for all queries, by
+rebuilt_keys.py). image_ids [T] int32: tokens of one image (equal ids >= 0) also see each other forwards; -1: text. out [T,
+Hq, D]:
   softmax(scale q K^T) V over keys that are (not later, or of the same image) and newer than query - window.
 Source: FlashAttention (Dao et al. 2022), over grouped queries (Ainslie et al. 2023).
 
 A program takes BLOCK_M rows of one KV head of one sequence; row r is query head r % GROUP of token r // GROUP. Which sequence
-it has, it finds out itself from cu_seqlens, so that the host never waits for them. The cache and the new tokens have a launch each,
-whose results a third merges: with both loops in one kernel, or results in fp32, the registers run over.
+it has, it finds out itself from cu_seqlens, so that the host never waits for them. The cache and the new tokens have a launch
+each, whose results a third merges: with both loops in one kernel, or results in fp32, the registers run over.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from gemma4_fast.triton.rebuilt_keys import rebuilt_keys
 
 
 @triton.jit
-def _attend(scores, v, m, l, acc):  # noqa: E741
+def _attend(scores, v, m, l, acc):
     """One tile more. scores [BLOCK_M, BLOCK_N] fp32, base 2, -inf where masked."""
     most = tl.maximum(m, tl.max(scores, 1))
     finite = tl.where(most == float("-inf"), 0.0, most)  # a row that has seen nothing yet
@@ -40,9 +41,9 @@ def _attend(scores, v, m, l, acc):  # noqa: E741
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, cu_ptr, prefix_ptr, table_ptr, image_ptr, lse_ptr, out_ptr, scale, window, batch,
     slots, block_size, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_table,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, CACHE: tl.constexpr, PARTIAL: tl.constexpr, PAGED: tl.constexpr,
-    K_PAGED: tl.constexpr, ALIKE: tl.constexpr, OFFSET: tl.constexpr, IMAGES: tl.constexpr, BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, CACHE: tl.constexpr,
+    PARTIAL: tl.constexpr, PAGED: tl.constexpr, K_PAGED: tl.constexpr, ALIKE: tl.constexpr, OFFSET: tl.constexpr,
+    IMAGES: tl.constexpr, BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     index, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     some = tl.arange(0, BATCH)
@@ -65,7 +66,7 @@ def _prefill_kernel(
     q_at = ((begin + token).to(tl.int64) * KV_HEADS + head) * GROUP + row % GROUP  # of all heads of all tokens
     q = tl.load(q_ptr + q_at[:, None] * D + d[None, :], mask=row_ok[:, None] & d_ok[None, :], other=0.0)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if CACHE:
@@ -91,7 +92,7 @@ def _prefill_kernel(
             sees = (position < prefix)[None, :]
             if WINDOW:
                 sees = sees & (position[None, :] > prefix + token[:, None] - window)
-            m, l, acc = _attend(tl.where(sees, scores, float("-inf")), v, m, l, acc)  # noqa: E741
+            m, l, acc = _attend(tl.where(sees, scores, float("-inf")), v, m, l, acc)
     else:
         lo = 0
         if WINDOW:
@@ -122,7 +123,7 @@ def _prefill_kernel(
                 if WINDOW:
                     sees = sees & (j[None, :] > token[:, None] - window)
                 scores = tl.where(sees, scores, float("-inf"))
-            m, l, acc = _attend(scores, v, m, l, acc)  # noqa: E741
+            m, l, acc = _attend(scores, v, m, l, acc)
 
     out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     to = out_ptr + q_at[:, None] * D + d[None, :]
@@ -149,8 +150,8 @@ def _merge_kernel(lse_ptr, part_ptr, out_ptr, rows, D: tl.constexpr, BLOCK_R: tl
 
 
 def tile(dim: int, itemsize: int, plain: bool, t: Target) -> dict[str, Any]:
-    """BLOCK_M, BLOCK_N, warps and stages: the most that shared memory and registers hold, see tests/triton_compiled.txt. `plain`:
-    new tokens alone, without images; the rest needs more registers."""
+    """BLOCK_M, BLOCK_N, warps and stages: the most that shared memory and registers hold, see tests/triton_compiled.txt.
+    `plain`: new tokens alone, without images; the rest needs more registers."""
     if t.kind == "hip":
         return dict(
             BLOCK_M=64 if dim <= 256 else 32, BLOCK_N=32 if dim <= 256 else 16, num_warps=4 if dim <= 256 else 8, num_stages=1
@@ -206,11 +207,13 @@ def gqa_prefill(
         _prefill_kernel[grid](
             q, k_cache, v_cache, cu_seqlens, prefix_lens, block_table, None, lse[0], parts[0], scale, window or 0, batch,
             slots, v_cache.shape[1], *strides, CACHE=True, PARTIAL=True, PAGED=paged, K_PAGED=paged and not rebuilt,
-            ALIKE=strides[:3] == strides[3:6] and not (paged and rebuilt), OFFSET=offset_type(k_cache, v_cache), IMAGES=False, **flags,
+            ALIKE=strides[:3] == strides[3:6] and not (paged and rebuilt), OFFSET=offset_type(k_cache, v_cache), IMAGES=False,
+            **flags,
         )  # fmt: skip
     _prefill_kernel[grid](
-        q, k, v, cu_seqlens, None, None, image_ids, None if lse is None else lse[1], parts[-1], scale, window or 0, batch, 1, 1, *(0,) * 7,
-        CACHE=False, PARTIAL=cached, PAGED=False, K_PAGED=False, ALIKE=True, OFFSET=tl.int32, IMAGES=image_ids is not None, **flags,
+        q, k, v, cu_seqlens, None, None, image_ids, None if lse is None else lse[1], parts[-1], scale, window or 0, batch, 1,
+        1, *(0,) * 7, CACHE=False, PARTIAL=cached, PAGED=False, K_PAGED=False, ALIKE=True, OFFSET=tl.int32, IMAGES=image_ids
+        is not None, **flags,
     )  # fmt: skip
     if cached:
         rows = tokens * heads

@@ -1,4 +1,4 @@
-"""grouped_gemm: each expert's rows times that expert's matrix;  y[r] = x[row of r] @ weight[e]^T,  offsets[e] <= r < offsets[e + 1]
+"""grouped_gemm: each expert's rows times its matrix;  y[r] = x[row of r] @ weight[e]^T,  offsets[e] <= r < offsets[e + 1]
 
 weight [E, N, K], of floats or quantized; order [M] int32, offsets [E + 1] int32 from expert_dispatch; M = T top_k sorted rows.
   geglu    x [T, K] is gathered, row r reads x[order[r] // top_k]; N = 2 I, gate rows first: [M, I] = gelu_tanh(gate) * up
@@ -6,10 +6,10 @@ weight [E, N, K], of floats or quantized; order [M] int32, offsets [E + 1] int32
   combine  x [M, K], topk_weights [T, top_k] fp32: out[t] = sum_k topk_weights[t, k] * y[row of (t, k)] -> [T, N]
 Assignments to no expert lie behind offsets[E]; combine leaves them out. Source: gemma4_fast.reference.ops.grouped_gemm.
 
-A fixed number of programs walks over all tiles; which expert a tile belongs to, each finds out from the offsets, so that the host
-never waits for them. Tiles of rows of one expert follow each other and share a tile of its weight, which on targets that have it comes by
-descriptor (TMA). combine writes its rows, rounded as in plain PyTorch, where the assignments were, and a second kernel adds them in
-the order of k: no atomics.
+A fixed number of programs walks over all tiles; which expert a tile belongs to, each finds out from the offsets, so that the
+host never waits for them. Tiles of rows of one expert follow each other and share a tile of its weight, which on targets that
+have it comes by descriptor (TMA). combine writes its rows, rounded as in plain PyTorch, where the assignments were, and a
+second kernel adds them in the order of k: no atomics.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gemma4_fast.triton.common import Target, cdiv, gelu_tanh, parts, pow2, targ
 
 
 def tile(rows_per_expert: float, double: bool, itemsize: int, bits: int, t: Target) -> dict[str, Any]:
-    """Tile sizes, warps and stages; `double`: each tile has columns of gate and of up. 704 is 11 * 64 and no multiple of 128."""
+    """Tile sizes, warps and stages; `double`: each tile has columns of gate and of up. 704 is 11 * 64."""
     block_m = 16 if rows_per_expert <= 12 else 32 if rows_per_expert <= 24 else 64 if rows_per_expert <= 96 else 128
     roomy = t.shared > 200_000
     block_k = 128 if block_m <= 32 and roomy else 64
@@ -54,8 +54,8 @@ def _expert_tile(w, s_ptr, row, row_ok, n0, k0, K, expert, N, PART: tl.constexpr
 @triton.jit
 def _grouped_kernel(
     x_ptr, w, s_ptr, order_ptr, offsets_ptr, out_ptr, rows, N, K, E, tiles_n,
-    TOP_K: tl.constexpr, GEGLU: tl.constexpr, SCATTER: tl.constexpr, BITS: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
-    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TOP_K: tl.constexpr, GEGLU: tl.constexpr, SCATTER: tl.constexpr, BITS: tl.constexpr, TMA: tl.constexpr,
+    EVEN_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     experts = tl.arange(0, EXPERTS)
     begin = tl.load(offsets_ptr + experts, mask=experts < E, other=0)
@@ -130,13 +130,13 @@ def grouped_gemm(
         tma = t.has_tma and not bits and k * x.element_size() % 16 == 0 and values.data_ptr() % 16 == 0
         if tma:
             flat = values.view(-1, k)
-            values = TensorDescriptor(flat, list(flat.shape), [k, 1], [sizes["BLOCK_N"], sizes["BLOCK_K"]])  # type: ignore[assignment]
+            values = TensorDescriptor(flat, list(flat.shape), [k, 1], [sizes["BLOCK_N"], sizes["BLOCK_K"]])
         tiles_n = cdiv(n, sizes["BLOCK_N"])
         most = (cdiv(rows, sizes["BLOCK_M"]) + min(experts, rows)) * tiles_n
         per_core = 1 if sizes["BLOCK_M"] == 128 else 2
         _grouped_kernel[(min(most, per_core * t.cores),)](
-            x, values, scales, order, offsets, y, rows, n, k, experts, tiles_n, TOP_K=top_k, GEGLU=double, SCATTER=epilogue == "combine",
-            BITS=bits, TMA=tma, EVEN_K=k % sizes["BLOCK_K"] == 0, EXPERTS=pow2(experts), **sizes,
+            x, values, scales, order, offsets, y, rows, n, k, experts, tiles_n, TOP_K=top_k, GEGLU=double, SCATTER=epilogue ==
+            "combine", BITS=bits, TMA=tma, EVEN_K=k % sizes["BLOCK_K"] == 0, EXPERTS=pow2(experts), **sizes,
         )  # fmt: skip
     if epilogue != "combine":
         return y

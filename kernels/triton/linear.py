@@ -28,8 +28,8 @@ FEW = 64  # rows up to which reading the weight is what takes the time
 def tile(m: int, n: int, k: int, itemsize: int, bits: int, double: bool, t: Target) -> dict[str, Any]:
     """Tile sizes, warps and stages for x [m, k] times n rows of weight, twice as many if `double` (gate and up).
 
-    Few rows: a stream of weights, of which some 40 KB a multiprocessor must be on their way at any time; narrow tiles, so that all
-    multiprocessors have one. They go through mma.sync, whose sums do not depend on the tile. Many rows: arithmetic.
+    Few rows: a stream of weights, of which some 40 KB a multiprocessor must be on their way at any time; narrow tiles, so
+    that all multiprocessors have one. They go through mma.sync, whose sums do not depend on the tile. Many rows: arithmetic.
     """
     amd = t.kind == "hip"
     if m <= FEW:
@@ -38,8 +38,8 @@ def tile(m: int, n: int, k: int, itemsize: int, bits: int, double: bool, t: Targ
         if bits:
             block_k = 256 // (2 if itemsize == 4 else 1)
         stages = 2 if amd else 4 if m <= 16 else 3
-        return dict(BLOCK_M=16 if m <= 16 else 32, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=2 if block_n == 16 and not double else 4,
-                    num_stages=stages)  # fmt: skip
+        warps = 2 if block_n == 16 and not double else 4
+        return dict(BLOCK_M=16 if m <= 16 else 32, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
     roomy = t.shared > 200_000
     block_k = 64 if itemsize == 2 and (roomy or not double) else 32
     stages = 2 if amd or bits else 4 if roomy or double else 3

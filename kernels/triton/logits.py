@@ -1,8 +1,8 @@
 """logits: out = cap * tanh((x @ weight^T) / cap), or the id of the largest alone, without the logits ever reaching memory
 
-x [T, H]; weight [V, H], floats or quantized. Returns [T, V] in x.dtype; with argmax [T] int64, the lower id of equals, -1 for a row
-of x that is not finite. A product of linear.py; the largest of each tile is kept there, and the largest of those found by a second
-kernel.
+x [T, H]; weight [V, H], floats or quantized. Returns [T, V] in x.dtype; with argmax [T] int64, the lower id of equals, -1 for
+a row of x that is not finite. A product of linear.py; the largest of each tile is kept there, and the largest of those found
+by a second kernel.
 """
 
 from __future__ import annotations

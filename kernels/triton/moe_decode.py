@@ -1,13 +1,13 @@
 """moe_decode: out[t] = sum_k topk_weights[t, k] * down[e] @ (gelu_tanh(gate[e] @ x[t]) * (up[e] @ x[t])),  e = ids[t, k]
 
-x [T, H]; topk_weights [T, K] fp32; ids [T, K] int32; gate_up [E, 2 I, H], gate rows first; down [E, H, I]; floats, or quantized.
-Returns [T, H] in x.dtype. An id outside [0, E) is no expert and adds nothing. Source: gemma4_fast.reference.ops.moe.
+x [T, H]; topk_weights [T, K] fp32; ids [T, K] int32; gate_up [E, 2 I, H], gate rows first; down [E, H, I]; floats, or
+quantized. Returns [T, H] in x.dtype. An id outside [0, E) adds nothing. Source: gemma4_fast.reference.ops.moe.
 
 For few tokens, without sorting and without padding to tiles of rows: what counts is that each expert's weights are read once.
-  gate_up  a program for each assignment (t, k) and BLOCK_I rows of gate and up. The first assignment of an expert serves all of them,
-           16 at a time, the others' programs end at once. Writes h [T K, I].
-  down     a program for each token and BLOCK_N rows of down, over all K experts: the sum over experts is a sum in registers. Programs
-           of one tile of rows and all tokens are neighbours, so that an expert of two tokens is read from memory once.
+  gate_up  a program for each assignment (t, k) and BLOCK_I rows of gate and up. The first assignment of an expert serves all
+           of them, 16 at a time, the others' programs end at once. Writes h [T K, I].
+  down     a program for each token and BLOCK_N rows of down, over all K experts: the sum over experts is one in registers.
+           Programs of one tile of rows and all tokens are neighbours, so that an expert of two tokens is read once.
 From MANY tokens on it sorts, and goes the way of grouped_gemm.py.
 """
 
@@ -106,7 +106,8 @@ def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike
     block_k = min(128 if wide or bits else 256, pow2(hidden, 32))  # unpacked, 256 columns take all registers
     _gate_up_kernel[(cdiv(inter, 16), ids.numel())](
         x, ids, w1, maybe(s1), h, hidden, inter, experts, ids.numel(), TOP_K=top_k, PAIRS=pow2(ids.numel(), 16), BITS=bits,
-        EVEN_K=hidden % block_k == 0, BLOCK_M=16, BLOCK_I=16, BLOCK_K=block_k, num_warps=4, num_stages=2 if t.kind == "hip" else 3,
+        EVEN_K=hidden % block_k == 0, BLOCK_M=16, BLOCK_I=16, BLOCK_K=block_k, num_warps=4, num_stages=2 if t.kind == "hip"
+        else 3,
     )  # fmt: skip
     out = x.new_empty(x.shape)
     block_k = min(128 if wide else 256, pow2(inter, 32))

@@ -1,7 +1,7 @@
 """ple_gate: y = (x + rms_norm(proj @ (gelu_tanh(gate @ x) * ple), weight)) * scale,  z = rms_norm(y, next_weight)
 
-x [T, H]; ple [T, P], rows may lie apart; gate [P, H]; proj [H, P]; weight, next_weight [H]; scale [1]. Two products of linear.py, the
-first of which ends with the gate, then norm_add_norm. Source: per-layer embeddings of Gemma 3n and Gemma 4.
+x [T, H]; ple [T, P], rows may lie apart; gate [P, H]; proj [H, P]; weight, next_weight [H]; scale [1]. Two products of
+linear.py, the first of which ends with the gate, then norm_add_norm. Source: per-layer embeddings of Gemma 3n and Gemma 4.
 """
 
 from __future__ import annotations

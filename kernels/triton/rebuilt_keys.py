@@ -1,7 +1,9 @@
-"""The keys of a V-only cache: K = RoPE(k_weight * V), for prefill, where each key meets many queries and is worth being made once
+"""The keys of a V-only cache: K = RoPE(k_weight * V), for prefill, where each key meets many queries and is worth being made
+once
 
-v_cache [B, S, Hkv, D], or [num_blocks, block_size, Hkv, D] with block_table [B, blocks] int32; lens [B] positions; inv_freq [R] fp32;
-k_weight [D]. Returns [B, slots, Hkv, D] in v_cache.dtype: the key of slot s of sequence b, unwritten where the slot is empty.
+v_cache [B, S, Hkv, D], or [num_blocks, block_size, Hkv, D] with block_table [B, blocks] int32; lens [B] positions; inv_freq
+[R] fp32; k_weight [D]. Returns [B, slots, Hkv, D] in v_cache.dtype: the key of slot s of sequence b, unwritten where the slot
+is empty.
 """
 
 from __future__ import annotations
