@@ -153,7 +153,7 @@ class _Captured:
 
     def __init__(self, step: Callable[[], Tensor], inputs: _Inputs) -> None:
         self.inputs, self.graph = inputs, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):  # nothing runs yet
+        with ops.shared_step(), torch.cuda.graph(self.graph):  # nothing runs yet
             self.output = step()
 
     def replay(self, ids: Tensor, new_lens: list[int], times: dict[str, float] | None = None) -> Tensor:

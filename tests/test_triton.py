@@ -28,7 +28,7 @@ from gemma4_fast.quant import QuantizedWeight
 
 pytest.importorskip("triton")
 
-from gemma4_fast.triton import common, gqa_decode
+from gemma4_fast.triton import common, gqa_decode, gqa_decode_v_only
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -175,6 +175,20 @@ def test_a_view_of_a_cache_is_read_where_it_is() -> None:
     short = {k: args[k][:, :64] for k in ("k_cache", "v_cache")}
     assert not short["k_cache"].is_contiguous()
     assert torch.equal(decode({**args, **short}), decode(args))
+
+
+def test_layers_of_a_captured_step_share_their_angles(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    angles = gqa_decode_v_only.angles
+    monkeypatch.setattr(gqa_decode_v_only, "angles", lambda *args: made.append(1) or angles(*args))
+    args = decode_case(Maker(DTYPES[0], DEVICE), [70], 4, 2, 64, 128, v_only=True)
+    other = {**args, "inv_freq": args["inv_freq"] * 0.5}
+    wanted = [decode(args), decode(other)]
+    assert len(made) == 2
+    with ops.shared_step():
+        got = [decode(args), decode(other), decode(args), decode(other)]
+    assert len(made) == 4
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted * 2, strict=True))
 
 
 def test_offsets_have_64_bits_where_32_do_not_hold_them() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -50,3 +54,17 @@ def accepts_angles(positions: Tensor, inv_freq: Tensor) -> str | None:
 def accepts_attention(q: Tensor, *_: object) -> str | None:
     dim = q.shape[2]
     return f"takes even head dims up to {MAX_HEAD_DIM}, got {dim}" if dim > MAX_HEAD_DIM or dim % 2 else None
+
+
+@contextmanager
+def shared_step() -> Iterator[None]:
+    """Inside, while a decode step is captured: what its layers have in common is made by the first that needs it."""
+    common = sys.modules.get("gemma4_fast.triton.common")  # there, if a step has run on these kernels
+    if common is None:
+        yield
+        return
+    token = common.STEP.set({})
+    try:
+        yield
+    finally:
+        common.STEP.reset(token)

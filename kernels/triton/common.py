@@ -7,8 +7,10 @@ Kernels accumulate in fp32, offset rows in int64 and sum in a fixed order. `tl.d
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -33,7 +35,7 @@ class Target:
     @property
     def has_tma(self) -> bool:
         """Copies of whole tiles by descriptor. sm_120 has them too, but Triton 3.6 keeps a stack for them there."""
-        return self.kind == "cuda" and self.arch in (90, 100)
+        return self.kind == "cuda" and 90 <= self.arch < 120
 
 
 TARGETS = {
@@ -59,6 +61,25 @@ def _target(index: int) -> Target:
         return Target("hip", int(arch or 0), p.multi_processor_count, 65536)
     shared = getattr(p, "shared_memory_per_block_optin", 101376)
     return Target("cuda", 10 * p.major + p.minor, p.multi_processor_count, shared)
+
+
+# What launchers make that is the same for all layers of a step, by what it is made of; None where each call makes its own. A dict
+# only while a step is being captured: what it holds is computed once in each replay.
+STEP: ContextVar[dict[object, tuple[Tensor, ...]] | None] = ContextVar("gemma4_fast_triton_step", default=None)
+
+
+def once_a_step(make: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
+    """make(*args), or what it returned to an earlier layer of the step; tensors among the args count by identity."""
+    kept = STEP.get()
+    if kept is None:
+        return make(*args)
+    key = (make, *(id(a) if isinstance(a, Tensor) else a for a in args))
+    if key not in kept:
+        kept[key] = (
+            *make(*args),
+            *(a for a in args if isinstance(a, Tensor)),
+        )  # kept alive, so that their ids are theirs
+    return kept[key]
 
 
 def whole(x: Tensor) -> Tensor:

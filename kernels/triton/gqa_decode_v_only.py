@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma4_fast.triton.common import Target, cos_sin, pow2, target, whole
+from gemma4_fast.triton.common import Target, cos_sin, once_a_step, pow2, target, whole
 from gemma4_fast.triton.gqa_decode import (
     NODE,
     Splits,
@@ -173,6 +173,13 @@ def tile(itemsize: int, block_r: int, t: Target) -> dict[str, Any]:
     return dict(BLOCK_N=64 if itemsize == 2 else 16, num_warps=8, num_stages=2)
 
 
+def angles(inv_freq: Tensor, block_n: int, block_r: int) -> tuple[Tensor, Tensor]:
+    """cos, sin [block_n, block_r] fp32 of the offsets in a tile."""
+    cos, sin = (inv_freq.new_empty(block_n, block_r) for _ in range(2))
+    _angles_kernel[(block_n,)](whole(inv_freq), cos, sin, inv_freq.shape[0], BLOCK_R=block_r, num_warps=1)
+    return cos, sin
+
+
 def gqa_decode_v_only(
     q: Tensor,
     v_cache: Tensor,
@@ -188,15 +195,14 @@ def gqa_decode_v_only(
         return out
     batch, heads, dim = q.shape
     kv_heads, t, pairs = v_cache.shape[2], target(q.device), inv_freq.shape[0]
-    v_cache, inv_freq = columns_together(v_cache), whole(inv_freq.float())
+    v_cache, inv_freq = columns_together(v_cache), inv_freq if inv_freq.dtype == torch.float32 else inv_freq.float()
     block_r, rest_1, rest_2 = pieces(dim, pairs)
     sizes = tile(q.element_size(), block_r, t)
-    cos, sin = (inv_freq.new_empty(sizes["BLOCK_N"], block_r) for _ in range(2))
-    _angles_kernel[(sizes["BLOCK_N"],)](inv_freq, cos, sin, pairs, BLOCK_R=block_r, num_warps=1)
+    cos, sin = once_a_step(angles, inv_freq, sizes["BLOCK_N"], block_r)[:2]
     slots = v_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     s = Splits(q, kv_heads, slots, window, sizes["BLOCK_N"], t.cores)
     _tiles_kernel[(s.splits, batch * kv_heads)](
-        q, v_cache, whole(k_weight), inv_freq, cos, sin, kv_lens, block_table, s.m, s.l, s.acc, scale, s.window, slots,
+        q, v_cache, whole(k_weight), whole(inv_freq), cos, sin, kv_lens, block_table, s.m, s.l, s.acc, scale, s.window, slots,
         v_cache.shape[1], s.splits, pairs, *v_cache.stride()[:3], 0 if block_table is None else block_table.stride(0),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=dim, PAGED=block_table is not None, PER_SPLIT=s.per_split, NODE=NODE,
         OFFSET=offset_type(v_cache), BLOCK_G=pow2(heads // kv_heads, 16), BLOCK_R=block_r, REST_1=rest_1, REST_2=rest_2,

@@ -156,7 +156,7 @@ def tile(dim: int, itemsize: int, plain: bool, t: Target) -> dict[str, Any]:
         return dict(
             BLOCK_M=64 if dim <= 256 else 32, BLOCK_N=32 if dim <= 256 else 16, num_warps=4 if dim <= 256 else 8, num_stages=1
         )
-    row, hopper = pow2(dim) * itemsize, t.arch in (90, 100)
+    row, hopper = pow2(dim) * itemsize, 90 <= t.arch < 120  # and the large Blackwells
     if row > 1024:
         return dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2)
     if row > 512:
