@@ -63,8 +63,8 @@ def _target(index: int) -> Target:
     return Target("cuda", 10 * p.major + p.minor, p.multi_processor_count, shared)
 
 
-# What launchers make that is the same for all layers of a step, by what it is made of; None where each call makes its own. A dict
-# only while a step is being captured: what it holds is computed once in each replay.
+# What launchers make that is the same for all layers of a step, by what it is made of. A dict while a step is being captured, so
+# that each replay computes it once; else None: each call makes its own.
 STEP: ContextVar[dict[object, tuple[Tensor, ...]] | None] = ContextVar("gemma4_fast_triton_step", default=None)
 
 
