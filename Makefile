@@ -106,8 +106,9 @@ $(RUN_DONE): tests/requirements/run.txt | $(VENV_DONE)
 	$(PIP) install -r tests/requirements/run.txt
 	@touch $@
 
-$(DEV_DONE): tests/requirements/dev.txt $(RUN_DONE)
+$(DEV_DONE): tests/requirements/dev.txt tests/requirements/triton.txt $(RUN_DONE)
 	$(PIP) install -r tests/requirements/dev.txt
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -r tests/requirements/triton.txt
 	@touch $@
 
 # Dependencies are there already, pinned: --no-deps keeps pip from touching them, --no-build-isolation from fetching build

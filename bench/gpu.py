@@ -1,9 +1,8 @@
 """All that needs a GPU, in one command that ends within ten minutes: `make gpu`, or `python bench/gpu.py`.
 
-The op table on the device in bf16, fp16 and fp32, the memory checker over a part of it, the ops at true shapes, and 26B-A4B
-with dummy weights. Needs nothing from the network. Each part has a time of its own, and what one part finds does not keep the
-next
-from running; rows are written as they are made, into bench/results/<machine>/. Exit code 1 if a part failed.
+The op table on the device in bf16, fp16 and fp32, the ops at true shapes, 26B-A4B with dummy weights, and the memory checker
+over a part of the table. Nothing comes from the network. Each part has a time of its own, and what one part finds does not
+keep the next from running; rows are written as they are made, into bench/results/<machine>/. Exit code 1 if a part failed.
 """
 
 from __future__ import annotations
@@ -16,16 +15,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gemma4_fast.bench.machine import label, machine
+from gemma4_fast.triton.common import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = "26b-a4b"
-CHECKED = "odd or ring or idle or skewed or empty_experts or one_token"  # cases small enough for the memory checker
+# The ops whose gaps matter most come first: time may run out.
+OPS = "moe,moe_decode,gqa_decode,gqa_prefill,linear,logits,geglu_mlp,grouped_gemm,route_topk,qkv_norm_rope,norm_add_norm"
+CHECKED = "odd or ring or idle or skewed or empty_experts"  # cases small enough for the memory checker
+GRACE = 15  # seconds between asking a part to stop, so that it writes its rows, and ending it
 
 
 @dataclass(frozen=True)
@@ -38,32 +41,25 @@ class Part:
     wants: str = ""
 
 
-def parts(folder: Path, python: str = sys.executable) -> list[Part]:
-    test = [python, "-m", "pytest", "-p", "no:cacheprovider", "-m", "", str(ROOT / "tests/test_triton.py")]
-    many = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []  # compiling takes the time
+def parts(folder: Path, python: str = sys.executable) -> Iterator[Part]:
+    jobs = min(12, os.cpu_count() or 1)
+    major, minor = torch.cuda.get_device_capability() if torch.version.hip is None else (0, 0)
+    if (target := f"sm_{major}{minor}") in TARGETS:  # compiling takes longer than running, and has all cores here
+        command = [python, str(ROOT / "tests/triton_compiled.py"), "--target", target, "--keep-cache", "--jobs", str(jobs)]
+        yield Part("compile", 60, command)
+    test = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", str(ROOT / "tests/test_triton.py")]
+    many = ["-n", str(jobs)] if importlib.util.find_spec("xdist") else []
+    yield Part("tests", 110, [*test, *many])
     bench = [python, "-m", "gemma4_fast", "bench"]
-    small = ["-k", f"test_matches_reference and ({CHECKED}) and float16 and not bfloat16"]
-    model = [
-        *bench,
-        "model",
-        "--config",
-        SHAPES,
-        "--backend",
-        "triton",
-        "--rounds",
-        "3",
-        "--append",
-        "-o",
-        str(folder / "gpu-model.jsonl"),
-    ]
-    return [
-        Part("tests", 170, [*test, "-q", *many]),
-        Part("ops", 150, [*bench, "ops", "--backend", "triton,torch", "--seconds", "0.1", "-o", str(folder / "gpu-ops.jsonl"),
-        "--append"]), Part("model", 80, [*model, "--depth", "1K", "--decode", "64"]), Part("model, batch 64", 60, [*model,
-        "--depth", "1K", "--decode", "32", "--batch", "64"]), Part("memory checker", 90, ["compute-sanitizer", "--tool",
-        "memcheck", "--error-exitcode", "9", *test, "-q", "-x", *small],
-             wants="compute-sanitizer"),
-    ]  # fmt: skip
+    rows = ["--backend", "triton,torch", "--seconds", "0.1", "--append", "-o", str(folder / "gpu-ops.jsonl")]
+    yield Part("ops", 120, [*bench, "ops", "--op", OPS, *rows])
+    model = [*bench, "model", "--config", "26b-a4b", "--backend", "triton", "--rounds", "3", "--depth", "1K"]
+    model += ["--append", "-o", str(folder / "gpu-model.jsonl")]
+    yield Part("model", 60, [*model, "--decode", "64"])
+    yield Part("model, batch 64", 45, [*model, "--decode", "32", "--batch", "64"])
+    check = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    small = ["-x", "-k", f"test_matches_reference and ({CHECKED}) and bfloat16"]
+    yield Part("memory checker", 60, [*check, *test, *small], wants="compute-sanitizer")
 
 
 def run(part: Part) -> str:
@@ -72,30 +68,45 @@ def run(part: Part) -> str:
         return f"left out: there is no {part.wants} here"
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if part.wants:
-        env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else it sees one large allocation
+        env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else the checker sees one large allocation
     process = subprocess.Popen(part.command, cwd=ROOT, env=env, start_new_session=True)
     try:
         code = process.wait(part.seconds)
+        return "ok" if code == 0 else f"exit code {code}"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
         return f"stopped after {part.seconds} s; what it had done counts"
-    return "ok" if code == 0 else f"exit code {code}"
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Asks a part that is still running to stop, which ends its own processes too; then makes it."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def main() -> int:
-    names = ("tests", "ops", "model", "model, batch 64", "memory checker")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=names, action="append", help="this part; may be repeated")
+    parser.add_argument(
+        "--only", action="append", metavar="PART", help="this part alone, as the summary names it; may be repeated"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", metavar="DIR")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: this needs a GPU, and PyTorch sees none", file=sys.stderr)
         return 2
     folder = args.results / label(machine(torch.device("cuda", 0)))
+    chosen = list(parts(folder))
+    if unknown := set(args.only or ()) - {part.name for part in chosen}:
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(part.name for part in chosen)}")
     folder.mkdir(parents=True, exist_ok=True)
     told: list[tuple[str, float, str]] = []
-    for part in parts(folder):
+    for part in chosen:
         if args.only and part.name not in args.only:
             continue
         print(f"\n==== {part.name}: {' '.join(part.command)}", flush=True)

@@ -230,6 +230,7 @@ class Session:
             or kept.ids != prompt[: len(kept.ids)]
         ):
             limit = self.model.config.max_position_embeddings
+            kept.cache = kept.graph = None  # the old one's memory may be needed for the new one
             cache = self.model.new_cache(1, min(limit, 1 << max(10, (room - 1).bit_length())))
             kept.cache, kept.ids, kept.model, kept.changes = cache, [], self.model, self.model.changes
         return cache, [len(kept.ids)]

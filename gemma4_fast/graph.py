@@ -41,6 +41,7 @@ class DecodeGraph:
         self.times: dict[str, float] | None = None  # a dict collects the seconds of each op's replayed calls, by its name
         self._key: Any = None  # what the steps so far have in common
         self._tried = False  # whether such a step has been recorded, or found to be none that can be
+        self._refused = False  # a GPU's: whether capturing has failed
         self._recording: _Recording | _Captured | None = None
 
     def run(self, ids: Tensor, new_lens: list[int], *, greedy: bool = False) -> Tensor:
@@ -50,18 +51,17 @@ class DecodeGraph:
         if longest > self.cache.max_len or not all(n in (0, 1) for n in new_lens):
             raise ValueError(f"a step of {new_lens} tokens to {self.cache.host_lens} of at most {self.cache.max_len}")
         key = greedy, ops.selection(), ops.decode_limit(longest), self.model.changes
+        if self.on_gpu and self.times is not None:  # a CUDA graph has no times of its parts: whoever asks times the calls
+            return self._op_by_op(ids, new_lens, greedy)
         if key == self._key and self._recording is not None:
             out = self._recording.replay(ids, new_lens, self.times)
-        elif key == self._key and not self._tried and self.on_gpu:
-            out = self._capture(ids, new_lens, greedy)
         elif key == self._key and not self._tried and self._recordable():
-            out = self._record(ids, new_lens, greedy)
+            out = self._capture(ids, new_lens, greedy) if self.on_gpu else self._record(ids, new_lens, greedy)
         else:
             # The first one builds what is kept between steps, such as tables of angles, so that the next need not.
             self._tried = key == self._key
             self._key, self._recording = key, None
-            step = self.model.model.step(new_lens, self.cache, decode=True)
-            return self.finish(self.model.model(ids, step, self.cache), greedy)
+            return self._op_by_op(ids, new_lens, greedy)
         self.cache.count(new_lens)
         return out
 
@@ -73,9 +73,13 @@ class DecodeGraph:
         """Of hidden states [B, H], what `run` returns: of a prompt's last ones too."""
         return self.model.logits(h, argmax=True) if greedy else h
 
+    def _op_by_op(self, ids: Tensor, new_lens: list[int], greedy: bool) -> Tensor:
+        step = self.model.model.step(new_lens, self.cache, decode=True)
+        return self.finish(self.model.model(ids, step, self.cache), greedy)
+
     def _recordable(self) -> bool:
         device, dtype = self.model.device, self.model.dtype
-        return all(ops.recordable(name, device, dtype) for name in model_ops(self.model.config))
+        return not self._refused and all(ops.recordable(name, device, dtype) for name in model_ops(self.model.config))
 
     def _capture(self, ids: Tensor, new_lens: list[int], greedy: bool) -> Tensor:
         """A CUDA graph of the step, replayed; where an op cannot be in one, the step op by op, as all that follow."""
@@ -84,10 +88,12 @@ class DecodeGraph:
 
         def step() -> Tensor:
             """`now`, with all that differs from one step to the next computed from what is on the device."""
-            positions = cache.lens.long()
+            positions, sequence = cache.lens.long(), torch.arange(len(new_lens), device=ids.device)
             kv_lens = torch.where(inputs.going > 0, cache.lens + 1, 0)
-            rows = {slots: now.sequence * slots + positions % slots for slots in now.rows}
-            anew = replace(now, positions=positions, kv_lens=kv_lens, angles=text.angles(positions), rows=rows)
+            rows = {slots: sequence * slots + positions % slots for slots in now.rows}
+            anew = replace(
+                now, positions=positions, sequence=sequence, kv_lens=kv_lens, angles=text.angles(positions), rows=rows
+            )
             out = self.finish(text.run(inputs.ids, anew, cache), greedy)
             cache.lens.add_(inputs.going)
             return out
@@ -96,10 +102,14 @@ class DecodeGraph:
         try:
             self._recording = _Captured(step, inputs)
         except RuntimeError as error:  # what capturing an op raises that waits for the device
-            log.warning("gemma4_fast: the decode step runs op by op, no CUDA graph can be made of it: %s", error)
+            self._refused = True
+            log.warning("gemma4_fast: decode steps run op by op, no CUDA graph can be made of them: %s", error)
             out = self.finish(text.run(ids, now, cache), greedy)
             cache.lens += inputs.going
             return out
+        except BaseException:
+            self._key = None
+            raise
         return self._recording.replay(ids, new_lens)
 
     def _record(self, ids: Tensor, new_lens: list[int], greedy: bool) -> Tensor:
@@ -153,12 +163,23 @@ class _Captured:
 
     def __init__(self, step: Callable[[], Tensor], inputs: _Inputs) -> None:
         self.inputs, self.graph = inputs, torch.cuda.CUDAGraph()
-        with ops.shared_step(), torch.cuda.graph(self.graph):  # nothing runs yet
-            self.output = step()
+        self.reads = step  # the graph knows addresses alone: all that the step refers to must live as long as it does
+        device = inputs.ids.device
+        stream = torch.cuda.Stream(device)
+        # Not torch.cuda.graph, which leaves its own stream the current one if the capture's end raises. thread_local: what
+        # other threads do with the device is their affair.
+        with torch.cuda.device(device), torch.cuda.stream(stream), ops.shared_step():
+            torch.cuda.synchronize(device)
+            self.graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.output = step()  # nothing runs yet
+            finally:
+                self.graph.capture_end()
 
     def replay(self, ids: Tensor, new_lens: list[int], times: dict[str, float] | None = None) -> Tensor:
         self.inputs.set(ids, new_lens)
-        self.graph.replay()
+        with torch.cuda.device(self.inputs.ids.device):
+            self.graph.replay()
         return self.output
 
 

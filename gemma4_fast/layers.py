@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma4_fast import ops
-from gemma4_fast.cache import KVCache, LayerCache
+from gemma4_fast.cache import TILE, KVCache, LayerCache
 from gemma4_fast.config import Gemma4Config, LayerConfig
 from gemma4_fast.quant import LARGEST_WEIGHT, QuantizedWeight
 
@@ -123,13 +123,13 @@ class Step:
     positions: Tensor  # [T] int64
     sequence: Tensor  # [T] int64, which sequence a token belongs to
     cu_seqlens: Tensor  # [B + 1] int32
-    prefix_lens: Tensor | None  # [B] int32, tokens in the cache before this pass; None without a cache
+    prefix_lens: Tensor | None  # [B] int32, tokens in the cache before this pass; None where there are none
     kv_lens: Tensor | None  # [B] int32, the same after it; 0 marks an idle row. Set for decode only
     angles: dict[bool, tuple[Tensor, Tensor]]  # by is_sliding: cos, sin [T, R]
     new_lens: list[int]
     rows: dict[int, Tensor] = field(default_factory=dict)  # by slots per sequence: cache row [T] of each token
     shared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by donor layer: this pass's K and V
-    limit: int | None = None  # decode: no sequence is longer after it. For kernels that cut a cache without asking the device
+    limit: int | None = None  # no sequence in a cache that is read is longer. For kernels that do not ask the device
 
 
 class Attention(nn.Module):
@@ -171,8 +171,11 @@ class Attention(nn.Module):
             q, k, v = ops.qkv_norm_rope(*norm, eps=self.eps)
             if k is None or v is None:
                 k, v = step.shared[owner.layer.index]
-            before = (None, None, None) if kv is None else (kv.k, kv.v, step.prefix_lens)
-            a = ops.gqa_prefill(q, k, v, step.cu_seqlens, layer.window, *before, None, *rebuild)  # type: ignore[call-arg]
+            before: tuple[Tensor | None, ...] = (None, None, None)
+            if kv is not None and step.prefix_lens is not None:
+                old = kv if step.limit is None or layer.window is not None else kv.first(step.limit)
+                before = old.k, old.v, step.prefix_lens
+            a = ops.gqa_prefill(q, k, v, step.cu_seqlens, layer.window, *before, None, *rebuild)  # type: ignore[call-arg, arg-type]
             if self.is_donor:  # its cache is written once the layers that share it are through: see Text.forward
                 step.shared[layer.index] = k, v
             elif own and kv is not None:
@@ -354,10 +357,11 @@ class Text(nn.Module):
             positions=positions,
             sequence=sequence,
             cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device),
-            prefix_lens=None if cache is None else cache.lens.clone(),
+            prefix_lens=cache.lens.clone() if cache is not None and any(have) else None,
             kv_lens=None,
             angles=self.angles(positions),
             new_lens=new_lens,
+            limit=None if device.type == "cpu" else -(-max(have, default=0) // TILE) * TILE,
         )
 
     def angles(self, positions: Tensor) -> dict[bool, tuple[Tensor, Tensor]]:

@@ -4,8 +4,9 @@ Symmetric, one fp16 scale for each 32 consecutive values of a row: w = scale * q
 (q in [-127, 127], scale = largest |w| / 127) and Q4_0 (q in [-8, 7], scale = the w of largest magnitude / -8), by the rules of
 llama.cpp's gguf package, with roundings half away from zero.
 
-Backends without kernels for it multiply by the dequantized weight. The CPU kernels also round the activations, to Q8_0 (with a
-scale in fp32); `F.linear(x, weight)` does the same in plain PyTorch: what the kernels are judged by.
+The CPU kernels also round the activations, to Q8_0 (with a scale in fp32); `F.linear(x, weight)` does the same in plain
+PyTorch: what the kernels are judged by. The Triton kernels round none, and unpack the weights in registers; the torch backend
+multiplies by the dequantized weight.
 """
 
 from __future__ import annotations

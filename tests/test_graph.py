@@ -302,6 +302,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> type[Captured]:
 
     Captured.made = []
     monkeypatch.setattr(graph.DecodeGraph, "on_gpu", True)
+    monkeypatch.setattr(ops, "recordable", lambda *_: True)
     monkeypatch.setattr(graph, "_Captured", Captured)
     return Captured
 

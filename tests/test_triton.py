@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from gemma4_fast import Gemma4, UnsupportedError, explain, ops, use_backend, verify
+from gemma4_fast.graph import DecodeGraph
 from gemma4_fast.ops import table
-from gemma4_fast.ops.accuracy import Judge
+from gemma4_fast.ops.accuracy import Judge, converted, outputs
 from gemma4_fast.ops.attention import decode_case, prefill_case
 from gemma4_fast.ops.moe import moe_case
 from gemma4_fast.ops.table import Maker
@@ -89,6 +90,26 @@ def on(backend: str, op: ops.Op) -> Any:
 @pytest.mark.parametrize("op, case, dtype", list(rows()))
 def test_matches_reference(op: ops.Op, case: str, dtype: torch.dtype) -> None:
     verdict = Judge(op, op.inputs(case, dtype, DEVICE))(on("triton", op))
+    assert verdict.ok, verdict.message
+
+
+QUANTIZED = [
+    pytest.param(op, case, id=f"{op.name}-{case}")
+    for op in ops.TABLE.values()
+    for case in op.cases
+    if case.startswith(("int8", "int4")) and (GPU or case not in SLOW.get(op.name, []))
+]
+
+
+@pytest.mark.parametrize("op, case", QUANTIZED)
+def test_quantized_weights_are_what_they_stand_for(op: ops.Op, case: str) -> None:
+    """These kernels round no activations, as the table's judge allows: here they are held to the dequantized product."""
+    args = op.inputs(case, torch.float16, DEVICE)
+    dense = {k: v.dequantize() if isinstance(v, QuantizedWeight) else v for k, v in args.items()}
+    exact = {k: v.dequantize(torch.float64) if isinstance(v, QuantizedWeight) else v for k, v in args.items()}
+    judge = Judge(op, dense)
+    judge.truth = outputs(op, op.reference, converted(exact, torch.float64))
+    verdict = judge.of(outputs(op, on("triton", op), args))
     assert verdict.ok, verdict.message
 
 
@@ -259,6 +280,13 @@ MUTANTS = [
     ("expert_dispatch", "(i[None, :] < i[:, None])", "(i[None, :] > i[:, None])", "expert_dispatch", "odd"),
     ("embedding", "* scale", "* 1.0", "embedding", "odd"),
     ("common", "- 128\n", "- 127\n", "embedding", "int8_odd"),
+    ("common", "[N, W * 8]) - 8", "[N, W * 8]) - 7", "embedding", "int4_odd"),
+    ("rms_norm", "/ H + eps", "/ (H + 1) + eps", "rms_norm", "odd"),
+    ("gqa_prefill", "(j[None, :] > token[:, None] - window)", "(j[None, :] >= token[:, None] - window)", "gqa_prefill", "odd"),
+    ("grouped_gemm", "tl.load(weight_ptr + token * TOP_K + k) * y", "1.0 * y", "grouped_gemm", "odd"),
+    ("linear", "gelu_tanh(acc) * other", "acc * other", "ple_gate", "odd"),
+    ("qkv_norm_rope", "tl.load(slots_ptr + token)", "(tl.load(slots_ptr + token) + 1) % num_rows", "qkv_norm_rope", "odd"),
+    ("route_topk", "tl.where(e == best, LOWEST, key)", "tl.where(key == tl.max(key, 0), LOWEST, key)", "route_topk", "ties"),
     ("common", "swap = (turn & 1) == 1", "swap = (turn & 1) == 2", "rope_angles", "full_far"),
     ("common", "0.044715 * x * x * x", "0.044715 * x * x", "geglu_mlp", "odd"),
 ]  # fmt: skip
@@ -329,6 +357,30 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
 
 
 # ---- a whole model ----
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU; test_graph.py has a stand-in")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_captured_step_gives_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many replays, a row that is idle at times, and a cache that outgrows what a graph was made for."""
+    monkeypatch.setattr(ops, "decode_limit", lambda longest: -(-longest // 16) * 16)
+    model = Gemma4.from_pretrained("tiny", dtype, DEVICE, "triton", check=False)
+    caches = [model.new_cache(3, 128) for _ in range(2)]
+    prompt = torch.arange(60, 75, device=DEVICE)
+    with model.running():
+        for cache in caches:
+            model.model(prompt, model.model.step([5, 5, 5], cache), cache)
+        graph = DecodeGraph(model, caches[0])
+        for n in range(60):
+            going = [1, int(n % 3 != 1), int(n < 30)]
+            ids = torch.tensor([n + 5, 2 * n + 7, 90], device=DEVICE)
+            wanted = model.model(ids, model.model.step(going, caches[1], decode=True), caches[1])
+            got = graph.run(ids, going)
+            for b in (b for b in range(3) if going[b]):
+                assert torch.equal(got[b], wanted[b]), f"step {n}, sequence {b}"
+            _ = [torch.full((1 << 20,), float("nan"), device=DEVICE) for _ in range(4)]  # what was freed is overwritten
+        assert graph._recording is not None
+    assert torch.equal(caches[0].lens, caches[1].lens)
 
 
 def test_a_whole_model_runs_on_these_kernels_alone() -> None:

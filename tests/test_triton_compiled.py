@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ GOOD = Facts(
     registers=128, shared=65536, spills=0, stack=0, tensor="HGMMA", async16=8, async_=0, tma=0, load16=2, load=0,
     total_warps=4, tensor_memory=0, wants_tensor=True,
 )  # fmt: skip
-LAUNCH = Launch("linear", "26b_1_token", "_kernel", "sm_90", 4, 3, "bf16 K=1 END=none")
+LAUNCH = Launch("linear", "26b_1_token", "_kernel", "sm_90", 4, 3, "bf16 END=none K=1")
 ROW = Row.of(LAUNCH, GOOD)
 
 
@@ -45,6 +46,13 @@ def test_some_kernels_compile_and_all_are_listed() -> None:
 @pytest.mark.full
 def test_every_kernel_for_every_target() -> None:
     done = run()
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_other_dtypes_fit_too(dtype: str) -> None:
+    done = run("--dtype", dtype, "--target", "sm_80", "--target", "sm_90")
     assert done.returncode == 0, done.stdout
 
 
@@ -80,8 +88,8 @@ def test_a_grid_that_no_gpu_takes() -> None:
     [
         (dict(tensor="HMMA"), "HMMA, expected HGMMA", False),
         (dict(tensor="-"), "-, expected HGMMA", True),
-        (dict(async16=0), "none, expected async", False),
-        (dict(tma=1), "tma, expected async", False),
+        (dict(copies="none"), "none, expected async", False),
+        (dict(copies="tma"), "tma, expected async", False),
         (dict(registers=137), "137 registers, expected 128", False),
     ],
 )
@@ -93,8 +101,13 @@ def test_what_differs_from_the_file(change: dict[str, Any], message: str, in_ano
 
 
 def test_what_may_differ_from_the_file() -> None:
-    assert not triton_compiled.differences(ROW._replace(registers=136, load=5, async16=1), ROW, same_version=True)
+    assert not triton_compiled.differences(ROW._replace(registers=136), ROW, same_version=True)
     assert not triton_compiled.differences(ROW._replace(registers=20), ROW, same_version=True)
+
+
+def test_one_word_for_copies() -> None:
+    words = {"tma": dict(tma=1), "async": dict(async16=0, async_=1), "none": dict(async16=0)}
+    assert {dataclasses.replace(GOOD, **change).copies: change for change in words.values()} == words
 
 
 def test_rows_without_a_launch_and_launches_without_a_row() -> None:
@@ -103,20 +116,68 @@ def test_rows_without_a_launch_and_launches_without_a_row() -> None:
         "linear 26b_1_token _kernel for sm_90: is in the file, but is launched no more"
     ]
     assert triton_compiled.unlisted([LAUNCH], []) == ["linear 26b_1_token _kernel for sm_90: is not in the file"]
-    for change in (dict(warps=8), dict(stages=4), dict(constants="bf16 K=1 END=geglu")):
+    for change in (dict(warps=8), dict(stages=4), dict(constants="bf16 END=geglu K=1")):
         (found,) = triton_compiled.unlisted([dataclasses.replace(LAUNCH, **change)], [ROW])
         assert f"the file has {getattr(ROW, next(iter(change)))}" in found
 
 
 def test_the_file_is_read_as_it_was_written() -> None:
-    rows = [ROW._replace(target=target) for target in TARGETS] + [ROW._replace(kernel="_kernel/2", constants="-")]
+    rows = [ROW._replace(case=case, target=target) for case in ("a", "b") for target in TARGETS]
+    rows += [ROW._replace(kernel="_kernel/2", target=target, constants="", tensor="-", copies="none") for target in TARGETS]
+    rows += [
+        ROW._replace(op="moe", case=f"a_case_with_a_long_name_{i}", constants=f"bf16 {'LONG' * 20}=1 M=1") for i in range(9)
+    ]
     written = triton_compiled.text(rows, "3.6.0")
-    assert triton_compiled.parse(written) == ("3.6.0", rows)
+    version, read = triton_compiled.parse(written)
+    assert version == "3.6.0" and sorted(read) == sorted(rows)
     assert triton_compiled.text(reversed(rows), "3.6.0") == written
-    with pytest.raises(ValueError, match="other columns"):
-        triton_compiled.parse(written.replace("  stages", "  phases"))
-    with pytest.raises(ValueError, match="this line has 3 columns"):
-        triton_compiled.parse(written + "one two three\n")
+    assert max(map(len, written.splitlines())) <= triton_compiled.WIDTH
+    with pytest.raises(ValueError, match="no line '# triton VERSION'"):
+        triton_compiled.parse(written.replace("# triton 3", "# 3"))
+    for broken in (
+        written.replace(" stages ", " phases "),
+        written + "\nlinear _kernel  a\n    bf16\n",
+        written + "\nlinear _kernel\n",
+    ):
+        with pytest.raises(ValueError, match="this is no block that"):
+            triton_compiled.parse(broken)
+
+
+def test_what_is_the_same_is_written_once() -> None:
+    rows = [
+        ROW._replace(case=case, target=target, constants=f"bf16 BLOCK={block} K={k}")
+        for case, k in (("a", 1), ("b", 1), ("c", 2))
+        for target, block in (("gfx942", 32), ("sm_90", 64), ("sm_100", 64))
+    ]
+    rows[1] = rows[1]._replace(registers=96)
+    sm_90, sm_100, gfx942 = (
+        f"    {target}  {registers} registers  65536 shared  4 warps  3 stages  HGMMA  async"
+        for target, registers in (("sm_90 ", "128"), ("sm_100", "128"), ("gfx942", "128"))
+    )
+    assert (
+        triton_compiled.blocks(rows)
+        == f"""\
+linear _kernel  a
+    bf16 K=1
+{sm_90.replace("128", " 96")}  BLOCK=64
+{sm_100}  BLOCK=64
+{gfx942}  BLOCK=32
+
+linear _kernel  b
+    bf16 K=1
+{sm_90}  BLOCK=64
+{sm_100}  BLOCK=64
+{gfx942}  BLOCK=32
+
+linear _kernel  c
+    bf16 K=2
+{sm_90}  BLOCK=64
+{sm_100}  BLOCK=64
+{gfx942}  BLOCK=32
+"""
+    )
+    same = triton_compiled.blocks([*rows[:1], rows[1]._replace(registers=128), *rows[2:]])
+    assert same.startswith("linear _kernel  a b\n    bf16 K=1\n") and same.count("linear") == 2
 
 
 def test_spills_of_an_amd_kernel() -> None:
@@ -198,7 +259,9 @@ for function in (spills, oversized, exact, reads, unserved, breaks, dies):
 """
 
 
-def test_bad_kernels_are_seen(tmp_path: Path) -> None:
+def test_bad_kernels_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     (tmp_path / "bad_kernels.py").write_text(BAD_KERNELS)
     file = tmp_path / "compiled.txt"
     common = ("--import", "bad_kernels", "--target", "sm_90", "--file", file)
@@ -207,7 +270,10 @@ def test_bad_kernels_are_seen(tmp_path: Path) -> None:
     assert done.returncode == 1
     faults = {line.split()[0]: line for line in done.stdout.partition(" faults\n")[2].splitlines() if " for sm_90: " in line}
     assert set(faults) == {"spills", "oversized", "reads", "breaks"}, done.stdout
-    assert "spills registers (" in faults["spills"] and "bytes of shared memory" not in faults["spills"]
+    assert (
+        re.search(r"spills registers \([1-9]\d*; a stack of [1-9]", faults["spills"])
+        and "bytes of shared memory" not in faults["spills"]
+    )
     assert "bytes of shared memory, the GPU has 232448" in faults["oversized"]
     assert "the call fails" in faults["reads"] and "makes the GPU wait" in faults["reads"]
     assert "does not compile" in faults["breaks"]
@@ -216,16 +282,26 @@ def test_bad_kernels_are_seen(tmp_path: Path) -> None:
     version, rows = triton_compiled.parse(file.read_text())
     found = {row.op: row for row in rows}
     assert set(found) == {"spills", "oversized", "exact"}
-    assert found["spills"].stack > 0 and found["spills"].spills > 0 and found["spills"].load16 > 0
-    assert found["oversized"].tensor == "HGMMA" and found["oversized"].async16 > 0 and found["oversized"].stages == 30
+    assert found["spills"].copies == "none"
+    assert found["oversized"][6:] == (4, 30, "HGMMA", "async", "bf16,fp32 BLOCK=64")
     assert found["exact"].tensor == "-" and found["exact"].constants == "fp32 BLOCK=32"
+    assert not cache.exists()
 
     exact = found["exact"]
     file.write_text(triton_compiled.text([exact._replace(tensor="HMMA"), exact._replace(case="gone")], version))
-    done = run(*common, "--op", "exact", "--op", "dies", "--jobs", "1", folder=tmp_path)
+    done = run(*common, "--op", "exact", "--op", "dies", "--jobs", "1", "--keep-cache", "--counts", folder=tmp_path)
     assert done.returncode == 1
     assert "dies one hoards for sm_90: does not compile: the compiler ends its process; ERROR: out of patience" in done.stdout
     assert "dies one hoards for sm_90: is not in the file" in done.stdout
     assert "exact one squares for sm_90: tensor-core instructions: -, expected HMMA" in done.stdout
     assert "exact gone squares for sm_90: is in the file, but is launched no more" in done.stdout
     assert triton_compiled.COMMAND in done.stdout and " 4 faults\n" in done.stdout
+    assert re.search(r"^op .* load16  load ", done.stdout, re.M) and re.search(
+        r"^exact +one .* fp32 BLOCK=32$", done.stdout, re.M
+    )
+    assert list(cache.glob("*/squares.cubin"))
+
+    done = run(*common, "--op", "exact", "--op", "oversized", "--dtype", "float16", folder=tmp_path)
+    assert done.returncode == 1 and "    fp16,fp32 BLOCK=64\n" in done.stdout
+    assert " 1 faults\noversized one squares for sm_90: takes " in done.stdout, done.stdout
+    assert run(*common, "--dtype", "float16", "--write", folder=tmp_path).returncode == 2

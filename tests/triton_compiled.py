@@ -2,7 +2,8 @@
 
     python tests/triton_compiled.py                    compile all, compare with tests/triton_compiled.txt
     python tests/triton_compiled.py --target sm_90 --op linear
-    python tests/triton_compiled.py --write            make the file anew; with --target or --op, those rows alone
+    python tests/triton_compiled.py --write            make the file anew; with --target or --op, those entries alone
+    python tests/triton_compiled.py --dtype float32    the same kernels for another dtype: rules alone, nothing is compared
 
 How: each op's Triton function is called with the shapes of its `bench_cases` and `gpu_cases`, in bf16, on tensors of the meta
 device, and every launch that it makes is caught. A first pass only lists the launches. Then a pool of processes compiles each
@@ -25,13 +26,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+import textwrap
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,16 +47,25 @@ COMMAND = "python tests/triton_compiled.py --write"
 QUICK = "sm_90"  # what --quick compiles for
 SPARE_REGISTERS = 8  # a thread may take this many more than the file says: a change of wording should not fail a test
 AMD_WARP, NVIDIA_WARP = 64, 32
+WIDTH = 120  # of the file's lines
+INDENT = "    "  # of a block's lines; twice this and more: the line above goes on
+DTYPES = ("bfloat16", "float16", "float32")
 HEADER = f"""\
-# What Triton's kernels compile to at their real shapes (bench_cases and gpu_cases, bf16). Written by `{COMMAND}`;
-# tests/test_triton_compiled.py compares.
+# What the Triton kernels compile to, for each GPU, at their real shapes (bench_cases and gpu_cases) in bf16.
+# Written by `{COMMAND}`; tests/test_triton_compiled.py compares.
 # triton {{version}}
 #
-# registers: of a thread (AMD: vector registers). shared: bytes of a program. spills: instructions that move registers to memory
-# and back (AMD: vector registers so moved). stack: bytes of a thread. tensor: the tensor-core instructions. async16, async:
-# asynchronous copies of 16 bytes a thread, and of fewer. tma: copies of tiles by descriptor. load16, load: global loads of at
-# least 16 bytes a thread, and of fewer. Counts are of instructions in the code, not of executions.
-# constants: dtypes behind the pointers, and what is a constant to the compiler. kernel/2: the case's second, other launch.
+# A block is one kernel of one op, with the cases that compile to the same code (kernel/2: another code of the kernel,
+# which the same cases launch too). Then the dtypes behind the pointers (bf16[64,128]: a descriptor of such tiles) and the
+# compile-time constants, without those that are None, 0 or False. Then for each GPU:
+#   registers   of a thread (AMD: vector registers)
+#   shared      bytes of shared memory of a program
+#   warps       of a program
+#   stages      iterations of a pipelined loop that are in flight
+#   HMMA, ...   the tensor-core instructions; -: none
+#   tma         copies to shared memory go by descriptor, in tiles; async: by the threads, which do not wait; none: neither
+# and the dtypes and constants that are not the same for all. Nothing here spills registers or has a stack: tests forbid it.
+
 """
 
 
@@ -63,26 +74,32 @@ HEADER = f"""\
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What the machine code of one kernel says, in the terms of the file's header."""
+    """What the machine code of one kernel says. Counts are of instructions in the code, not of executions."""
 
-    registers: int
-    shared: int
-    spills: int
-    stack: int
-    tensor: str  # "-": none
-    async16: int
-    async_: int
-    tma: int
-    load16: int
-    load: int
+    registers: int  # of a thread; AMD: vector registers
+    shared: int  # bytes of a program
+    spills: int  # instructions that move registers to memory and back; AMD: vector registers so moved
+    stack: int  # bytes of a thread
+    tensor: str  # the tensor-core instructions; "-": none
+    async16: int  # asynchronous copies of 16 bytes a thread
+    async_: int  # and of fewer
+    tma: int  # copies of tiles by descriptor
+    load16: int  # global loads of at least 16 bytes a thread
+    load: int  # and of fewer
     total_warps: int  # those that a specialized kernel adds included
     tensor_memory: int  # columns; Blackwell alone
     wants_tensor: bool  # it multiplies matrices of at most 16 bits a value
 
+    @property
+    def copies(self) -> str:
+        """How the kernel's loads run ahead of its arithmetic."""
+        return "tma" if self.tma else "async" if self.async16 or self.async_ else "none"
+
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel by one case of an op. number: which of them. identity: equal ones compile to the same code."""
+    """One launch of a kernel by one case of an op. number: which of them. identity: equal ones compile to the same code.
+    constants: words, in a fixed order: dtypes of pointers, then what is constant to the compiler."""
 
     op: str
     case: str
@@ -94,6 +111,7 @@ class Launch:
     grid: tuple[int, ...] = (1,)
     number: int = 0
     identity: str = ""
+    dtype: str = DTYPES[0]  # of the case's tensors
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -108,7 +126,7 @@ def named(key: tuple[str, ...]) -> str:
 
 
 class Row(NamedTuple):
-    """A line of the file. All but the last have no blanks in them."""
+    """What the file says of one kernel of one case for one target. Only `constants` may have blanks in it, or be empty."""
 
     op: str
     case: str
@@ -116,58 +134,89 @@ class Row(NamedTuple):
     target: str
     registers: int
     shared: int
-    spills: int
-    stack: int
     warps: int
     stages: int
     tensor: str
-    async16: int
-    async_: int
-    tma: int
-    load16: int
-    load: int
+    copies: str
     constants: str
 
     @classmethod
     def of(cls, launch: Launch, facts: Facts) -> Row:
-        both = {**dataclasses.asdict(launch), **dataclasses.asdict(facts)}
-        return cls(**{name: both[name] for name in cls._fields})
+        found = (facts.registers, facts.shared, launch.warps, launch.stages, facts.tensor, facts.copies)
+        return cls(*launch.key, *found, launch.constants)
 
     @property
     def key(self) -> tuple[str, ...]:
         return self[:4]
 
 
-KINDS = list(get_type_hints(Row).values())  # str or int, of each column
-
-
 # ---- the file ----
+
+TARGET_LINE = re.compile(r" +(\S+) +(\d+) registers +(\d+) shared +(\d+) warps +(\d+) stages +(\S+) +(tma|async|none)\b(.*)")
+
+
+def in_order(words: Iterable[str]) -> str:
+    """Dtypes, then constants by name."""
+    return " ".join(sorted(words, key=lambda word: ("=" in word, word)))
+
+
+def wrapped(line: str, indent: int = 2 * len(INDENT)) -> str:
+    rest = " " * max(indent, 2 * len(INDENT))
+    return textwrap.fill(line, WIDTH, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False)
+
+
+def blocks(rows: Iterable[Row]) -> str:
+    """The file without its header: cases whose rows are the same for all targets share a block."""
+    of_case, cases = defaultdict[tuple[str, ...], list[Row]](list), defaultdict[tuple[Row, ...], list[str]](list)
+    for row in sorted(rows, key=lambda r: (r.op, r.kernel, r.case, r.target.startswith("gfx"), len(r.target), r.target)):
+        of_case[row.op, row.kernel, row.case].append(row._replace(case=""))
+    for (_, _, case), same in of_case.items():
+        cases[tuple(same)].append(case)
+    every = [row for same in cases for row in same]
+    target, registers, shared, warps, stages, tensor, copies = (
+        max((len(str(getattr(row, name))) for row in every), default=0) for name in Row._fields[3:10]
+    )
+
+    def block(same: tuple[Row, ...]) -> str:
+        words = [row.constants.split() for row in same]
+        common = set(words[0]).intersection(*words)
+        lines = [
+            wrapped(f"{same[0].op} {same[0].kernel}  {' '.join(cases[same])}"),
+            wrapped(INDENT + (in_order(common) or "-")),
+        ]
+        for row, own in zip(same, words, strict=True):
+            line = (
+                f"{INDENT}{row.target:{target}}  {row.registers:{registers}} registers  {row.shared:{shared}} shared  "
+                f"{row.warps:{warps}} warps  {row.stages:{stages}} stages  {row.tensor:{tensor}}  {row.copies:{copies}}  "
+            )
+            lines.append(wrapped(line + in_order(set(own) - common), len(line)).rstrip())
+        return "\n".join(lines)
+
+    return "\n\n".join(map(block, cases)) + "\n"
 
 
 def text(rows: Iterable[Row], version: str) -> str:
-    """The file: header, names of the columns, rows, in columns as wide as their widest entry."""
-    in_order = sorted(rows, key=lambda r: (r.op, r.case, r.kernel, r.target.startswith("gfx"), len(r.target), r.target))
-    lines = [tuple(name.rstrip("_") for name in Row._fields), *(tuple(map(str, row)) for row in in_order)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = (
-        "  ".join(c.ljust(w) if kind is str else c.rjust(w) for c, w, kind in zip(line, widths, KINDS, strict=True)).rstrip()
-        for line in lines
-    )
-    return HEADER.format(version=version) + "\n".join(padded) + "\n"
+    return HEADER.format(version=version) + blocks(rows)
 
 
 def parse(written: str) -> tuple[str, list[Row]]:
     """The file's text -> the Triton version that it was made with, and its rows. ValueError if it is no such file."""
     version = re.search(r"^# triton (\S+)$", written, re.M)
-    lines = [line for line in written.splitlines() if line and not line.startswith("#")]
-    if version is None or not lines or lines[0].split() != [name.rstrip("_") for name in Row._fields]:
-        raise ValueError(f"this is not a file that `{COMMAND}` writes: no line '# triton VERSION', or other columns")
+    if version is None:
+        raise ValueError(f"this is not a file that `{COMMAND}` writes: no line '# triton VERSION'")
+    body = re.sub(r"^#.*\n", "", written, flags=re.M).strip("\n")
+    body = re.sub(rf"\n{2 * INDENT} *", " ", body)  # lines that go on
     rows = []
-    for line in lines[1:]:
-        parts = line.split(None, len(KINDS) - 1)
-        if len(parts) != len(KINDS):
-            raise ValueError(f"this line has {len(parts)} columns, expected {len(KINDS)}: {line}")
-        rows.append(Row(*(kind(part) for kind, part in zip(KINDS, parts, strict=True))))
+    for block in filter(None, body.split("\n\n")):
+        lines = block.split("\n")
+        matches = [TARGET_LINE.fullmatch(line) for line in lines[2:]]
+        (op, kernel, *cases), common = lines[0].split(), "".join(lines[1:2]).split()
+        for match in matches or [None]:
+            if match is None:
+                raise ValueError(f"this is no block that `{COMMAND}` writes:\n{block}")
+            target, *numbers, tensor, how, own = match.groups()
+            constants = in_order(word for word in [*common, *own.split()] if word != "-")
+            rows += [Row(op, case, kernel, target, *map(int, numbers), tensor, how, constants) for case in cases]
     return version[1], rows
 
 
@@ -196,18 +245,13 @@ def broken_rules(facts: Facts, target: Any) -> list[str]:
     return broken
 
 
-def copies(row: Row) -> str:
-    """How a kernel's loads run ahead of its arithmetic."""
-    return "tma" if row.tma else "async" if row.async16 or row.async_ else "none"
-
-
 def differences(row: Row, expected: Row, same_version: bool) -> list[str]:
     """What is worse or other than the file says. Another version may choose other instructions, but not none for some."""
     found = []
     if row.tensor != expected.tensor and (same_version or row.tensor == "-"):
         found.append(f"tensor-core instructions: {row.tensor}, expected {expected.tensor}")
-    if same_version and copies(row) != copies(expected):
-        found.append(f"asynchronous copies: {copies(row)}, expected {copies(expected)}")
+    if same_version and row.copies != expected.copies:
+        found.append(f"copies to shared memory: {row.copies}, expected {expected.copies}")
     if same_version and row.registers > expected.registers + SPARE_REGISTERS:
         found.append(f"takes {row.registers} registers, expected {expected.registers}, or at most {SPARE_REGISTERS} more")
     return found
@@ -234,8 +278,8 @@ def unlisted(launches: Iterable[Launch], rows: Iterable[Row]) -> list[str]:
 class ShapesOnly(Maker):
     """A Maker whose large tensors have no memory. Ids and lengths, which decide shapes, are real ones, on the CPU."""
 
-    def __init__(self) -> None:
-        super().__init__(torch.bfloat16)
+    def __init__(self, dtype: str) -> None:
+        super().__init__(getattr(torch, dtype))
 
     def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
@@ -244,7 +288,7 @@ class ShapesOnly(Maker):
         return QuantizedWeight.empty(bits, shape, self.dtype, "meta", parts)
 
 
-def arguments(op: Op, case: str) -> list[Any]:
+def arguments(op: Op, case: str, dtype: str) -> list[Any]:
     """The arguments of a benchmark's case, all tensors on the meta device."""
 
     def moved(value: Any) -> Any:
@@ -252,7 +296,7 @@ def arguments(op: Op, case: str) -> list[Any]:
             return value.apply(lambda t: t.to("meta"))
         return value.to("meta") if isinstance(value, Tensor) else value
 
-    return [moved(value) for value in {**op.bench_cases, **op.gpu_cases}[case](ShapesOnly()).values()]
+    return [moved(value) for value in {**op.bench_cases, **op.gpu_cases}[case](ShapesOnly(dtype)).values()]
 
 
 class Refused(Exception):
@@ -293,16 +337,18 @@ class CompileOnlyDriver:
 
 
 def _constants(fn: Any, details: dict[str, Any]) -> str:
-    """Dtypes behind the pointers, then the arguments that are constants, as one line."""
+    """Dtypes behind the pointers, each tile that a descriptor copies, and the constants but for None, 0 and False."""
     types = [t.replace(" ", "") for t in details["signature"].values() if isinstance(t, str)]
-    pointers = dict.fromkeys(t.lstrip("*k") for t in types if t.startswith(("*", "tensordesc")))
+    pointers = ",".join(dict.fromkeys(t.lstrip("*k") for t in types if t.startswith("*")))
+    tiles = dict.fromkeys(t[len("tensordesc<") : -1] for t in types if t.startswith("tensordesc"))
 
     def shown(value: Any) -> str:
         value = getattr(value, "value", value)  # of a tl.constexpr
         return getattr(value, "__name__", None) or str(value).replace(" ", "")
 
-    values = (f"{fn.params[path[0]].name}={shown(value)}" for path, value in sorted(details["constants"].items()))
-    return " ".join([",".join(pointers) or "-", *values])
+    values = {fn.params[path[0]].name: shown(value) for path, value in details["constants"].items()}
+    told = [f"{name}={value}" for name, value in values.items() if value not in ("None", "0", "False")]
+    return in_order([*filter(None, [pointers]), *tiles, *told])
 
 
 @contextmanager
@@ -337,13 +383,13 @@ def launches_caught(let_through: int | None = None) -> Iterator[tuple[list[Launc
         JITFunction.run, knobs.runtime.jit_cache_hook = original, None
 
 
-def call(op: Op, case: str, target: str, let_through: int | None = None) -> tuple[list[Launch], list[Any]]:
+def call(op: Op, case: str, target: str, dtype: str, let_through: int | None = None) -> tuple[list[Launch], list[Any]]:
     """Calls the op's Triton function for `target` with the case's arguments. Launches, and the kernel that was compiled."""
     from triton.runtime import driver
 
     from gemma4_fast.triton.common import ASSUMED, TARGETS
 
-    args = arguments(op, case)
+    args = arguments(op, case, dtype)
     driver.set_active(CompileOnlyDriver(target))
     token, select = ASSUMED.set(TARGETS[target]), Op.select
     Op.select = _select_triton
@@ -356,17 +402,17 @@ def call(op: Op, case: str, target: str, let_through: int | None = None) -> tupl
     return caught, compiled
 
 
-def listed(op: Op, case: str, target: str) -> list[Launch]:
+def listed(op: Op, case: str, target: str, dtype: str) -> list[Launch]:
     """The launches of a case, each distinct code once. A kernel's second code is called kernel/2."""
     distinct: dict[str, Launch] = {}
-    for launch in call(op, case, target)[0]:
+    for launch in call(op, case, target, dtype)[0]:
         distinct.setdefault(launch.identity, launch)
     launches, times = [], Counter[str]()
     for launch in distinct.values():
         times[launch.kernel] += 1
         name = launch.kernel if times[launch.kernel] == 1 else f"{launch.kernel}/{times[launch.kernel]}"
-        identity = f"{target} {launch.identity}"
-        launches.append(dataclasses.replace(launch, op=op.name, case=case, target=target, kernel=name, identity=identity))
+        where = dict(op=op.name, case=case, target=target, dtype=dtype)
+        launches.append(dataclasses.replace(launch, **where, kernel=name, identity=f"{target} {launch.identity}"))
     return launches
 
 
@@ -464,7 +510,7 @@ def compiled_facts(launch: Launch, folder: Path) -> Facts | str:
     """In a worker: what a launch compiles to, or why it does not."""
     begin = os.lseek(1, 0, os.SEEK_END)
     try:
-        _, (kernel,) = call(TABLE[launch.op], launch.case, launch.target, launch.number)
+        _, (kernel,) = call(TABLE[launch.op], launch.case, launch.target, launch.dtype, launch.number)
         return facts_of(kernel)
     except Exception as error:  # noqa: BLE001  # compilers fail in many ways; all are findings about this kernel
         sys.stdout.flush()
@@ -512,14 +558,14 @@ def with_kernels(names: Iterable[str]) -> list[Op]:
     return [TABLE[n] for n in names if all("triton" in TABLE[part].impls for part in TABLE[n].parts or (n,))]
 
 
-def trace(ops: Iterable[Op], targets: Iterable[str]) -> tuple[list[Launch], list[str], list[str]]:
+def trace(ops: Iterable[Op], targets: Iterable[str], dtype: str) -> tuple[list[Launch], list[str], list[str]]:
     """All launches; what went wrong; what Triton's kernels do not take."""
     launches, faults, refused = list[Launch](), list[str](), list[str]()
     for op in ops:
         for case in (*op.bench_cases, *op.gpu_cases):
             for target in targets:
                 try:
-                    launches += listed(op, case, target)
+                    launches += listed(op, case, target, dtype)
                 except Refused as reason:
                     refused.append(f"{op.name} {case} for {target} is left out: {reason}")
                 except Exception as error:  # noqa: BLE001  # whatever a kernel's launcher does wrong
@@ -555,12 +601,35 @@ def judge(launch: Launch, facts: Facts | str, expected: Row | None, same_version
     return [f"{launch}: {fault}" for fault in found]
 
 
+def table(made: Iterable[tuple[Launch, Facts]]) -> str:
+    """All facts, a launch a line."""
+    names = [field.name.rstrip("_") for field in dataclasses.fields(Facts)]
+    lines: list[tuple[Any, ...]] = [("op", "case", "kernel", "target", *names, "warps", "stages", "constants")]
+    lines += [(*launch.key, *dataclasses.astuple(f), launch.warps, launch.stages, launch.constants) for launch, f in made]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*lines, strict=True)]
+    numbers = [isinstance(cell, int) for cell in lines[-1]]
+    return "\n".join(
+        "  ".join(str(c).rjust(w) if n else str(c).ljust(w) for c, w, n in zip(line, widths, numbers, strict=True)).rstrip()
+        for line in lines
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="Compile the Triton kernels for GPUs that are not there, and judge what comes out.")
     p.add_argument("--target", action="append", metavar="NAME", help="sm_90, gfx942, ...; may be repeated; all if left out")
     p.add_argument("--op", action="append", metavar="NAME", help="an op of the table; may be repeated; all if left out")
     p.add_argument("--write", action="store_true", help="write what is found into the file, instead of comparing")
     p.add_argument("--quick", action="store_true", help=f"compile for {QUICK}, of each op the first launch of a kernel")
+    p.add_argument("--counts", action="store_true", help="print all that is counted in the code, one launch a line")
+    p.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="of the tensors; but for the default, the file is left alone"
+    )
+    p.add_argument(
+        "--keep-cache",
+        action="store_true",
+        help="compile into Triton's own cache (TRITON_CACHE_DIR, or ~/.triton/cache) instead of a temporary folder: a later "
+        "run on a GPU of that target finds the kernels compiled",
+    )
     p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one for each core)")
     p.add_argument("--file", type=Path, default=FILE, help="the file to compare with, or to write")
     p.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE", help="a module with more ops")
@@ -571,8 +640,11 @@ def main(argv: list[str] | None = None) -> int:
     """0: all is as it should be. 1: faults, which are printed last."""
     p = parser()
     args = p.parse_args(argv)
+    compared = args.dtype == DTYPES[0]  # the file is of this one
     if args.write and args.quick:
         p.error("--quick leaves out most rows of the file: it cannot --write")
+    if args.write and not compared:
+        p.error(f"the file is of {DTYPES[0]}: --dtype {args.dtype} cannot --write")
     os.environ.pop("TRITON_INTERPRET", None)  # a kernel is compiled or interpreted: it is read at the kernel's definition
     try:
         import triton
@@ -585,25 +657,28 @@ def main(argv: list[str] | None = None) -> int:
     for name, known in [*((t, TARGETS) for t in targets), *((n, TABLE) for n in names)]:
         if name not in known:
             p.error(f"there is no {name!r}; there are {', '.join(known)}")
-    version, rows = read(args.file)
-    chosen = [row for row in rows if row.target in targets and (row.op in names or not args.op)]
+    anew = args.write and not (args.target or args.op)
+    version, rows = (None, []) if anew or not compared else read(args.file)
+    chosen = [row for row in rows if (not args.target or row.target in targets) and (not args.op or row.op in names)]
     others = [row for row in rows if row not in chosen]
     if args.write and others and version != triton.__version__:
         p.error(f"the file is of triton {version}, this is {triton.__version__}: write all of it, without --target and --op")
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        launches, faults, refused = trace(with_kernels(names), targets)
-        results = compiled(quick(launches) if args.quick else launches, args.jobs, args.modules, Path(cache))
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.keep_cache:
+            os.environ["TRITON_CACHE_DIR"] = folder
+        launches, faults, refused = trace(with_kernels(names), targets, args.dtype)
+        results = compiled(quick(launches) if args.quick else launches, args.jobs, args.modules, Path(folder))
 
     made = [(launch, results[launch.identity]) for launch in launches if launch.identity in results]
-    new = [Row.of(launch, facts) for launch, facts in made if not isinstance(facts, str)]
+    good = [(launch, facts) for launch, facts in made if not isinstance(facts, str)]
+    new = [Row.of(launch, facts) for launch, facts in good]
     if new:
-        print(text(new, triton.__version__).removeprefix(HEADER.format(version=triton.__version__)))
+        print(table(good) if args.counts else blocks(new))
     if refused:
         print("\n".join(refused))
     if args.write:
         args.file.write_text(text([*others, *new], triton.__version__))
-    else:
+    elif compared:
         if missing := unlisted(launches, chosen):
             faults += missing
             print(f"Kernels are not those of the file, or not as they were. If that is meant, run: {COMMAND}")

@@ -290,7 +290,7 @@ CROSSOVER: dict[str, int] = {
 }
 # Backends whose moe_decode sorts too, and takes any number of tokens: in one fork where the grouped path has two, which on 2
 # cores is up to 4% faster for 17 to 256 tokens, and never slower.
-ANY_NUMBER = ("cpu", "triton")
+ANY_NUMBER = ("cpu",)
 
 
 def moe_crossover(device: torch.device, dtype: torch.dtype) -> float:

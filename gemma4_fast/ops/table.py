@@ -339,8 +339,11 @@ def require(device: torch.device, dtype: torch.dtype, ops: Iterable[str]) -> Non
 
 
 def recordable(name: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the selection in force gives this op a kernel whose calls `graph.py` can record and replay."""
+    """Whether the selection in force gives this op a kernel whose calls `graph.py` can record and replay: on a GPU kernels of
+    ours, whose launchers never wait for it."""
     backend, _ = decide(name, device, dtype)
+    if device.type == "cuda":
+        return backend in ("composed", "cuda", "triton")
     return backend == "composed" or (backend == "cpu" and TABLE[name].impls[backend].path.startswith(RECORDABLE))
 
 

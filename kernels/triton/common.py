@@ -63,9 +63,9 @@ def _target(index: int) -> Target:
     return Target("cuda", 10 * p.major + p.minor, p.multi_processor_count, shared)
 
 
-# What launchers make that is the same for all layers of a step, by what it is made of. A dict while a step is being captured, so
-# that each replay computes it once; else None: each call makes its own.
-STEP: ContextVar[dict[object, tuple[Tensor, ...]] | None] = ContextVar("gemma4_fast_triton_step", default=None)
+# What launchers make that is the same for all layers of a step, by what it is made of. A dict while a step is being captured,
+# so that each replay computes it once; else None: each call makes its own.
+STEP: ContextVar[dict[object, Any] | None] = ContextVar("gemma4_fast_triton_step", default=None)
 
 
 def once_a_step(make: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:

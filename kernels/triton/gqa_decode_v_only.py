@@ -166,7 +166,7 @@ def pieces(dim: int, pairs: int) -> tuple[int, int, int]:
     return block_r, first, pow2(rest - first, 16) if rest > first else 0
 
 
-def tile(itemsize: int, block_r: int, t: Target) -> dict[str, Any]:
+def tile(itemsize: int, t: Target) -> dict[str, Any]:
     """BLOCK_N, warps and stages for a V tile of [BLOCK_N, D]: 96,512 bytes of shared memory at D = 512, two stages."""
     if t.kind == "hip":
         return dict(BLOCK_N=16, num_warps=4, num_stages=1)
@@ -197,8 +197,8 @@ def gqa_decode_v_only(
     kv_heads, t, pairs = v_cache.shape[2], target(q.device), inv_freq.shape[0]
     v_cache, inv_freq = columns_together(v_cache), inv_freq if inv_freq.dtype == torch.float32 else inv_freq.float()
     block_r, rest_1, rest_2 = pieces(dim, pairs)
-    sizes = tile(q.element_size(), block_r, t)
-    cos, sin = once_a_step(angles, inv_freq, sizes["BLOCK_N"], block_r)[:2]
+    sizes = tile(q.element_size(), t)
+    cos, sin = once_a_step(angles, inv_freq, sizes["BLOCK_N"], block_r)
     slots = v_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     s = Splits(q, kv_heads, slots, window, sizes["BLOCK_N"], t.cores)
     _tiles_kernel[(s.splits, batch * kv_heads)](

@@ -18,11 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma4_fast.quant import WeightLike
-from gemma4_fast.triton.common import cdiv, gelu_tanh, maybe, parts, pow2, target, weight_tile, whole
+from gemma4_fast.triton.common import cdiv, gelu_tanh, parts, pow2, target, weight_tile, whole
 from gemma4_fast.triton.expert_dispatch import expert_dispatch
 from gemma4_fast.triton.grouped_gemm import grouped_gemm
 
-MANY = 17  # tokens: from there vLLM saw gathered experts lose to sorted ones (vllm#41379)
+# Tokens from which it sorts. Of weights of floats `moe` decides, by what was measured; of quantized ones vLLM's measurement
+# (vllm#41379). A program looks at all assignments, which is no way to serve thousands.
+MANY, MANY_QUANTIZED = 129, 17
 
 
 @triton.jit
@@ -97,7 +99,7 @@ def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike
     (w1, s1, bits), (w2, s2, _) = parts(gate_up), parts(down)
     if ids.numel() == 0 or hidden == 0 or inter == 0:
         return x.new_zeros(x.shape)
-    if tokens >= MANY:
+    if tokens >= (MANY_QUANTIZED if bits else MANY):
         order, offsets, _ = expert_dispatch(ids, experts)
         h = grouped_gemm(x, gate_up, order, offsets, top_k, "geglu")
         return grouped_gemm(h, down, order, offsets, top_k, "combine", topk_weights)
@@ -105,14 +107,14 @@ def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike
     h = x.new_empty(ids.numel(), inter)
     block_k = min(128 if wide or bits else 256, pow2(hidden, 32))  # unpacked, 256 columns take all registers
     _gate_up_kernel[(cdiv(inter, 16), ids.numel())](
-        x, ids, w1, maybe(s1), h, hidden, inter, experts, ids.numel(), TOP_K=top_k, PAIRS=pow2(ids.numel(), 16), BITS=bits,
+        x, ids, w1, s1, h, hidden, inter, experts, ids.numel(), TOP_K=top_k, PAIRS=pow2(ids.numel(), 16), BITS=bits,
         EVEN_K=hidden % block_k == 0, BLOCK_M=16, BLOCK_I=16, BLOCK_K=block_k, num_warps=4, num_stages=2 if t.kind == "hip"
         else 3,
     )  # fmt: skip
     out = x.new_empty(x.shape)
     block_k = min(128 if wide else 256, pow2(inter, 32))
     _down_kernel[(tokens, cdiv(hidden, 16))](
-        h, topk_weights, ids, w2, maybe(s2), out, hidden, inter, experts, TOP_K=top_k, BITS=bits, EVEN_K=inter % block_k == 0,
+        h, topk_weights, ids, w2, s2, out, hidden, inter, experts, TOP_K=top_k, BITS=bits, EVEN_K=inter % block_k == 0,
         BLOCK_N=16, BLOCK_K=block_k, STAGES=2 if t.kind == "hip" else 4, num_warps=4,
     )  # fmt: skip
     return out
