@@ -56,15 +56,15 @@ HEADER = f"""\
 # triton {{version}}
 #
 # A block is one kernel of one op, with the cases that compile to the same code (kernel/2: another code of the kernel,
-# which the same cases launch too). Then the dtypes behind the pointers (bf16[64,128]: a descriptor of such tiles) and the
-# compile-time constants, without those that are None, 0 or False. Then for each GPU:
+# which the same cases launch too). Then the dtypes behind the pointers (bf16[64,128]: a descriptor of such tiles) and
+# the compile-time constants, without those that are None, 0 or False. Then for each GPU:
 #   registers   of a thread (AMD: vector registers)
 #   shared      bytes of shared memory of a program
 #   warps       of a program
 #   stages      iterations of a pipelined loop that are in flight
 #   HMMA, ...   the tensor-core instructions; -: none
-#   tma         copies to shared memory go by descriptor, in tiles; async: by the threads, which do not wait; none: neither
-# and the dtypes and constants that are not the same for all. Nothing here spills registers or has a stack: tests forbid it.
+#   tma         tiles are copied to shared memory by descriptor; async: by the threads, which do not wait; none: neither
+# and the dtypes and constants that are not the same for all. No kernel spills registers or has a stack: tested.
 
 """
 

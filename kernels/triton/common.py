@@ -75,11 +75,8 @@ def once_a_step(make: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Te
         return make(*args)
     key = (make, *(id(a) if isinstance(a, Tensor) else a for a in args))
     if key not in kept:
-        kept[key] = (
-            *make(*args),
-            *(a for a in args if isinstance(a, Tensor)),
-        )  # kept alive, so that their ids are theirs
-    return kept[key]
+        kept[key] = make(*args), args  # the args too, so that their ids stay theirs
+    return kept[key][0]
 
 
 def whole(x: Tensor) -> Tensor:
