@@ -208,12 +208,12 @@ def parse(written: str) -> tuple[str, list[Row]]:
     body = re.sub(rf"\n{2 * INDENT} *", " ", body)  # lines that go on
     rows = []
     for block in filter(None, body.split("\n\n")):
-        lines = block.split("\n")
-        matches = [TARGET_LINE.fullmatch(line) for line in lines[2:]]
-        (op, kernel, *cases), common = lines[0].split(), "".join(lines[1:2]).split()
-        for match in matches or [None]:
-            if match is None:
-                raise ValueError(f"this is no block that `{COMMAND}` writes:\n{block}")
+        head, *lines = block.split("\n")
+        matches = [TARGET_LINE.fullmatch(line) for line in lines[1:]]
+        if len(head.split()) < 3 or None in matches or not matches:
+            raise ValueError(f"this is no block that `{COMMAND}` writes: {head} ...")
+        (op, kernel, *cases), common = head.split(), lines[0].split()
+        for match in filter(None, matches):
             target, *numbers, tensor, how, own = match.groups()
             constants = in_order(word for word in [*common, *own.split()] if word != "-")
             rows += [Row(op, case, kernel, target, *map(int, numbers), tensor, how, constants) for case in cases]
@@ -658,7 +658,10 @@ def main(argv: list[str] | None = None) -> int:
         if name not in known:
             p.error(f"there is no {name!r}; there are {', '.join(known)}")
     anew = args.write and not (args.target or args.op)
-    version, rows = (None, []) if anew or not compared else read(args.file)
+    try:
+        version, rows = (None, []) if anew or not compared else read(args.file)
+    except ValueError as error:
+        p.error(f"{args.file}: {error}")
     chosen = [row for row in rows if (not args.target or row.target in targets) and (not args.op or row.op in names)]
     others = [row for row in rows if row not in chosen]
     if args.write and others and version != triton.__version__:

@@ -33,11 +33,11 @@ def tile(m: int, n: int, k: int, itemsize: int, bits: int, double: bool, t: Targ
     """
     amd = t.kind == "hip"
     if m <= FEW:
-        narrow = n * (2 if double else 1) < 64 * t.cores  # fewer than two tiles of 32 rows for each multiprocessor
+        narrow = n * (2 if double else 1) < 32 * t.cores  # fewer than a tile of 32 rows for each multiprocessor
         block_n, block_k = (16 if narrow or double else 32), (256 if narrow else 128) // (2 if itemsize == 4 else 1)
         if bits:
             block_k = 256 // (2 if itemsize == 4 else 1)
-        stages = 2 if amd else 4 if m <= 16 else 3
+        stages = 2 if amd else 3 if m > 16 else 5 if narrow else 4
         warps = 2 if block_n == 16 and not double else 4
         return dict(BLOCK_M=16 if m <= 16 else 32, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
     roomy = t.shared > 200_000

@@ -115,6 +115,6 @@ def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike
     block_k = min(128 if wide else 256, pow2(inter, 32))
     _down_kernel[(tokens, cdiv(hidden, 16))](
         h, topk_weights, ids, w2, s2, out, hidden, inter, experts, TOP_K=top_k, BITS=bits, EVEN_K=inter % block_k == 0,
-        BLOCK_N=16, BLOCK_K=block_k, STAGES=2 if t.kind == "hip" else 4, num_warps=4,
+        BLOCK_N=16, BLOCK_K=block_k, STAGES=2 if t.kind == "hip" else 6, num_warps=4,
     )  # fmt: skip
     return out
