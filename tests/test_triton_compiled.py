@@ -151,12 +151,10 @@ def test_what_is_the_same_is_written_once() -> None:
     ]
     rows[1] = rows[1]._replace(registers=96)
     sm_90, sm_100, gfx942 = (
-        f"    {target}  {registers} registers  65536 shared  4 warps  3 stages  HGMMA  async"
-        for target, registers in (("sm_90 ", "128"), ("sm_100", "128"), ("gfx942", "128"))
+        f"    {target:6}  128 registers  65536 shared  4 warps  3 stages  HGMMA  async"
+        for target in ("sm_90", "sm_100", "gfx942")
     )
-    assert (
-        triton_compiled.blocks(rows)
-        == f"""\
+    expected = f"""\
 linear _kernel  a
     bf16 K=1
 {sm_90.replace("128", " 96")}  BLOCK=64
@@ -175,7 +173,7 @@ linear _kernel  c
 {sm_100}  BLOCK=64
 {gfx942}  BLOCK=32
 """
-    )
+    assert triton_compiled.blocks(rows) == expected
     same = triton_compiled.blocks([*rows[:1], rows[1]._replace(registers=128), *rows[2:]])
     assert same.startswith("linear _kernel  a b\n    bf16 K=1\n") and same.count("linear") == 2
 

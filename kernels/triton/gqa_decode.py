@@ -76,7 +76,7 @@ def _tiles_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr, PER_SPLIT: tl.constexpr,
     OFFSET: tl.constexpr, NODE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    split, b, head = tl.program_id(0), tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    b, head, split = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
     lo, length, first = seen(lens_ptr, b, slots, window, BLOCK_N, NODE)
     begin = tl.maximum(first + split * PER_SPLIT, lo // BLOCK_N)
     end = tl.minimum(first + (split + 1) * PER_SPLIT, tl.cdiv(length, BLOCK_N))
@@ -211,7 +211,7 @@ def gqa_decode(
     sizes = tile(dim, q.element_size(), t)
     slots = v_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     s = Splits(q, kv_heads, slots, window, sizes["BLOCK_N"], t.cores)
-    _tiles_kernel[(s.splits, batch * kv_heads)](
+    _tiles_kernel[(batch * kv_heads, s.splits)](
         q, k_cache, v_cache, kv_lens, block_table, s.m, s.l, s.acc, scale, s.window, slots, v_cache.shape[1], s.splits,
         *k_cache.stride()[:3], *v_cache.stride()[:3], 0 if block_table is None else block_table.stride(0),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=dim, PAGED=block_table is not None, PER_SPLIT=s.per_split, NODE=NODE,

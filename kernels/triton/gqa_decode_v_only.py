@@ -73,7 +73,7 @@ def _tiles_kernel(
     OFFSET: tl.constexpr, NODE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     REST_1: tl.constexpr, REST_2: tl.constexpr,
 ):  # fmt: skip
-    split, b, head = tl.program_id(0), tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    b, head, split = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
     lo, length, first = seen(lens_ptr, b, slots, window, BLOCK_N, NODE)
     begin = tl.maximum(first + split * PER_SPLIT, lo // BLOCK_N)
     end = tl.minimum(first + (split + 1) * PER_SPLIT, tl.cdiv(length, BLOCK_N))
@@ -201,7 +201,7 @@ def gqa_decode_v_only(
     cos, sin = once_a_step(angles, inv_freq, sizes["BLOCK_N"], block_r)
     slots = v_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     s = Splits(q, kv_heads, slots, window, sizes["BLOCK_N"], t.cores)
-    _tiles_kernel[(s.splits, batch * kv_heads)](
+    _tiles_kernel[(batch * kv_heads, s.splits)](
         q, v_cache, whole(k_weight), whole(inv_freq), cos, sin, kv_lens, block_table, s.m, s.l, s.acc, scale, s.window, slots,
         v_cache.shape[1], s.splits, pairs, *v_cache.stride()[:3], 0 if block_table is None else block_table.stride(0),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=dim, PAGED=block_table is not None, PER_SPLIT=s.per_split, NODE=NODE,
