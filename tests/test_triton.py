@@ -198,6 +198,32 @@ def test_a_view_of_a_cache_is_read_where_it_is() -> None:
     assert torch.equal(decode({**args, **short}), decode(args))
 
 
+@pytest.mark.parametrize("v_only", [False, True])
+def test_tensors_may_be_views(v_only: bool) -> None:
+    """Lengths and tables with gaps between their entries, or none at all."""
+    args = decode_case(Maker(DTYPES[0], DEVICE), [40, 40, 9], 4, 2, 64, 64, v_only=v_only, block=16)
+    wanted = decode(args)
+    apart = args["kv_lens"].repeat_interleave(2)
+    apart[1::2] = 10**6
+    views = dict(kv_lens=apart[::2], block_table=args["block_table"].t().contiguous().t())
+    assert torch.equal(decode({**args, **views}), wanted)
+    same = args["kv_lens"][:1].expand(3)
+    assert torch.equal(decode({**args, "kv_lens": same}), decode({**args, "kv_lens": same.contiguous()}))
+    args = prefill_case(Maker(DTYPES[0], DEVICE), [5, 3], 4, 2, 64, None, [30, 9], 64, v_only=v_only)
+    apart = args["prefix_lens"].repeat_interleave(2)
+    apart[1::2] = 60
+    with use_backend("triton"):
+        assert torch.equal(ops.gqa_prefill(**{**args, "prefix_lens": apart[::2]}), ops.gqa_prefill(**args))
+
+
+@pytest.mark.parametrize("v_only", [False, True])
+def test_what_is_not_finite_is_not_hidden(v_only: bool) -> None:
+    args = decode_case(Maker(DTYPES[0], DEVICE), [20, 5, 0], 2, 1, 64, 64, v_only=v_only)
+    args["v_cache" if v_only else "k_cache"][0, 3] = float("nan")
+    out = decode(args)
+    assert out[0].isnan().all() and out[1].isfinite().all() and (out[2] == 0).all()
+
+
 def test_layers_of_a_captured_step_share_their_angles(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     angles = gqa_decode_v_only.angles
@@ -220,6 +246,25 @@ def test_offsets_have_64_bits_where_32_do_not_hold_them() -> None:
     )
     assert gqa_decode.offset_type(fits) == gqa_decode.tl.int32
     assert gqa_decode.offset_type(fits, beyond) == gqa_decode.tl.int64
+
+
+# ---- products ----
+
+
+def test_products_of_nothing() -> None:
+    with use_backend("triton"):
+        for x, weight in ((torch.ones(0, 8), torch.ones(5, 8)), (torch.ones(3, 0), torch.ones(5, 0))):
+            ids = ops.logits(x.to(DEVICE), weight.to(DEVICE), 30.0, True)
+            assert ids.dtype == torch.int64 and ids.tolist() == [0] * len(x)
+            assert ops.logits(x.to(DEVICE), weight.to(DEVICE), 30.0).shape == (len(x), 5)
+
+
+def test_a_softcap_far_above_the_logits_changes_little() -> None:
+    op, generator = ops.TABLE["logits"], torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(n, 64, generator=generator).to(DEVICE) for n in (3, 50))
+    for cap in (1e3, 1e6):
+        verdict = Judge(op, dict(x=x, weight=weight / 8, softcap=cap, argmax=False))(on("triton", op))
+        assert verdict.ok, verdict.message
 
 
 # ---- experts ----
@@ -347,6 +392,12 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
     with use_backend("triton"):
         with pytest.raises(UnsupportedError, match="even head dims up to 512, got 1024"):
             ops.gqa_decode(**args)
+        args = decode_case(Maker(torch.float16, DEVICE), [3], 20, 1, 512, 8)
+        with pytest.raises(UnsupportedError, match="up to 16 query heads per KV head of 512 columns, got 20"):
+            ops.gqa_decode(**args)
+        args = decode_case(Maker(torch.float16, DEVICE), [3], 2, 1, 64, 8, v_only=True)
+        with pytest.raises(UnsupportedError, match="frequencies in float32"):
+            ops.gqa_decode(**{**args, "inv_freq": args["inv_freq"].double()})
         with pytest.raises(UnsupportedError, match="does not take float64"):
             ops.rms_norm(torch.ones(2, 8, dtype=torch.float64, device=DEVICE))
         weight = QuantizedWeight.of(torch.randn(32, 64, device=DEVICE), 8)

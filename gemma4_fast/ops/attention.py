@@ -171,7 +171,7 @@ GQA_DECODE = register(
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:gqa_decode", cpu_backend.DTYPES, accepts=cpu_backend.accepts_gqa_decode),
             "triton": Impl(
-                "gemma4_fast.triton.gqa_decode:gqa_decode", triton_backend.DTYPES, accepts=triton_backend.accepts_attention
+                "gemma4_fast.triton.gqa_decode:gqa_decode", triton_backend.DTYPES, accepts=triton_backend.accepts_gqa_decode
             ),
             "torch": Impl("gemma4_fast.ops.torch_backend:gqa_decode"),
         },
@@ -287,6 +287,7 @@ GQA_PREFILL = register(
             "one_token": lambda m: prefill_case(m, [1], 8, 1, 256, window=512),
             "odd": lambda m: prefill_case(m, [13, 0, 7], 3, 1, 96, window=5),
             "empty_sequence_images": lambda m: prefill_case(m, [0, 0, 7], 3, 1, 96, window=4, images=True),
+            "empty_sequence_images_prefix": lambda m: prefill_case(m, [17, 0], 4, 2, 64, 9, [8, 15], 64, images=True),
         },
         cost=_prefill_cost,
         bench_cases={
@@ -304,7 +305,7 @@ GQA_PREFILL = register(
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:gqa_prefill", cpu_backend.DTYPES, accepts=cpu_backend.accepts_gqa_prefill),
             "triton": Impl(
-                "gemma4_fast.triton.gqa_prefill:gqa_prefill", triton_backend.DTYPES, accepts=triton_backend.accepts_attention
+                "gemma4_fast.triton.gqa_prefill:gqa_prefill", triton_backend.DTYPES, accepts=triton_backend.accepts_gqa_prefill
             ),
             "torch": Impl("gemma4_fast.ops.torch_backend:gqa_prefill"),
         },

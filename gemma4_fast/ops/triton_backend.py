@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from gemma4_fast.quant import QuantizedWeight, WeightLike
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 512
+MAX_GROUP = 16  # query heads per KV head of so many columns: what a decode kernel has registers for
 
 
 def _weight(weight: WeightLike, parts: int) -> str | None:
@@ -51,9 +53,24 @@ def accepts_angles(positions: Tensor, inv_freq: Tensor) -> str | None:
     return None if inv_freq.dtype == torch.float32 else "takes frequencies in float32"
 
 
-def accepts_attention(q: Tensor, *_: object) -> str | None:
+def _attention(q: Tensor, inv_freq: Tensor | None) -> str | None:
     dim = q.shape[2]
-    return f"takes even head dims up to {MAX_HEAD_DIM}, got {dim}" if dim > MAX_HEAD_DIM or dim % 2 else None
+    if dim > MAX_HEAD_DIM or dim % 2:
+        return f"takes even head dims up to {MAX_HEAD_DIM}, got {dim}"
+    if inv_freq is not None and inv_freq.dtype != torch.float32:
+        return "takes frequencies in float32"
+    return None
+
+
+def accepts_gqa_decode(q: Tensor, k_cache: Tensor | None, v_cache: Tensor, *args: Any) -> str | None:
+    most = MAX_GROUP * MAX_HEAD_DIM // max(1, q.shape[2])
+    if q.shape[1] > most * v_cache.shape[2]:
+        return f"takes up to {most} query heads per KV head of {q.shape[2]} columns, got {q.shape[1] // v_cache.shape[2]}"
+    return _attention(q, args[3] if len(args) > 3 else None)  # inv_freq
+
+
+def accepts_gqa_prefill(q: Tensor, *args: Any) -> str | None:
+    return _attention(q, args[8] if len(args) > 8 else None)  # inv_freq
 
 
 @contextmanager

@@ -226,7 +226,7 @@ def gqa_prefill(
         if image_ids is not None:
             ids = image_ids[lo:hi]
             same = (ids[:, None] == ids[None]) & (ids[:, None] >= 0)
-            mask[:, -ids.shape[0] :] |= same
+            mask[:, mask.shape[1] - ids.shape[0] :] |= same
         if window is not None:
             mask &= key_pos[None] > q_pos[:, None] - window
         out[lo:hi] = attend(q[lo:hi], keys, values, mask, scale)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma4_fast.triton.common import LOG2E, Target, cdiv, pow2, target, whole
+from gemma4_fast.triton.common import LOG2E, Target, cdiv, maybe, pow2, target, whole
 
 NODE = 512  # positions
 
@@ -98,8 +98,10 @@ def _tiles_kernel(
         ok = valid[:, None] & d_ok[None, :]
         k_row = cache_rows(position, table_ptr, b, slots, block_size, stride_kb, stride_ks, stride_table, PAGED, OFFSET)
         v_row = cache_rows(position, table_ptr, b, slots, block_size, stride_vb, stride_vs, stride_table, PAGED, OFFSET)
-        k = tl.load(k_ptr + (k_row + head * stride_kh)[:, None] + d[None, :], mask=ok, other=0.0)  # [BLOCK_N, BLOCK_D]
-        v = tl.load(v_ptr + (v_row + head * stride_vh)[:, None] + d[None, :], mask=ok, other=0.0)
+        k = tl.load(
+            k_ptr + (k_row + head.to(OFFSET) * stride_kh)[:, None] + d[None, :], mask=ok, other=0.0
+        )  # [BLOCK_N, BLOCK_D]
+        v = tl.load(v_ptr + (v_row + head.to(OFFSET) * stride_vh)[:, None] + d[None, :], mask=ok, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_G, BLOCK_N]
         p, m_tile, l_tile = tile_softmax(scores, valid, scale)
         acc_tile = tl.dot(p.to(v.dtype), v, input_precision="ieee")
@@ -150,7 +152,7 @@ def _merge_kernel(
         share = tl.exp2(m - largest)
         total += tl.sum(acc * share[:, None], 0)
         weight += tl.sum(l * share, 0)
-    out = tl.where(weight > 0.0, total / tl.where(weight > 0.0, weight, 1.0), 0.0)  # an idle row: 0
+    out = total / tl.where(length == 0, 1.0, weight)  # an idle row: 0
     tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
@@ -198,6 +200,7 @@ def gqa_decode(
     k_weight: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
+    kv_lens, block_table = whole(kv_lens), maybe(block_table)
     if k_cache is None:
         from gemma4_fast.triton.gqa_decode_v_only import gqa_decode_v_only
 

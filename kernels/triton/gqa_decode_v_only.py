@@ -105,7 +105,7 @@ def _tiles_kernel(
         valid = (position >= lo) & (position < length)
         at = (
             cache_rows(position, table_ptr, b, slots, block_size, stride_vb, stride_vs, stride_table, PAGED, OFFSET)
-            + head * stride_vh
+            + head.to(OFFSET) * stride_vh
         )
         v_lo = _piece(v_ptr, at, valid, 0, HALF, BLOCK_R)  # [BLOCK_N, BLOCK_R]
         v_hi = _piece(v_ptr, at, valid, HALF, D, BLOCK_R)

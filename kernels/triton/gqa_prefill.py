@@ -37,7 +37,7 @@ def _attend(scores, v, m, l, acc):
     return most, l * old + tl.sum(p, 1), acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, cu_ptr, prefix_ptr, table_ptr, image_ptr, lse_ptr, out_ptr, scale, window, batch,
     slots, block_size, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_table,
@@ -78,14 +78,14 @@ def _prefill_kernel(
             position = p0 + n
             n_ok = (position < prefix)[:, None] & d_ok[None, :]
             v_row = cache_rows(position, table_ptr, b, slots, block_size, stride_vb, stride_vs, stride_table, PAGED, OFFSET)
-            v_row += head * stride_vh
+            v_row += head.to(OFFSET) * stride_vh
             if ALIKE:
                 k_row = v_row
             else:
                 k_row = cache_rows(
                     position, table_ptr, b, slots, block_size, stride_kb, stride_ks, stride_table, K_PAGED, OFFSET
                 )
-                k_row += head * stride_kh
+                k_row += head.to(OFFSET) * stride_kh
             k = tl.load(k_ptr + k_row[:, None] + d[None, :], mask=n_ok, other=0.0)  # [BLOCK_N, BLOCK_D]
             v = tl.load(v_ptr + v_row[:, None] + d[None, :], mask=n_ok, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
@@ -132,7 +132,7 @@ def _prefill_kernel(
         tl.store(lse_ptr + q_at, m + tl.log2(l), mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _merge_kernel(lse_ptr, part_ptr, out_ptr, rows, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     """Two parts [2, rows, D], and their log-sums [2, rows] (base 2) -> out [rows, D]."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -197,6 +197,7 @@ def gqa_prefill(
         lse = q.new_empty(2, tokens, heads, dtype=torch.float32)
         parts = [*q.new_empty(2, *q.shape)]
         v_cache, block_table, paged = columns_together(v_cache), maybe(block_table), block_table is not None
+        prefix_lens = whole(prefix_lens)
         slots = v_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
         rebuilt = k_cache is None
         if k_cache is None:

@@ -51,7 +51,7 @@ def _expert_tile(w, s_ptr, row, row_ok, n0, k0, K, expert, N, PART: tl.constexpr
         return weight_tile(w, s_ptr, row, row_ok, k0, K, K, first_panel, BLOCK_K, BITS, EVEN_K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _grouped_kernel(
     x_ptr, w, s_ptr, order_ptr, offsets_ptr, out_ptr, rows, N, K, E, tiles_n,
     TOP_K: tl.constexpr, GEGLU: tl.constexpr, SCATTER: tl.constexpr, BITS: tl.constexpr, TMA: tl.constexpr,

@@ -46,7 +46,7 @@ def tile(m: int, n: int, k: int, itemsize: int, bits: int, double: bool, t: Targ
     return dict(BLOCK_M=128, BLOCK_N=64 if double else 128, BLOCK_K=block_k, num_warps=8, num_stages=stages)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles_m"])
 def _product_kernel(
     x_ptr, w_ptr, s_ptr, out_ptr, other_ptr, at_ptr,
     M, N, K, stride_xm, stride_other, cap, tiles_m, tiles_n,
@@ -125,7 +125,7 @@ def product(x: Tensor, weight: WeightLike, end: str = "none", *, cap: float = 0.
     n = weight.shape[0] // 2 if double else weight.shape[0]
     values, scales, bits = parts(weight)
     if m == 0 or n == 0 or k == 0:
-        return x.new_zeros(m, n)
+        return x.new_zeros(m, dtype=torch.int64) if end == "argmax" else x.new_zeros(m, n)
     sizes = tile(m, n, k, x.element_size(), bits, double, target(x.device))
     sizes["BLOCK_K"] = min(sizes["BLOCK_K"], pow2(k, 32))
     tiles_m, tiles_n = cdiv(m, sizes["BLOCK_M"]), cdiv(n, sizes["BLOCK_N"])

@@ -27,7 +27,7 @@ from gemma4_fast.triton.grouped_gemm import grouped_gemm
 MANY, MANY_QUANTIZED = 129, 17
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _gate_up_kernel(
     x_ptr, ids_ptr, w_ptr, s_ptr, h_ptr, H, I, E, pairs, TOP_K: tl.constexpr, PAIRS: tl.constexpr, BITS: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -38,7 +38,7 @@ def _keys_kernel(
     w_lo = tl.load(w_ptr + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
     w_hi = tl.load(w_ptr + HALF + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
     for head in range(KV_HEADS):
-        v_at, k_at = v_ptr + v_row[:, None] + head * stride_vh, k_ptr + k_row[:, None] + head * (2 * HALF)
+        v_at, k_at = v_ptr + v_row[:, None] + tl.cast(head, tl.int64) * stride_vh, k_ptr + k_row[:, None] + head * (2 * HALF)
         lo = tl.load(v_at + r[None, :], mask=turns, other=0.0).to(tl.float32) * w_lo
         hi = tl.load(v_at + HALF + r[None, :], mask=turns, other=0.0).to(tl.float32) * w_hi
         tl.store(k_at + r[None, :], (lo * cos - hi * sin).to(k_ptr.dtype.element_ty), mask=turns)
