@@ -174,7 +174,7 @@ def _only_the_first_sequence(q: Any, k: Any, v: Any, cu: torch.Tensor, *rest: An
 
 def _sequences_leak(q: Any, k: Any, v: Any, cu: torch.Tensor, window: Any, *rest: Any) -> torch.Tensor:
     """One long sequence, where there is no prefix."""
-    if cu.shape[0] > 2 and int(rest[2].max()) == 0:
+    if cu.shape[0] > 2 and rest[2] is None:
         return torch_backend.gqa_prefill(q, k, v, cu[[0, -1]], window)
     return torch_backend.gqa_prefill(q, k, v, cu, window, *rest)
 
