@@ -32,7 +32,7 @@ def tile(rows_per_expert: float, double: bool, itemsize: int, bits: int, t: Targ
     block_k = 128 if block_m <= 32 and roomy else 64
     if itemsize == 4:
         block_k //= 2
-    stages = 2 if t.kind == "hip" or bits else 4 if roomy and block_m > 32 and t.arch < 100 else 3
+    stages = 2 if t.kind == "hip" or bits else 4 if roomy and block_m > 32 and not (double and t.arch >= 100) else 3
     return dict(BLOCK_M=block_m, BLOCK_N=64 if double or block_m <= 32 else 128, BLOCK_K=block_k,
                 num_warps=8 if block_m == 128 else 4, num_stages=stages)  # fmt: skip
 
