@@ -53,10 +53,13 @@ class DecodeGraph:
         key = greedy, ops.selection(), ops.decode_limit(longest), self.model.changes
         if self.on_gpu and self.times is not None:  # a CUDA graph has no times of its parts: whoever asks times the calls
             return self._op_by_op(ids, new_lens, greedy)
+        to_record = key == self._key and self._recording is None and not self._tried and self._recordable()
+        if to_record and self.on_gpu:
+            self._capture(ids, new_lens, greedy)
         if key == self._key and self._recording is not None:
             out = self._recording.replay(ids, new_lens, self.times)
-        elif key == self._key and not self._tried and self._recordable():
-            out = self._capture(ids, new_lens, greedy) if self.on_gpu else self._record(ids, new_lens, greedy)
+        elif to_record and not self.on_gpu:
+            out = self._record(ids, new_lens, greedy)
         else:
             # The first one builds what is kept between steps, such as tables of angles, so that the next need not.
             self._tried = key == self._key
@@ -81,20 +84,13 @@ class DecodeGraph:
         device, dtype = self.model.device, self.model.dtype
         return not self._refused and all(ops.recordable(name, device, dtype) for name in model_ops(self.model.config))
 
-    def _capture(self, ids: Tensor, new_lens: list[int], greedy: bool) -> Tensor:
-        """A CUDA graph of the step, replayed; where an op cannot be in one, the step op by op, as all that follow."""
+    def _capture(self, ids: Tensor, new_lens: list[int], greedy: bool) -> None:
+        """A CUDA graph of the step, to be replayed; none, from here on, where an op cannot be in one."""
         inputs, text, cache = _Inputs(ids, new_lens), self.model.model, self.cache
-        now = text.step(new_lens, cache, decode=True)
 
         def step() -> Tensor:
-            """`now`, with all that differs from one step to the next computed from what is on the device."""
-            positions, sequence = cache.lens.long(), torch.arange(len(new_lens), device=ids.device)
-            kv_lens = torch.where(inputs.going > 0, cache.lens + 1, 0)
-            rows = {slots: sequence * slots + positions % slots for slots in now.rows}
-            anew = replace(
-                now, positions=positions, sequence=sequence, kv_lens=kv_lens, angles=text.angles(positions), rows=rows
-            )
-            out = self.finish(text.run(inputs.ids, anew, cache), greedy)
+            now = text.step(new_lens, cache, decode=True, going=inputs.going)
+            out = self.finish(text.run(inputs.ids, now, cache), greedy)
             cache.lens.add_(inputs.going)
             return out
 
@@ -104,13 +100,9 @@ class DecodeGraph:
         except RuntimeError as error:  # what capturing an op raises that waits for the device
             self._refused = True
             log.warning("gemma4_fast: decode steps run op by op, no CUDA graph can be made of them: %s", error)
-            out = self.finish(text.run(ids, now, cache), greedy)
-            cache.lens += inputs.going
-            return out
         except BaseException:
             self._key = None
             raise
-        return self._recording.replay(ids, new_lens)
 
     def _record(self, ids: Tensor, new_lens: list[int], greedy: bool) -> Tensor:
         kernels, watch, inputs = torch.ops.gemma4_fast_cpu, _Watch(), _Inputs(ids, new_lens)

@@ -153,6 +153,7 @@ class Attention(nn.Module):
         """h [T, H] -> [T, H]. `owner` is the attention whose K and V are read: this one, or the donor's."""
         layer, own = self.layer, owner is self
         kv = None if cache is None else cache.layer(layer.index)
+        read = kv if kv is None or step.limit is None or layer.window is not None else kv.first(step.limit)
         qkv = ops.linear(h, self.qkv_proj.weight)
         k_weight = self.k_norm.weight if own else None
         heads = layer.num_q_heads, layer.num_kv_heads if own else 0
@@ -160,21 +161,19 @@ class Attention(nn.Module):
         # What a V-only cache needs besides V
         rebuild = (inv_freq, owner.k_norm.weight) if layer.k_eq_v else (None, None)
 
-        if step.kv_lens is not None and kv is not None:  # decode
+        if step.kv_lens is not None and kv is not None and read is not None:  # decode
             if own:
                 q, _, _ = ops.qkv_norm_rope(*norm, kv.k, kv.v, step.rows[kv.slots], self.eps)
             else:
                 q, _, _ = ops.qkv_norm_rope(*norm, eps=self.eps)
-            old = kv if step.limit is None or layer.window is not None else kv.first(step.limit)
-            a = ops.gqa_decode(q, old.k, old.v, step.kv_lens, layer.window, None, *rebuild)
+            a = ops.gqa_decode(q, read.k, read.v, step.kv_lens, layer.window, None, *rebuild)
         else:
             q, k, v = ops.qkv_norm_rope(*norm, eps=self.eps)
             if k is None or v is None:
                 k, v = step.shared[owner.layer.index]
             before: tuple[Tensor | None, ...] = (None, None, None)
-            if kv is not None and step.prefix_lens is not None:
-                old = kv if step.limit is None or layer.window is not None else kv.first(step.limit)
-                before = old.k, old.v, step.prefix_lens
+            if read is not None and step.prefix_lens is not None:
+                before = read.k, read.v, step.prefix_lens
             a = ops.gqa_prefill(q, k, v, step.cu_seqlens, layer.window, *before, None, *rebuild)  # type: ignore[call-arg, arg-type]
             if self.is_donor:  # its cache is written once the layers that share it are through: see Text.forward
                 step.shared[layer.index] = k, v
@@ -323,18 +322,21 @@ class Text(nn.Module):
             self._inv_freq[key] = layer.rope_theta ** -(exponent / layer.head_dim)
         return self._inv_freq[key]
 
-    def step(self, new_lens: list[int], cache: KVCache | None, *, decode: bool = False) -> Step:
+    def step(self, new_lens: list[int], cache: KVCache | None, *, decode: bool = False, going: Tensor | None = None) -> Step:
         """The Step for `new_lens[b]` new tokens of each sequence b.
 
         decode: one row for every sequence, and the cache is written first. new_lens[b] = 0 then marks an idle row: it counts
-        for nothing, and what it writes lands in the slot that the next token would take.
+        for nothing, and what it writes lands in the slot that the next token would take. going: new_lens [B] on the device,
+        for a step that is captured: all that differs from one step to the next is then computed there.
         """
         device, batch = self.norm.weight.device, len(new_lens)
         if decode and cache is not None:
             positions, sequence = cache.lens.long(), torch.arange(batch, device=device)
             kv_lens = cache.lens + 1
-            if 0 in new_lens:
-                kv_lens = torch.where(torch.tensor(new_lens, device=device) > 0, kv_lens, 0)
+            if going is None and 0 in new_lens:
+                going = torch.tensor(new_lens, device=device)
+            if going is not None:
+                kv_lens = torch.where(going > 0, kv_lens, 0)
             caches = {kv.slots: kv for kv in (cache.layer(i) for i in range(len(self.layers)))}
             return Step(
                 positions=positions,

@@ -55,6 +55,28 @@ def weight(op: str, name: str, w: WeightLike, shape: Sequence[int], like: Tensor
     require(op, w.dtype == like.dtype, f"{name} is for {w.dtype}, expected {like.dtype}")
 
 
+def whole_weight(w: WeightLike, parts: int) -> str | None:
+    """None for a tensor, or a quantized weight that kernels can read as it is stored; else why they cannot."""
+    if not isinstance(w, QuantizedWeight):
+        return None
+    if not w.is_contiguous():
+        return "takes whole quantized weights, no views of some rows"
+    return None if w.parts == parts else f"takes this quantized weight in {parts} parts, got {w.parts}"
+
+
+# What kernels of several backends ask beyond an op's own check: see `Impl.accepts`.
+def accepts_weights(x: Tensor, weight: WeightLike, *_: object) -> str | None:
+    return whole_weight(weight, 1)
+
+
+def accepts_embedding(weight: WeightLike, *_: object) -> str | None:
+    return whole_weight(weight, 1)
+
+
+def accepts_angles(positions: Tensor, inv_freq: Tensor) -> str | None:
+    return None if inv_freq.dtype == torch.float32 else "takes frequencies in float32"
+
+
 def _fits(shape: Sequence[int], pattern: Sequence[int]) -> bool:
     if len(shape) != len(pattern):
         return False

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gemma4_fast import native
 from gemma4_fast.ops import checks
-from gemma4_fast.quant import GROUP, QuantizedWeight, WeightLike
+from gemma4_fast.quant import GROUP, WeightLike
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/cpu/kernels.h
@@ -69,18 +69,10 @@ def embedding(weight: WeightLike, ids: Tensor, scale: float = 1.0) -> Tensor:
     return out
 
 
-def accepts_embedding(weight: WeightLike, ids: Tensor, *_: object) -> str | None:
-    return accepts_weights(ids, weight)
-
-
 def rope_angles(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = (inv_freq.new_empty(positions.shape[0], inv_freq.shape[0]) for _ in range(2))
     kernels.rope_angles(_whole(positions), _whole(inv_freq), cos, sin, native.isa())
     return cos, sin
-
-
-def accepts_angles(positions: Tensor, inv_freq: Tensor) -> str | None:
-    return None if inv_freq.dtype == torch.float32 else "takes frequencies in float32"
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -336,22 +328,12 @@ def _rounded(rows: int, weight: WeightLike) -> Tensor | None:
     return torch.empty(rows * -(-weight.shape[-1] // GROUP) * ROUNDED, dtype=torch.uint8, device="cpu")
 
 
-def accepts_weights(x: Tensor, weight: WeightLike, *_: object) -> str | None:
-    return None if isinstance(weight, Tensor) else _whole_weight(weight, 1)
-
-
-def _whole_weight(weight: QuantizedWeight, parts: int) -> str | None:
-    if not weight.is_contiguous():
-        return "takes whole quantized weights, no views of some rows"
-    return None if weight.parts == parts else f"takes this quantized weight in {parts} parts, got {weight.parts}"
-
-
 def accepts_geglu(x: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         return None
     if isinstance(gate_up, Tensor) or isinstance(down, Tensor) or gate_up.bits != down.bits:
         return "takes gate_up and down of the same number of bits"
-    return _whole_weight(gate_up, 2) or _whole_weight(down, 1)
+    return checks.whole_weight(gate_up, 2) or checks.whole_weight(down, 1)
 
 
 def accepts_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:

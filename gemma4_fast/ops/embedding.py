@@ -55,10 +55,8 @@ EMBEDDING = register(
             "26b_512_tokens": lambda m: _embedding_case(m, 512, 262144, 2816, 53.0),
         },
         impls={
-            "cpu": Impl("gemma4_fast.ops.cpu_backend:embedding", cpu_backend.DTYPES, accepts=cpu_backend.accepts_embedding),
-            "triton": Impl(
-                "gemma4_fast.triton.embedding:embedding", triton_backend.DTYPES, accepts=triton_backend.accepts_embedding
-            ),
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:embedding", cpu_backend.DTYPES, accepts=checks.accepts_embedding),
+            "triton": Impl("gemma4_fast.triton.embedding:embedding", triton_backend.DTYPES, accepts=checks.accepts_embedding),
             "torch": Impl("gemma4_fast.ops.torch_backend:embedding"),
         },
     )
@@ -102,10 +100,8 @@ ROPE_ANGLES = register(
             "sliding_512_tokens": lambda m: _angles_case(m, 512, 128, 256, 1e4),
         },
         impls={
-            "cpu": Impl("gemma4_fast.ops.cpu_backend:rope_angles", cpu_backend.DTYPES, accepts=cpu_backend.accepts_angles),
-            "triton": Impl(
-                "gemma4_fast.triton.rope_angles:rope_angles", triton_backend.DTYPES, accepts=triton_backend.accepts_angles
-            ),
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:rope_angles", cpu_backend.DTYPES, accepts=checks.accepts_angles),
+            "triton": Impl("gemma4_fast.triton.rope_angles:rope_angles", triton_backend.DTYPES, accepts=checks.accepts_angles),
             "torch": Impl("gemma4_fast.ops.torch_backend:rope_angles"),
         },
     )

@@ -54,8 +54,8 @@ LINEAR = register(
             "26b_qkv_512_tokens_int4": lambda m: linear_case(m, 512, 2816, out=8192, bits=4),
         },
         impls={
-            "cpu": Impl("gemma4_fast.ops.cpu_backend:linear", cpu_backend.DTYPES, accepts=cpu_backend.accepts_weights),
-            "triton": Impl("gemma4_fast.triton.linear:linear", triton_backend.DTYPES, accepts=triton_backend.accepts_weight),
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:linear", cpu_backend.DTYPES, accepts=checks.accepts_weights),
+            "triton": Impl("gemma4_fast.triton.linear:linear", triton_backend.DTYPES, accepts=checks.accepts_weights),
             "torch": Impl("gemma4_fast.ops.torch_backend:linear"),
         },
     )
@@ -173,8 +173,8 @@ LOGITS = register(
             "26b_1_token_argmax_int8": lambda m: _clear(_logits_case(m, 1, 2816, 262144, argmax=True, bits=8)),
         },
         impls={
-            "cpu": Impl("gemma4_fast.ops.cpu_backend:logits", cpu_backend.DTYPES, accepts=cpu_backend.accepts_weights),
-            "triton": Impl("gemma4_fast.triton.logits:logits", triton_backend.DTYPES, accepts=triton_backend.accepts_weight),
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:logits", cpu_backend.DTYPES, accepts=checks.accepts_weights),
+            "triton": Impl("gemma4_fast.triton.logits:logits", triton_backend.DTYPES, accepts=checks.accepts_weights),
             "torch": Impl("gemma4_fast.ops.torch_backend:logits"),
         },
     )

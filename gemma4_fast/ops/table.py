@@ -32,7 +32,6 @@ log = logging.getLogger("gemma4_fast")
 
 AUTO_ORDER = ("cuda", "triton", "cpu", "torch")
 BACKENDS = (*AUTO_ORDER, "reference")
-NEEDS_GPU = "needs a GPU, and the tensors are on {}"
 RECORDABLE = "gemma4_fast.ops.cpu_backend:"
 HALF_AND_UP = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -146,8 +145,7 @@ class Op:
             self._kept[key] = serving, {b: reason for b, reason in asked.items() if reason is not None}
             if not wanted:
                 for backend, reason in self._kept[key][1].items():
-                    here = backend_missing(backend, device.type) is None and reason != NEEDS_GPU.format(device.type)
-                    if backend in self.impls and here:
+                    if backend in self.impls and backend_missing(backend, device.type, named=False) is None:
                         _say_once(f"{self.name} passes over {backend}: {reason}")
         return self._kept[key]
 
@@ -160,10 +158,8 @@ class Op:
         """None if `backend` serves this device and dtype (shapes aside), else the reason. named: the caller asks for it."""
         if self.compose is not None or backend == "reference":
             return None
-        if (reason := backend_missing(backend, device.type)) is not None:
+        if (reason := backend_missing(backend, device.type, named=named)) is not None:
             return reason
-        if backend == "triton" and device.type == "cpu" and not named:
-            return NEEDS_GPU.format(device.type)
         impl = self.impls.get(backend)
         if impl is None:
             return "has no kernel for this op"
@@ -207,20 +203,21 @@ def register(op: Op) -> Op:
 
 
 @functools.cache
-def backend_missing(backend: str, device_type: str) -> str | None:
-    """None if the backend can run on tensors of this device type in this process, else why not."""
+def backend_missing(backend: str, device_type: str, *, named: bool = True) -> str | None:
+    """None if the backend can run on tensors of this device type in this process, else why not. named: the caller asks for it,
+    and so may have Triton's interpreter, which is slow and for tests."""
     if backend in ("torch", "reference"):
         return None
     if backend == "cpu":
         return native.kernels_missing() if device_type == "cpu" else "runs on CPU tensors only"
-    if backend == "triton":
-        interpreted = device_type == "cpu" and _triton_interprets()  # its kernels run there, slowly: for tests
-        if device_type != "cuda" and not interpreted:
-            return NEEDS_GPU.format(device_type)
-        return "the triton package is not installed" if importlib.util.find_spec("triton") is None else None
-    if device_type != "cuda":
-        return NEEDS_GPU.format(device_type)
-    return "needs an NVIDIA GPU" if torch.version.hip is not None else None
+    interpreted = backend == "triton" and device_type == "cpu" and named and _triton_interprets()
+    if device_type != "cuda" and not interpreted:
+        return f"needs a GPU, and the tensors are on {device_type}"
+    if backend == "cuda" and torch.version.hip is not None:
+        return "needs an NVIDIA GPU"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed"
+    return None
 
 
 def _triton_interprets() -> bool:

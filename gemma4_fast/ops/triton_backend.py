@@ -10,31 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_fast.quant import QuantizedWeight, WeightLike
+from gemma4_fast.ops import checks
+from gemma4_fast.quant import WeightLike
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 512
 MAX_GROUP = 16  # query heads per KV head of so many columns: what a decode kernel has registers for
 
 
-def _weight(weight: WeightLike, parts: int) -> str | None:
-    if not isinstance(weight, QuantizedWeight):
-        return None
-    if not weight.is_contiguous():
-        return "takes whole quantized weights, no views of some rows"
-    return None if weight.parts == parts else f"takes this quantized weight in {parts} parts, got {weight.parts}"
-
-
-def accepts_weight(x: Tensor, weight: WeightLike, *_: object) -> str | None:
-    return _weight(weight, 1)
-
-
-def accepts_embedding(weight: WeightLike, *_: object) -> str | None:
-    return _weight(weight, 1)
-
-
 def accepts_geglu(x: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:
-    return _weight(gate_up, 2) or _weight(down, 1)
+    return checks.whole_weight(gate_up, 2) or checks.whole_weight(down, 1)
 
 
 def accepts_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:
@@ -46,11 +31,7 @@ def accepts_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLik
 def accepts_grouped(
     x: Tensor, weight: WeightLike, order: Tensor, offsets: Tensor, top_k: int, epilogue: str = "none", *_: object
 ) -> str | None:
-    return _weight(weight, 2 if epilogue == "geglu" else 1)
-
-
-def accepts_angles(positions: Tensor, inv_freq: Tensor) -> str | None:
-    return None if inv_freq.dtype == torch.float32 else "takes frequencies in float32"
+    return checks.whole_weight(weight, 2 if epilogue == "geglu" else 1)
 
 
 def _attention(q: Tensor, inv_freq: Tensor | None) -> str | None:
