@@ -167,24 +167,26 @@ def unpacked(words, BITS: tl.constexpr):
 
 @triton.jit
 def weight_tile(
-    w_ptr, s_ptr, row, row_ok, k0, K, stride_n, first_panel, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EVEN_K: tl.constexpr
-):
-    """Rows `row` [N], columns [k0, k0 + BLOCK_K) of one matrix: [N, BLOCK_K], as stored if BITS is 0, else fp32. What is out of
-    bounds is 0. w_ptr: the matrix's first value; of a quantized one the pointers are the whole tensor's, and first_panel is the
-    matrix's."""
+    w_ptr, s_ptr, row, row_ok, k0, N, K, expert, PART: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """Rows `row` of part PART of an expert's matrix, which has PARTS of N rows each (gate and up: 2; a plain matrix: expert 0,
+    1 part), columns [k0, k0 + BLOCK_K): [len(row), BLOCK_K], as stored if BITS is 0, else fp32. What is out of bounds is 0."""
+    part = expert * PARTS + PART
     if BITS == 0:
         k = k0 + tl.arange(0, BLOCK_K)
         ok = row_ok[:, None] if EVEN_K else row_ok[:, None] & (k < K)[None, :]
-        return tl.load(w_ptr + row.to(tl.int64)[:, None] * stride_n + k[None, :], mask=ok, other=0.0)
+        first = tl.cast(part, tl.int64) * N
+        return tl.load(w_ptr + (first + row)[:, None] * K + k[None, :], mask=ok, other=0.0)
     else:
         PER: tl.constexpr = 32 // BITS  # columns of a word
-        N: tl.constexpr = row.shape[0]
-        groups = tl.cdiv(K, 32)
+        ROWS: tl.constexpr = row.shape[0]
+        groups, first_panel = tl.cdiv(K, 32), part * tl.cdiv(N, 16)
         word = k0 // PER + tl.arange(0, BLOCK_K // PER)
         ok = row_ok[:, None] if EVEN_K else row_ok[:, None] & (word < groups * BITS)[None, :]
         words = tl.load(w_ptr + words_of(row[:, None], word[None, :], groups * BITS, first_panel), mask=ok, other=0)
         group = k0 // 32 + tl.arange(0, BLOCK_K // 32)
         ok = row_ok[:, None] if EVEN_K else row_ok[:, None] & (group < groups)[None, :]
         scale = tl.load(s_ptr + words_of(row[:, None], group[None, :], groups, first_panel), mask=ok, other=0.0)
-        q = tl.reshape(unpacked(words, BITS), [N, BLOCK_K // 32, 32])
-        return tl.reshape(q * scale.to(tl.float32)[:, :, None], [N, BLOCK_K])
+        q = tl.reshape(unpacked(words, BITS), [ROWS, BLOCK_K // 32, 32])
+        return tl.reshape(q * scale.to(tl.float32)[:, :, None], [ROWS, BLOCK_K])

@@ -30,7 +30,7 @@ def _embedding_kernel(
     h = h0 + tl.arange(0, BLOCK)
     row = tl.load(ids_ptr + t)
     ok = (row >= 0) & (row < V)
-    w = weight_tile(w_ptr, s_ptr, row, ok, h0, H, H, 0, BLOCK, BITS, EVEN_H).to(tl.float32)  # [1, BLOCK]
+    w = weight_tile(w_ptr, s_ptr, row, ok, h0, V, H, 0, 0, 1, BLOCK, BITS, EVEN_H).to(tl.float32)  # [1, BLOCK]
     out = tl.where(ok[:, None], w * scale, float("nan"))
     tl.store(out_ptr + t[:, None] * H + h[None, :], out.to(out_ptr.dtype.element_ty), mask=(h < H)[None, :])
 

@@ -195,7 +195,7 @@ def gqa_decode_v_only(
         return out
     batch, heads, dim = q.shape
     kv_heads, t, pairs = v_cache.shape[2], target(q.device), inv_freq.shape[0]
-    v_cache, inv_freq = columns_together(v_cache), inv_freq if inv_freq.dtype == torch.float32 else inv_freq.float()
+    v_cache = columns_together(v_cache)
     block_r, rest_1, rest_2 = pieces(dim, pairs)
     sizes = tile(q.element_size(), t)
     cos, sin = once_a_step(angles, inv_freq, sizes["BLOCK_N"], block_r)

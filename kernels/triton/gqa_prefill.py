@@ -212,9 +212,9 @@ def gqa_prefill(
             **flags,
         )  # fmt: skip
     _prefill_kernel[grid](
-        q, k, v, cu_seqlens, None, None, image_ids, None if lse is None else lse[1], parts[-1], scale, window or 0, batch, 1,
-        1, *(0,) * 7, CACHE=False, PARTIAL=cached, PAGED=False, K_PAGED=False, ALIKE=True, OFFSET=tl.int32, IMAGES=image_ids
-        is not None, **flags,
+        q, k, v, cu_seqlens, None, None, image_ids, None if lse is None else lse[1], parts[-1], scale, window or 0, batch,
+        1, 1, *(0,) * 7, CACHE=False, PARTIAL=cached, PAGED=False, K_PAGED=False, ALIKE=True, OFFSET=tl.int32,
+        IMAGES=image_ids is not None, **flags,
     )  # fmt: skip
     if cached:
         rows = tokens * heads

@@ -38,17 +38,13 @@ def tile(rows_per_expert: float, double: bool, itemsize: int, bits: int, t: Targ
 
 
 @triton.jit
-def _expert_tile(w, s_ptr, row, row_ok, n0, k0, K, expert, N, PART: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                 BITS: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """[BLOCK_N, BLOCK_K] of the expert's rows n0 …, of its gate (PART 0) or up (1); N rows in each of its PARTS."""
-    if TMA:  # rows behind the expert's last are another's: those columns are not stored
-        return w.load([expert * (N * PARTS) + PART * N + n0, k0])
-    elif BITS == 0:
-        w_expert = w + expert.to(tl.int64) * (N * PARTS) * K
-        return weight_tile(w_expert, s_ptr, PART * N + row, row_ok, k0, K, K, 0, BLOCK_K, BITS, EVEN_K)
+def _tile(w, s_ptr, row, row_ok, n0, k0, N, K, expert, PART: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
+          BITS: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """weight_tile, by descriptor where there is one: rows behind a part's last are another's, and their columns not stored."""
+    if TMA:
+        return w.load([(expert * PARTS + PART) * N + n0, k0])
     else:
-        first_panel = (expert * PARTS + PART) * tl.cdiv(N, 16)
-        return weight_tile(w, s_ptr, row, row_ok, k0, K, K, first_panel, BLOCK_K, BITS, EVEN_K)
+        return weight_tile(w, s_ptr, row, row_ok, k0, N, K, expert, PART, PARTS, BLOCK_K, BITS, EVEN_K)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -79,10 +75,10 @@ def _grouped_kernel(
             k = k0 + tl.arange(0, BLOCK_K)
             ok = r_ok[:, None] if EVEN_K else r_ok[:, None] & (k < K)[None, :]
             x = tl.load(x_at + k[None, :], mask=ok, other=0.0)  # [BLOCK_M, BLOCK_K]
-            b = _expert_tile(w, s_ptr, n, n_ok, n0, k0, K, expert, N, 0, BLOCK_N, BLOCK_K, BITS, EVEN_K, TMA, PARTS)
+            b = _tile(w, s_ptr, n, n_ok, n0, k0, N, K, expert, 0, PARTS, BLOCK_K, BITS, EVEN_K, TMA)
             acc = tl.dot(x, tl.trans(b.to(x.dtype)), acc, input_precision="ieee")
             if GEGLU:
-                b = _expert_tile(w, s_ptr, n, n_ok, n0, k0, K, expert, N, 1, BLOCK_N, BLOCK_K, BITS, EVEN_K, TMA, PARTS)
+                b = _tile(w, s_ptr, n, n_ok, n0, k0, N, K, expert, 1, PARTS, BLOCK_K, BITS, EVEN_K, TMA)
                 up = tl.dot(x, tl.trans(b.to(x.dtype)), up, input_precision="ieee")
         if GEGLU:
             acc = gelu_tanh(acc) * up
@@ -135,8 +131,9 @@ def grouped_gemm(
         most = (cdiv(rows, sizes["BLOCK_M"]) + min(experts, rows)) * tiles_n
         per_core = 1 if sizes["BLOCK_M"] == 128 else 2
         _grouped_kernel[(min(most, per_core * t.cores),)](
-            x, values, scales, order, offsets, y, rows, n, k, experts, tiles_n, TOP_K=top_k, GEGLU=double, SCATTER=epilogue ==
-            "combine", BITS=bits, TMA=tma, EVEN_K=k % sizes["BLOCK_K"] == 0, EXPERTS=pow2(experts), **sizes,
+            x, values, scales, order, offsets, y, rows, n, k, experts, tiles_n,
+            TOP_K=top_k, GEGLU=double, SCATTER=epilogue == "combine", BITS=bits, TMA=tma, EVEN_K=k % sizes["BLOCK_K"] == 0,
+            EXPERTS=pow2(experts), **sizes,
         )  # fmt: skip
     if epilogue != "combine":
         return y

@@ -25,8 +25,8 @@ from gemma4_fast.triton.common import Target, cdiv, gelu_tanh, parts, pow2, tanh
 FEW = 64  # rows up to which reading the weight is what takes the time
 
 
-def tile(m: int, n: int, k: int, itemsize: int, bits: int, double: bool, t: Target) -> dict[str, Any]:
-    """Tile sizes, warps and stages for x [m, k] times n rows of weight, twice as many if `double` (gate and up).
+def tile(m: int, n: int, itemsize: int, bits: int, double: bool, t: Target) -> dict[str, Any]:
+    """Tile sizes, warps and stages for m rows of x times n rows of weight, twice as many if `double` (gate and up).
 
     Few rows: a stream of weights, of which some 40 KB a multiprocessor must be on their way at any time; narrow tiles, so
     that all multiprocessors have one. They go through mma.sync, whose sums do not depend on the tile. Many rows: arithmetic.
@@ -62,20 +62,17 @@ def _product_kernel(
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     m_ok, n_ok = m < M, n < N
-    up_panel = tl.cdiv(N, 16)  # where a quantized weight's second part begins
+    PARTS: tl.constexpr = 2 if END == "geglu" else 1
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     x_at = x_ptr + m.to(tl.int64)[:, None] * stride_xm + tl.arange(0, BLOCK_K)[None, :]
     for k0 in range(0, K, BLOCK_K):
         k_ok = m_ok[:, None] if EVEN_K else m_ok[:, None] & (k0 + tl.arange(0, BLOCK_K) < K)[None, :]
         x = tl.load(x_at + k0, mask=k_ok, other=0.0)  # [BLOCK_M, BLOCK_K]
-        w = weight_tile(w_ptr, s_ptr, n, n_ok, k0, K, K, 0, BLOCK_K, BITS, EVEN_K).to(x.dtype)  # [BLOCK_N, BLOCK_K]
+        w = weight_tile(w_ptr, s_ptr, n, n_ok, k0, N, K, 0, 0, PARTS, BLOCK_K, BITS, EVEN_K).to(x.dtype)  # [BLOCK_N, BLOCK_K]
         acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
         if END == "geglu":
-            if BITS == 0:
-                u = weight_tile(w_ptr, s_ptr, N + n, n_ok, k0, K, K, 0, BLOCK_K, BITS, EVEN_K).to(x.dtype)
-            else:
-                u = weight_tile(w_ptr, s_ptr, n, n_ok, k0, K, K, up_panel, BLOCK_K, BITS, EVEN_K).to(x.dtype)
+            u = weight_tile(w_ptr, s_ptr, n, n_ok, k0, N, K, 0, 1, PARTS, BLOCK_K, BITS, EVEN_K).to(x.dtype)
             up = tl.dot(x, tl.trans(u), up, input_precision="ieee")
     if END == "argmax":
         acc = tl.where(n_ok[None, :], acc, float("-inf"))
@@ -126,7 +123,7 @@ def product(x: Tensor, weight: WeightLike, end: str = "none", *, cap: float = 0.
     values, scales, bits = parts(weight)
     if m == 0 or n == 0 or k == 0:
         return x.new_zeros(m, dtype=torch.int64) if end == "argmax" else x.new_zeros(m, n)
-    sizes = tile(m, n, k, x.element_size(), bits, double, target(x.device))
+    sizes = tile(m, n, x.element_size(), bits, double, target(x.device))
     sizes["BLOCK_K"] = min(sizes["BLOCK_K"], pow2(k, 32))
     tiles_m, tiles_n = cdiv(m, sizes["BLOCK_M"]), cdiv(n, sizes["BLOCK_N"])
     out, at = x.new_empty(m, n) if end != "argmax" else x.new_empty(m, tiles_n, dtype=torch.float32), None

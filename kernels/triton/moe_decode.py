@@ -43,8 +43,6 @@ def _gate_up_kernel(
     count = tl.sum(mine.to(tl.int32), 0)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     i_ok = i < I
-    panels = tl.cdiv(I, 16)  # of gate; up has as many behind them
-    w_expert = w_ptr if BITS else w_ptr + expert.to(tl.int64) * (2 * I) * H
     for first in range(0, count, BLOCK_M):
         slot = first + tl.arange(0, BLOCK_M)
         m_ok = slot < count
@@ -57,12 +55,8 @@ def _gate_up_kernel(
             k = k0 + tl.arange(0, BLOCK_K)
             ok = m_ok[:, None] if EVEN_K else m_ok[:, None] & (k < H)[None, :]
             x = tl.load(x_at + k[None, :], mask=ok, other=0.0)  # [BLOCK_M, BLOCK_K]
-            first_panel = expert * 2 * panels
-            w = weight_tile(w_expert, s_ptr, i, i_ok, k0, H, H, first_panel, BLOCK_K, BITS, EVEN_K).to(x.dtype)
-            if BITS == 0:
-                u = weight_tile(w_expert, s_ptr, I + i, i_ok, k0, H, H, 0, BLOCK_K, BITS, EVEN_K)
-            else:
-                u = weight_tile(w_expert, s_ptr, i, i_ok, k0, H, H, first_panel + panels, BLOCK_K, BITS, EVEN_K).to(x.dtype)
+            w = weight_tile(w_ptr, s_ptr, i, i_ok, k0, I, H, expert, 0, 2, BLOCK_K, BITS, EVEN_K).to(x.dtype)
+            u = weight_tile(w_ptr, s_ptr, i, i_ok, k0, I, H, expert, 1, 2, BLOCK_K, BITS, EVEN_K).to(x.dtype)
             gate = tl.dot(x, tl.trans(w), gate, input_precision="ieee")
             up = tl.dot(x, tl.trans(u), up, input_precision="ieee")
         h = (gelu_tanh(gate) * up).to(h_ptr.dtype.element_ty)
@@ -86,8 +80,7 @@ def _down_kernel(
         expert = tl.where(real, expert, 0)
         k = k0 + tl.arange(0, BLOCK_K)
         h = tl.load(h_ptr + pair.to(tl.int64) * I + k, mask=real & (k < I), other=0.0).to(tl.float32)  # [BLOCK_K]
-        w_expert = w_ptr if BITS else w_ptr + expert.to(tl.int64) * H * I
-        w = weight_tile(w_expert, s_ptr, n, n_ok & real, k0, I, I, expert * tl.cdiv(H, 16), BLOCK_K, BITS, EVEN_K)
+        w = weight_tile(w_ptr, s_ptr, n, n_ok & real, k0, H, I, expert, 0, 1, BLOCK_K, BITS, EVEN_K)
         acc += w.to(tl.float32) * (h * tl.load(weight_ptr + pair))[None, :]
     out = tl.sum(acc, 1)
     tl.store(out_ptr + token.to(tl.int64) * H + n, out.to(out_ptr.dtype.element_ty), mask=n_ok)
@@ -107,9 +100,9 @@ def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike
     h = x.new_empty(ids.numel(), inter)
     block_k = min(128 if wide or bits else 256, pow2(hidden, 32))  # unpacked, 256 columns take all registers
     _gate_up_kernel[(cdiv(inter, 16), ids.numel())](
-        x, ids, w1, s1, h, hidden, inter, experts, ids.numel(), TOP_K=top_k, PAIRS=pow2(ids.numel(), 16), BITS=bits,
-        EVEN_K=hidden % block_k == 0, BLOCK_M=16, BLOCK_I=16, BLOCK_K=block_k, num_warps=4, num_stages=2 if t.kind == "hip"
-        else 3,
+        x, ids, w1, s1, h, hidden, inter, experts, ids.numel(),
+        TOP_K=top_k, PAIRS=pow2(ids.numel(), 16), BITS=bits, EVEN_K=hidden % block_k == 0, BLOCK_M=16, BLOCK_I=16,
+        BLOCK_K=block_k, num_warps=4, num_stages=2 if t.kind == "hip" else 3,
     )  # fmt: skip
     out = x.new_empty(x.shape)
     block_k = min(128 if wide else 256, pow2(inter, 32))

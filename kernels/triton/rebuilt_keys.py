@@ -57,7 +57,7 @@ def rebuilt_keys(
     batch, kv_heads, dim = lens.shape[0], *v_cache.shape[2:]
     k = v_cache.new_empty(batch, slots, kv_heads, dim)
     _keys_kernel[(cdiv(slots, 16), batch)](
-        v_cache, lens, block_table, whole(inv_freq.float()), whole(k_weight), k, slots, v_cache.shape[1], inv_freq.shape[0],
+        v_cache, lens, block_table, whole(inv_freq), whole(k_weight), k, slots, v_cache.shape[1], inv_freq.shape[0],
         *v_cache.stride()[:3], 0 if block_table is None else block_table.stride(0), KV_HEADS=kv_heads, HALF=dim // 2,
         PAGED=block_table is not None, BLOCK_S=16, BLOCK_R=pow2(inv_freq.shape[0], 16), BLOCK_C=128,
     )  # fmt: skip
