@@ -30,7 +30,7 @@ from gemma4_fast.quant import QuantizedWeight
 
 pytest.importorskip("triton")
 
-from gemma4_fast.triton import common, gqa_decode, gqa_decode_v_only
+from gemma4_fast.triton import common, gqa_decode_v_only, split_kv
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -245,8 +245,8 @@ def test_offsets_have_64_bits_where_32_do_not_hold_them() -> None:
         cache.as_strided((1, 2**22, 1, 512), (2**31, 511, 512, 1)),
         cache.as_strided((2, 4, 1, 512), (2**31, 1, 1, 1)),
     )
-    assert gqa_decode.offset_type(fits) == gqa_decode.tl.int32
-    assert gqa_decode.offset_type(fits, beyond) == gqa_decode.tl.int64
+    assert split_kv.offset_type(fits) == split_kv.tl.int32
+    assert split_kv.offset_type(fits, beyond) == split_kv.tl.int64
 
 
 # ---- products ----
@@ -298,10 +298,10 @@ MUTANTS = [
     # file, what stands there, what a mistake would put there, op, case
     ("gqa_decode", "valid = (position >= lo)", "valid = (position > lo)", "gqa_decode", "odd"),
     ("gqa_decode", "position < length)", "position < length - 1)", "gqa_decode", "odd"),
-    ("gqa_decode", 'float("-inf"))\n    m = tl.max(s, 1)', "0.0)\n    m = tl.max(s, 1)", "gqa_decode", "odd"),
-    ("gqa_decode", "scores * (scale * LOG2E)", "scores * LOG2E * LOG2E", "gqa_decode", "odd"),
-    ("gqa_decode", "tl.exp2(m_new - finite)", "tl.exp2(m_new - m_new)", "gqa_decode", "sliding_ring_paged"),
-    ("gqa_decode", "slot = position % slots", "slot = (position + 1) % slots", "gqa_decode", "sliding_ring_paged"),
+    ("split_kv", 'float("-inf"))\n    m = tl.max(s, 1)', "0.0)\n    m = tl.max(s, 1)", "gqa_decode", "odd"),
+    ("split_kv", "scores * (scale * LOG2E)", "scores * LOG2E * LOG2E", "gqa_decode", "odd"),
+    ("split_kv", "tl.exp2(m_new - finite)", "tl.exp2(m_new - m_new)", "gqa_decode", "sliding_ring_paged"),
+    ("split_kv", "slot = position % slots", "slot = (position + 1) % slots", "gqa_decode", "sliding_ring_paged"),
     ("gqa_decode_v_only", "q_lo * cos[None, :] + q_hi", "q_lo * cos[None, :] - q_hi", "gqa_decode", "full_v_only_wrapped"),
     ("gqa_decode_v_only", "w_ptr, HALF + BLOCK_R, D, REST_1)", "w_ptr, BLOCK_R, D, REST_1)", "gqa_decode",
      "full_v_only_wrapped"),

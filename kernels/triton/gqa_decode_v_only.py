@@ -1,7 +1,7 @@
 """gqa_decode over a V-only cache: K = RoPE(w * V) is rebuilt in the kernel, so that half the bytes are read
 
 Where V = rms(x) and K = RoPE(rms(x) * w) come from one projection (Gemma 4's full layers), K needs no memory. v_cache as in
-gqa_decode.py, which see for how the work is cut and merged; inv_freq [R] fp32, the rotary pairs (i, i + D/2), i < R; k_weight
+gqa_decode.py; how the work is cut and merged: split_kv.py; inv_freq [R] fp32, the rotary pairs (i, i + D/2), i < R; k_weight
 [D].
 
 Two thirds of a key's work are saved by algebra. Columns that do not rotate: q . (w * v) = (q * w) . v, so w goes into q,
@@ -21,13 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma4_fast.triton.common import Target, cos_sin, once_a_step, pow2, target, whole
-from gemma4_fast.triton.gqa_decode import (
+from gemma4_fast.triton.split_kv import (
     NODE,
     Splits,
     cache_rows,
     columns_together,
     merged,
     offset_type,
+    paging,
     seen,
     shares,
     tile_softmax,
@@ -199,12 +200,12 @@ def gqa_decode_v_only(
     block_r, rest_1, rest_2 = pieces(dim, pairs)
     sizes = tile(q.element_size(), t)
     cos, sin = once_a_step(angles, inv_freq, sizes["BLOCK_N"], block_r)
-    slots = v_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    slots, block_size, stride_table, paged = paging(v_cache, block_table)
     s = Splits(q, kv_heads, slots, window, sizes["BLOCK_N"], t.cores)
     _tiles_kernel[(batch * kv_heads, s.splits)](
         q, v_cache, whole(k_weight), whole(inv_freq), cos, sin, kv_lens, block_table, s.m, s.l, s.acc, scale, s.window, slots,
-        v_cache.shape[1], s.splits, pairs, *v_cache.stride()[:3], 0 if block_table is None else block_table.stride(0),
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=dim, PAGED=block_table is not None, PER_SPLIT=s.per_split, NODE=NODE,
+        block_size, s.splits, pairs, *v_cache.stride()[:3], stride_table,
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=dim, PAGED=paged, PER_SPLIT=s.per_split, NODE=NODE,
         OFFSET=offset_type(v_cache), BLOCK_G=pow2(heads // kv_heads, 16), BLOCK_R=block_r, REST_1=rest_1, REST_2=rest_2,
         **sizes,
     )  # fmt: skip

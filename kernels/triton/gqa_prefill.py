@@ -1,7 +1,7 @@
 """gqa_prefill: causal attention of new tokens over themselves and over what the cache holds from before them
 
 q [T, Hq, D], k, v [T, Hkv, D], sequences end to end, sequence b in rows cu_seqlens[b] … cu_seqlens[b + 1]; prefix_lens [B]:
-positions in the cache, which is as in gqa_decode.py (V-only: its keys are rebuilt first, once for all queries, by
+positions in the cache, which is as in split_kv.py (V-only: its keys are rebuilt first, once for all queries, by
 rebuilt_keys.py). image_ids [T] int32: tokens of one image (equal ids >= 0) also see each other forwards; -1: text. out [T,
 Hq, D]:
   softmax(scale q K^T) V over keys that are (not later, or of the same image) and newer than query - window.
@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma4_fast.triton.common import LOG2E, Target, cdiv, maybe, pow2, target, whole
-from gemma4_fast.triton.gqa_decode import cache_rows, columns_together, offset_type
 from gemma4_fast.triton.rebuilt_keys import rebuilt_keys
+from gemma4_fast.triton.split_kv import cache_rows, columns_together, offset_type, paging
 
 
 @triton.jit
@@ -196,18 +196,17 @@ def gqa_prefill(
     if v_cache is not None and prefix_lens is not None:
         lse = q.new_empty(2, tokens, heads, dtype=torch.float32)
         parts = [*q.new_empty(2, *q.shape)]
-        v_cache, block_table, paged = columns_together(v_cache), maybe(block_table), block_table is not None
-        prefix_lens = whole(prefix_lens)
-        slots = v_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+        v_cache, block_table, prefix_lens = columns_together(v_cache), maybe(block_table), whole(prefix_lens)
+        slots, block_size, stride_table, paged = paging(v_cache, block_table)
         rebuilt = k_cache is None
         if k_cache is None:
             assert inv_freq is not None and k_weight is not None
-            k_cache = rebuilt_keys(v_cache, prefix_lens, block_table, slots, inv_freq, k_weight)
+            k_cache = rebuilt_keys(v_cache, prefix_lens, block_table, inv_freq, k_weight)
         k_cache = columns_together(k_cache)
-        strides = *k_cache.stride()[:3], *v_cache.stride()[:3], 0 if block_table is None else block_table.stride(0)
+        strides = *k_cache.stride()[:3], *v_cache.stride()[:3], stride_table
         _prefill_kernel[grid](
             q, k_cache, v_cache, cu_seqlens, prefix_lens, block_table, None, lse[0], parts[0], scale, window or 0, batch,
-            slots, v_cache.shape[1], *strides, CACHE=True, PARTIAL=True, PAGED=paged, K_PAGED=paged and not rebuilt,
+            slots, block_size, *strides, CACHE=True, PARTIAL=True, PAGED=paged, K_PAGED=paged and not rebuilt,
             ALIKE=strides[:3] == strides[3:6] and not (paged and rebuilt), OFFSET=offset_type(k_cache, v_cache), IMAGES=False,
             **flags,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma4_fast.triton.common import cdiv, cos_sin, pow2, whole
-from gemma4_fast.triton.gqa_decode import cache_rows
+from gemma4_fast.triton.split_kv import cache_rows, paging
 
 
 @triton.jit
@@ -51,14 +51,13 @@ def _keys_kernel(
             tl.store(k_at + c[None, :], (v * w[None, :]).to(k_ptr.dtype.element_ty), mask=plain)
 
 
-def rebuilt_keys(
-    v_cache: Tensor, lens: Tensor, block_table: Tensor | None, slots: int, inv_freq: Tensor, k_weight: Tensor
-) -> Tensor:
+def rebuilt_keys(v_cache: Tensor, lens: Tensor, block_table: Tensor | None, inv_freq: Tensor, k_weight: Tensor) -> Tensor:
     batch, kv_heads, dim = lens.shape[0], *v_cache.shape[2:]
+    slots, block_size, stride_table, paged = paging(v_cache, block_table)
     k = v_cache.new_empty(batch, slots, kv_heads, dim)
     _keys_kernel[(cdiv(slots, 16), batch)](
-        v_cache, lens, block_table, whole(inv_freq), whole(k_weight), k, slots, v_cache.shape[1], inv_freq.shape[0],
-        *v_cache.stride()[:3], 0 if block_table is None else block_table.stride(0), KV_HEADS=kv_heads, HALF=dim // 2,
-        PAGED=block_table is not None, BLOCK_S=16, BLOCK_R=pow2(inv_freq.shape[0], 16), BLOCK_C=128,
+        v_cache, lens, block_table, whole(inv_freq), whole(k_weight), k, slots, block_size, inv_freq.shape[0],
+        *v_cache.stride()[:3], stride_table, KV_HEADS=kv_heads, HALF=dim // 2, PAGED=paged, BLOCK_S=16,
+        BLOCK_R=pow2(inv_freq.shape[0], 16), BLOCK_C=128,
     )  # fmt: skip
     return k
