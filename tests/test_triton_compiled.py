@@ -23,7 +23,7 @@ from gemma4_fast.triton.common import TARGETS
 
 GOOD = Facts(
     registers=128, shared=65536, spills=0, stack=0, tensor="HGMMA", async16=8, async_=0, tma=0, load16=2, load=0,
-    total_warps=4, tensor_memory=0, wants_tensor=True,
+    total_warps=4, tensor_memory=0, wants_tensor=True, hasty=0,
 )  # fmt: skip
 LAUNCH = Launch("linear", "26b_1_token", "_kernel", "sm_90", 4, 3, "bf16 END=none K=1")
 ROW = Row.of(LAUNCH, GOOD)
@@ -73,6 +73,8 @@ def test_other_dtypes_fit_too(dtype: str) -> None:
         ("gfx942", dict(registers=32, total_warps=32), "32 warps"),
         ("sm_100", dict(tensor_memory=513), "tensor memory"),
         ("sm_90", dict(tensor="-"), "without tensor cores"),
+        ("sm_90", dict(hasty=None), "when the one before has ended"),
+        ("sm_90", dict(hasty=2), "races: 2 accesses"),
     ],
 )
 def test_what_no_kernel_may_do(target: str, change: dict[str, Any], message: str) -> None:
@@ -201,16 +203,19 @@ import triton
 import triton.language as tl
 
 from gemma4_fast.ops.table import Cost, Impl, Op, register
+from gemma4_fast.triton.common import early, inputs_ready
 
 
 @triton.jit
 def hoards(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    inputs_ready()
     x = tl.load(x_ptr + tl.arange(0, BLOCK))  # in one warp, BLOCK / 32 values for each thread
     tl.store(out_ptr + tl.arange(0, BLOCK), x - tl.sum(x, 0))
 
 
 @triton.jit
 def squares(x_ptr, out_ptr, K, BLOCK: tl.constexpr):
+    inputs_ready()
     i = tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for k in range(0, K, BLOCK):
@@ -220,16 +225,48 @@ def squares(x_ptr, out_ptr, K, BLOCK: tl.constexpr):
     tl.store(out_ptr + i[:, None] * BLOCK + i[None, :], acc)
 
 
+@triton.jit
+def looks(x_ptr, out_ptr):
+    x = tl.load(x_ptr)
+    inputs_ready()
+    tl.store(out_ptr, x)
+
+
+@triton.jit
+def leaves(x_ptr, out_ptr, n):
+    if tl.program_id(0) >= n:
+        return
+    inputs_ready()
+    tl.store(out_ptr, tl.load(x_ptr))
+
+
+@triton.jit
+def forgets(x_ptr, out_ptr, n):
+    if n > 2:
+        inputs_ready()
+    tl.store(out_ptr, tl.load(x_ptr))
+
+
+def races(x):
+    looks[(1,)](x, x, **early(x))
+    leaves[(1,)](x, x, 4096, **early(x))
+    forgets[(1,)](x, x, 4096, **early(x))
+
+
+def late(x):
+    hoards[(1,)](x, x, 64)
+
+
 def spills(x):
-    hoards[(1,)](x.float(), x.float(), 16384, num_warps=1)
+    hoards[(1,)](x.float(), x.float(), 16384, num_warps=1, **early(x))
 
 
 def oversized(x):
-    squares[(1,)](x, x.float(), 4096, 64, num_stages=30)
+    squares[(1,)](x, x.float(), 4096, 64, num_stages=30, **early(x))
 
 
 def exact(x):
-    squares[lambda sizes: (4096 // sizes["K"],)](x.float(), x.float(), 4096, 32)
+    squares[lambda sizes: (4096 // sizes["K"],)](x.float(), x.float(), 4096, 32, **early(x))
 
 
 def reads(x):
@@ -251,7 +288,7 @@ def dies(x):
         os._exit(134)
 
 
-for function in (spills, oversized, exact, reads, unserved, breaks, dies):
+for function in (spills, oversized, exact, races, late, reads, unserved, breaks, dies):
     accepts = (lambda x: "takes no such x") if function is unserved else None
     register(Op(
         name=function.__name__, summary="", reference=function, check=lambda x: None, cases={}, cost=lambda x: Cost(0, 0),
@@ -267,11 +304,14 @@ def test_bad_kernels_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "bad_kernels.py").write_text(BAD_KERNELS)
     file = tmp_path / "compiled.txt"
     common = ("--import", "bad_kernels", "--target", "sm_90", "--file", file)
-    names = ("spills", "oversized", "exact", "reads", "unserved", "breaks")
+    names = ("spills", "oversized", "exact", "races", "late", "reads", "unserved", "breaks")
     done = run(*common, "--write", *(part for name in names for part in ("--op", name)), folder=tmp_path)
     assert done.returncode == 1
-    faults = {line.split()[0]: line for line in done.stdout.partition(" faults\n")[2].splitlines() if " for sm_90: " in line}
-    assert set(faults) == {"spills", "oversized", "reads", "breaks"}, done.stdout
+    lines = [line for line in done.stdout.partition(" faults\n")[2].splitlines() if " for sm_90: " in line]
+    faults = {line.split()[0]: line for line in lines}
+    assert set(faults) == {"spills", "oversized", "races", "late", "reads", "breaks"}, done.stdout
+    assert {line.split()[2] for line in lines if ": races: " in line} == {"looks", "leaves", "forgets"}
+    assert "in place before" in faults["late"]
     assert (
         re.search(r"spills registers \([1-9]\d*; a stack of [1-9]", faults["spills"])
         and "bytes of shared memory" not in faults["spills"]
@@ -283,7 +323,7 @@ def test_bad_kernels_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     version, rows = triton_compiled.parse(file.read_text())
     found = {row.op: row for row in rows}
-    assert set(found) == {"spills", "oversized", "exact"}
+    assert set(found) == {"spills", "oversized", "exact", "races", "late"}
     assert found["spills"].copies == "none"
     assert found["oversized"][6:] == (4, 30, "HGMMA", "async", "bf16,fp32 BLOCK=64")
     assert found["exact"].tensor == "-" and found["exact"].constants == "fp32 BLOCK=32"

@@ -10,7 +10,8 @@ device, and every launch that it makes is caught. A first pass only lists the la
 distinct one: a process calls the function again, and lets this launch through to the compiler.
 
 What holds for every compiler version (`broken_rules`): no spills and no stack, for both are slow memory; shared memory,
-registers and tensor memory that the GPU has; tensor cores for products of bf16. What the file adds (`differences`): the
+registers and tensor memory that the GPU has; tensor cores for products of bf16; where launches are early, no look at memory
+before the one before has ended. What the file adds (`differences`): the
 kernels and tile sizes are those it lists, and with the Triton version it names also the same instructions and no more
 registers. Triton's interpreter tests what the kernels compute; this tests what it cannot see.
 """
@@ -89,6 +90,7 @@ class Facts:
     total_warps: int  # those that a specialized kernel adds included
     tensor_memory: int  # columns; Blackwell alone
     wants_tensor: bool  # it multiplies matrices of at most 16 bits a value
+    hasty: int | None  # accesses to memory, and exits, before it waits for the launch before; None: it is not launched early
 
     @property
     def copies(self) -> str:
@@ -242,6 +244,10 @@ def broken_rules(facts: Facts, target: Any) -> list[str]:
         broken.append(f"takes {facts.tensor_memory} columns of tensor memory, there are 512")
     if facts.wants_tensor and facts.tensor == "-":
         broken.append("multiplies matrices of 16-bit values or smaller without tensor cores")
+    if target.has_early_launch and facts.hasty is None:
+        broken.append("is launched when the one before has ended: `**early(x)` among its options puts it in place before")
+    if facts.hasty:
+        broken.append(f"races: {facts.hasty} accesses to memory or ways out before it waits, `inputs_ready()` must come first")
     return broken
 
 
@@ -421,6 +427,9 @@ def listed(op: Op, case: str, target: str, dtype: str) -> list[Launch]:
 OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w+)((?:\.\w+)*)", re.M)
 TENSOR = re.compile(r"UTC\w*MMA|[HIQOD]G?MMA")
 WIDE = {"128", "256"}
+# What must not come before the wait: what others may still be writing, and an end that the next launch would take for theirs.
+HASTY = re.compile(r"LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UTMA\w+|UBLK\w+|EXIT|RET")
+HASTY_IR = re.compile(r"\b(?:scf|cf)\.\w+|\btt\.(?:load|store|atomic\w*|descriptor_\w+|return)\b")
 SIXTEEN_BITS_OR_FEWER = re.compile(r"tt\.dot(?:_scaled)? .*?tensor<[\dx]+x(?:bf16|f16|i8|f8\w*)")
 
 
@@ -435,8 +444,10 @@ def read_cubin(cubin: bytes) -> dict[str, Any]:
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", sass)}
     found = Counter[str]()
-    tensor = set()
+    tensor, waits, hasty = set[str](), False, 0
     for opcode, suffixes in OPCODE.findall(sass):
+        waits = waits or opcode == "ACQBULK"
+        hasty += not waits and HASTY.fullmatch(opcode) is not None
         if TENSOR.fullmatch(opcode):
             tensor.add(opcode)
         elif opcode in ("LDG", "LDGSTS"):
@@ -453,6 +464,7 @@ def read_cubin(cubin: bytes) -> dict[str, Any]:
         tma=found["UTMALDG"] + found["UBLKCP"],
         load16=found["LDG16"],
         load=found["LDG"],
+        hasty=hasty,
     )
 
 
@@ -473,12 +485,18 @@ def read_amdgcn(assembly: str) -> dict[str, Any]:
         tma=0,
         load16=kinds[True, False],
         load=kinds[False, False],
+        hasty=0,
     )
 
 
 def facts_of(kernel: Any) -> Facts:
     """What a compiled kernel (triton's CompiledKernel) says about itself."""
     read = read_cubin(kernel.asm["cubin"]) if "cubin" in kernel.asm else read_amdgcn(kernel.asm["amdgcn"])
+    # In the machine code, what comes before; in the source's terms, that no branch leads around the wait.
+    before = kernel.asm["ttir"].partition("tt.func public")[2].partition("griddepcontrol.wait")[0]
+    read["hasty"] += len(HASTY_IR.findall(before))
+    if not getattr(kernel.metadata, "launch_pdl", False):
+        read["hasty"] = None
     return Facts(
         **read,
         shared=kernel.metadata.shared,

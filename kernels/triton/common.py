@@ -37,6 +37,11 @@ class Target:
         """Copies of whole tiles by descriptor. sm_120 has them too, but Triton 3.6 keeps a stack for them there."""
         return self.kind == "cuda" and 90 <= self.arch < 120
 
+    @property
+    def has_early_launch(self) -> bool:
+        """Programmatic dependent launch, see `early`. Not sm_120, where others' graphs of such launches fail (sglang#18596)."""
+        return self.kind == "cuda" and 90 <= self.arch < 120
+
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 108, 166912),
@@ -79,6 +84,12 @@ def once_a_step(make: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Te
     return kept[key][0]
 
 
+def early(x: Tensor) -> dict[str, bool]:
+    """Options of a launch on x's GPU: the kernel begins while the one before it still runs, so that it is in place when that
+    ends. It must begin with `inputs_ready`; tests/triton_compiled.py sees to it that no access to memory comes before."""
+    return {"launch_pdl": True} if target(x.device).has_early_launch else {}
+
+
 def whole(x: Tensor) -> Tensor:
     """Contiguous, by a copy where it is not."""
     return x if x.is_contiguous() else x.contiguous()
@@ -105,6 +116,15 @@ def parts(weight: WeightLike) -> tuple[Tensor, Tensor | None, int]:
 
 
 # ---- on the device ----
+
+
+@triton.jit
+def inputs_ready():
+    """First in every kernel. Waits until the launch before this one has ended and its results are seen, and so, since that one
+    waited too, all launches before; then the next may begin to wait."""
+    if tl.target_info.cuda_capability_geq(9):
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma4_fast.quant import WeightLike
-from gemma4_fast.triton.common import cdiv, parts, pow2, weight_tile, whole
+from gemma4_fast.triton.common import cdiv, early, inputs_ready, parts, pow2, weight_tile, whole
 
 
 def tile(hidden: int) -> tuple[int, int]:
@@ -25,6 +25,7 @@ def tile(hidden: int) -> tuple[int, int]:
 def _embedding_kernel(
     w_ptr, s_ptr, ids_ptr, out_ptr, V, H, scale, BLOCK: tl.constexpr, BITS: tl.constexpr, EVEN_H: tl.constexpr
 ):
+    inputs_ready()
     t = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)  # [1]
     h0 = tl.program_id(1) * BLOCK
     h = h0 + tl.arange(0, BLOCK)
@@ -44,5 +45,5 @@ def embedding(weight: WeightLike, ids: Tensor, scale: float = 1.0) -> Tensor:
         block, warps = tile(hidden)
         grid = (tokens, cdiv(hidden, block))
         args = values, scales, whole(ids), out, vocab, hidden, float(scale), block, bits, hidden % block == 0
-        _embedding_kernel[grid](*args, num_warps=warps)
+        _embedding_kernel[grid](*args, num_warps=warps, **early(out))
     return out

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma4_fast.triton.common import Target, maybe, pow2, target, whole
+from gemma4_fast.triton.common import Target, early, inputs_ready, maybe, pow2, target, whole
 from gemma4_fast.triton.gqa_decode_v_only import gqa_decode_v_only
 from gemma4_fast.triton.split_kv import (
     NODE,
@@ -37,6 +37,7 @@ def _tiles_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr, PER_SPLIT: tl.constexpr,
     OFFSET: tl.constexpr, NODE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    inputs_ready()
     b, head, split = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
     lo, length, first = seen(lens_ptr, b, slots, window, BLOCK_N, NODE)
     begin = tl.maximum(first + split * PER_SPLIT, lo // BLOCK_N)
@@ -112,6 +113,6 @@ def gqa_decode(
         q, k_cache, v_cache, kv_lens, block_table, s.m, s.l, s.acc, scale, s.window, slots, block_size, s.splits,
         *k_cache.stride()[:3], *v_cache.stride()[:3], stride_table,
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=dim, PAGED=paged, PER_SPLIT=s.per_split, NODE=NODE,
-        OFFSET=offset_type(k_cache, v_cache), BLOCK_G=pow2(heads // kv_heads, 16), BLOCK_D=pow2(dim, 16), **sizes,
+        OFFSET=offset_type(k_cache, v_cache), BLOCK_G=pow2(heads // kv_heads, 16), BLOCK_D=pow2(dim, 16), **sizes, **early(q),
     )  # fmt: skip
     return s.merge(kv_lens, out)

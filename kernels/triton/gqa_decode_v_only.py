@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma4_fast.triton.common import Target, cos_sin, once_a_step, pow2, target, whole
+from gemma4_fast.triton.common import Target, cos_sin, early, inputs_ready, once_a_step, pow2, target, whole
 from gemma4_fast.triton.split_kv import (
     NODE,
     Splits,
@@ -38,6 +38,7 @@ from gemma4_fast.triton.split_kv import (
 @triton.jit
 def _angles_kernel(freq_ptr, cos_ptr, sin_ptr, R, BLOCK_R: tl.constexpr):
     """One offset in a tile. Columns behind R do not rotate: cos 1, sin 0."""
+    inputs_ready()
     i, r = tl.program_id(0), tl.arange(0, BLOCK_R)
     cos, sin = cos_sin(i + tl.zeros([BLOCK_R], tl.int32), tl.load(freq_ptr + r, mask=r < R, other=0.0))
     tl.store(cos_ptr + i * BLOCK_R + r, cos)
@@ -74,6 +75,7 @@ def _tiles_kernel(
     OFFSET: tl.constexpr, NODE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     REST_1: tl.constexpr, REST_2: tl.constexpr,
 ):  # fmt: skip
+    inputs_ready()
     b, head, split = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
     lo, length, first = seen(lens_ptr, b, slots, window, BLOCK_N, NODE)
     begin = tl.maximum(first + split * PER_SPLIT, lo // BLOCK_N)
@@ -177,7 +179,7 @@ def tile(itemsize: int, t: Target) -> dict[str, Any]:
 def angles(inv_freq: Tensor, block_n: int, block_r: int) -> tuple[Tensor, Tensor]:
     """cos, sin [block_n, block_r] fp32 of the offsets in a tile."""
     cos, sin = (inv_freq.new_empty(block_n, block_r) for _ in range(2))
-    _angles_kernel[(block_n,)](whole(inv_freq), cos, sin, inv_freq.shape[0], BLOCK_R=block_r, num_warps=1)
+    _angles_kernel[(block_n,)](whole(inv_freq), cos, sin, inv_freq.shape[0], BLOCK_R=block_r, num_warps=1, **early(cos))
     return cos, sin
 
 
@@ -207,6 +209,6 @@ def gqa_decode_v_only(
         block_size, s.splits, pairs, *v_cache.stride()[:3], stride_table,
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=dim, PAGED=paged, PER_SPLIT=s.per_split, NODE=NODE,
         OFFSET=offset_type(v_cache), BLOCK_G=pow2(heads // kv_heads, 16), BLOCK_R=block_r, REST_1=rest_1, REST_2=rest_2,
-        **sizes,
+        **sizes, **early(q),
     )  # fmt: skip
     return s.merge(kv_lens, out)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma4_fast.triton.common import LOG2E, Target, cdiv, maybe, pow2, target, whole
+from gemma4_fast.triton.common import LOG2E, Target, cdiv, early, inputs_ready, maybe, pow2, target, whole
 from gemma4_fast.triton.rebuilt_keys import rebuilt_keys
 from gemma4_fast.triton.split_kv import cache_rows, columns_together, offset_type, paging
 
@@ -45,6 +45,7 @@ def _prefill_kernel(
     PARTIAL: tl.constexpr, PAGED: tl.constexpr, K_PAGED: tl.constexpr, ALIKE: tl.constexpr, OFFSET: tl.constexpr,
     IMAGES: tl.constexpr, BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    inputs_ready()
     index, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     some = tl.arange(0, BATCH)
     begins = tl.load(cu_ptr + some, mask=some < batch, other=0)
@@ -135,6 +136,7 @@ def _prefill_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def _merge_kernel(lse_ptr, part_ptr, out_ptr, rows, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     """Two parts [2, rows, D], and their log-sums [2, rows] (base 2) -> out [rows, D]."""
+    inputs_ready()
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
     ok = (row < rows)[:, None] & (d < D)[None, :]
@@ -190,7 +192,14 @@ def gqa_prefill(
     sizes = tile(dim, q.element_size(), not cached and image_ids is None, target(q.device))
     grid = ((cdiv(tokens * group, sizes["BLOCK_M"]) + batch) * kv_heads,)
     flags = dict(
-        KV_HEADS=kv_heads, GROUP=group, D=dim, WINDOW=window is not None, BATCH=pow2(batch), BLOCK_D=pow2(dim, 16), **sizes
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        D=dim,
+        WINDOW=window is not None,
+        BATCH=pow2(batch),
+        BLOCK_D=pow2(dim, 16),
+        **sizes,
+        **early(q),
     )
     lse, parts = None, [out]
     if v_cache is not None and prefix_lens is not None:
@@ -217,5 +226,5 @@ def gqa_prefill(
     )  # fmt: skip
     if cached:
         rows = tokens * heads
-        _merge_kernel[(cdiv(rows, 8),)](lse, parts[0], out, rows, D=dim, BLOCK_R=8, BLOCK_D=pow2(dim), num_warps=4)
+        _merge_kernel[(cdiv(rows, 8),)](lse, parts[0], out, rows, D=dim, BLOCK_R=8, BLOCK_D=pow2(dim), num_warps=4, **early(q))
     return out

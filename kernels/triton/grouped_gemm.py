@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gemma4_fast.quant import WeightLike
-from gemma4_fast.triton.common import Target, cdiv, gelu_tanh, parts, pow2, target, weight_tile, whole
+from gemma4_fast.triton.common import Target, cdiv, early, gelu_tanh, inputs_ready, parts, pow2, target, weight_tile, whole
 
 
 def tile(rows_per_expert: float, double: bool, itemsize: int, bits: int, t: Target) -> dict[str, Any]:
@@ -53,6 +53,7 @@ def _grouped_kernel(
     TOP_K: tl.constexpr, GEGLU: tl.constexpr, SCATTER: tl.constexpr, BITS: tl.constexpr, TMA: tl.constexpr,
     EVEN_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    inputs_ready()
     experts = tl.arange(0, EXPERTS)
     begin = tl.load(offsets_ptr + experts, mask=experts < E, other=0)
     end = tl.load(offsets_ptr + experts + 1, mask=experts < E, other=0)
@@ -96,6 +97,7 @@ def _grouped_kernel(
 
 @triton.jit
 def _combine_kernel(y_ptr, weight_ptr, out_ptr, N, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    inputs_ready()
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N], tl.float32)
@@ -133,7 +135,7 @@ def grouped_gemm(
         _grouped_kernel[(min(most, per_core * t.cores),)](
             x, values, scales, order, offsets, y, rows, n, k, experts, tiles_n,
             TOP_K=top_k, GEGLU=double, SCATTER=epilogue == "combine", BITS=bits, TMA=tma, EVEN_K=k % sizes["BLOCK_K"] == 0,
-            EXPERTS=pow2(experts), **sizes,
+            EXPERTS=pow2(experts), **sizes, **early(x),
         )  # fmt: skip
     if epilogue != "combine":
         return y
@@ -141,5 +143,6 @@ def grouped_gemm(
     out = x.new_empty(rows // top_k, n)
     if out.numel():
         block_n = min(1024, pow2(n))
-        _combine_kernel[(out.shape[0], cdiv(n, block_n))](y, whole(topk_weights.float()), out, n, TOP_K=top_k, BLOCK_N=block_n)
+        grid = (out.shape[0], cdiv(n, block_n))
+        _combine_kernel[grid](y, whole(topk_weights.float()), out, n, TOP_K=top_k, BLOCK_N=block_n, **early(x))
     return out

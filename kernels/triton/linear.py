@@ -20,7 +20,19 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma4_fast.quant import WeightLike
-from gemma4_fast.triton.common import Target, cdiv, gelu_tanh, parts, pow2, tanh, target, weight_tile, whole
+from gemma4_fast.triton.common import (
+    Target,
+    cdiv,
+    early,
+    gelu_tanh,
+    inputs_ready,
+    parts,
+    pow2,
+    tanh,
+    target,
+    weight_tile,
+    whole,
+)
 
 FEW = 64  # rows up to which reading the weight is what takes the time
 
@@ -53,6 +65,7 @@ def _product_kernel(
     END: tl.constexpr, BITS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    inputs_ready()
     # Tiles of rows beside each other first, eight at a time: they share a tile of the weight, and the eight stay in the cache.
     pid = tl.program_id(0)
     group = pid // (8 * tiles_n)
@@ -98,6 +111,7 @@ def _best_kernel(
     x_ptr, best_ptr, at_ptr, out_ptr, K, tiles, stride_xm, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr
 ):  # fmt: skip
     """One row: the largest of its tiles' best, the first of equal ones; -1 if x's row is not finite."""
+    inputs_ready()
     m = tl.program_id(0).to(tl.int64)
     bad = tl.zeros([BLOCK_K], tl.int32)
     for k0 in range(0, K, BLOCK_K):
@@ -131,12 +145,13 @@ def product(x: Tensor, weight: WeightLike, end: str = "none", *, cap: float = 0.
         at = x.new_empty(m, tiles_n, dtype=torch.int32)
     _product_kernel[(tiles_m * tiles_n,)](
         x, values, scales, out, other, at, m, n, k, x.stride(0), 0 if other is None else other.stride(0), cap, tiles_m, tiles_n,
-        END=end, BITS=bits, EVEN_K=k % sizes["BLOCK_K"] == 0, **sizes,
+        END=end, BITS=bits, EVEN_K=k % sizes["BLOCK_K"] == 0, **sizes, **early(x),
     )  # fmt: skip
     if at is None:
         return out
     best = x.new_empty(m, dtype=torch.int64)
-    _best_kernel[(m,)](x, out, at, best, k, tiles_n, x.stride(0), BLOCK_K=min(4096, pow2(k)), BLOCK_T=min(1024, pow2(tiles_n)))
+    blocks = dict(BLOCK_K=min(4096, pow2(k)), BLOCK_T=min(1024, pow2(tiles_n)))
+    _best_kernel[(m,)](x, out, at, best, k, tiles_n, x.stride(0), **blocks, **early(x))
     return best
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma4_fast.quant import WeightLike
-from gemma4_fast.triton.common import cdiv, gelu_tanh, parts, pow2, target, weight_tile, whole
+from gemma4_fast.triton.common import cdiv, early, gelu_tanh, inputs_ready, parts, pow2, target, weight_tile, whole
 from gemma4_fast.triton.expert_dispatch import expert_dispatch
 from gemma4_fast.triton.grouped_gemm import grouped_gemm
 
@@ -32,6 +32,7 @@ def _gate_up_kernel(
     x_ptr, ids_ptr, w_ptr, s_ptr, h_ptr, H, I, E, pairs, TOP_K: tl.constexpr, PAIRS: tl.constexpr, BITS: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    inputs_ready()
     pair = tl.program_id(1)
     all_pairs = tl.arange(0, PAIRS)
     ids = tl.load(ids_ptr + all_pairs, mask=all_pairs < pairs, other=-1)  # [PAIRS]
@@ -68,6 +69,7 @@ def _down_kernel(
     h_ptr, weight_ptr, ids_ptr, w_ptr, s_ptr, out_ptr, H, I, E, TOP_K: tl.constexpr, BITS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    inputs_ready()
     token = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = n < H
@@ -102,12 +104,12 @@ def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike
     _gate_up_kernel[(cdiv(inter, 16), ids.numel())](
         x, ids, w1, s1, h, hidden, inter, experts, ids.numel(),
         TOP_K=top_k, PAIRS=pow2(ids.numel(), 16), BITS=bits, EVEN_K=hidden % block_k == 0, BLOCK_M=16, BLOCK_I=16,
-        BLOCK_K=block_k, num_warps=4, num_stages=2 if t.kind == "hip" else 3,
+        BLOCK_K=block_k, num_warps=4, num_stages=2 if t.kind == "hip" else 3, **early(x),
     )  # fmt: skip
     out = x.new_empty(x.shape)
     block_k = min(128 if wide else 256, pow2(inter, 32))
     _down_kernel[(tokens, cdiv(hidden, 16))](
         h, topk_weights, ids, w2, s2, out, hidden, inter, experts, TOP_K=top_k, BITS=bits, EVEN_K=inter % block_k == 0,
-        BLOCK_N=16, BLOCK_K=block_k, STAGES=2 if t.kind == "hip" else 6, num_warps=4,
+        BLOCK_N=16, BLOCK_K=block_k, STAGES=2 if t.kind == "hip" else 6, num_warps=4, **early(x),
     )  # fmt: skip
     return out

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma4_fast.triton.common import maybe, pow2, whole
+from gemma4_fast.triton.common import early, inputs_ready, maybe, pow2, whole
 
 
 def tile(hidden: int) -> tuple[int, int]:
@@ -22,6 +22,7 @@ def tile(hidden: int) -> tuple[int, int]:
 
 @triton.jit
 def _norm_add_norm_kernel(x_ptr, res_ptr, w_ptr, scale_ptr, next_ptr, y_ptr, z_ptr, H, eps, BLOCK: tl.constexpr):
+    inputs_ready()
     h = tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * H + h  # [BLOCK]
     ok = h < H
@@ -56,5 +57,5 @@ def norm_add_norm(
         tokens, hidden = x.shape
         block, warps = tile(hidden)
         args = x, whole(residual), whole(weight), scale, maybe(next_weight), y, z, hidden, eps, block
-        _norm_add_norm_kernel[(tokens,)](*args, num_warps=warps)
+        _norm_add_norm_kernel[(tokens,)](*args, num_warps=warps, **early(x))
     return y, z

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma4_fast.triton.common import maybe, pow2, whole
+from gemma4_fast.triton.common import early, inputs_ready, maybe, pow2, whole
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -22,6 +22,7 @@ def _qkv_norm_rope_kernel(
     D: tl.constexpr, BLOCK: tl.constexpr, K_IS_V: tl.constexpr,
 ):  # fmt: skip
     """One program per (token, head of qkv). What a head does not write is masked, so that no load waits for a branch."""
+    inputs_ready()
     HALF: tl.constexpr = D // 2
     token = (tl.program_id(0) // num_heads).to(tl.int64)
     head = tl.program_id(0) % num_heads
@@ -84,5 +85,5 @@ def qkv_norm_rope(
         rows = 0 if v is None else v.numel() // (num_kv_heads * dim)
         tensors = whole(qkv), whole(q_weight), maybe(k_weight), whole(cos.float()), whole(sin.float()), maybe(slots), q, k, v
         sizes = rows, heads, num_q_heads, num_kv_heads, cos.shape[1], eps, dim, pow2(dim - dim // 2)
-        _qkv_norm_rope_kernel[(tokens * heads,)](*tensors, *sizes, heads == num_q_heads + num_kv_heads, num_warps=1)
+        _qkv_norm_rope_kernel[(tokens * heads,)](*tensors, *sizes, heads == num_q_heads + num_kv_heads, num_warps=1, **early(q))
     return (q, None, None) if cached else (q, k, v)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma4_fast.triton.common import cdiv, cos_sin, pow2, whole
+from gemma4_fast.triton.common import cdiv, cos_sin, early, inputs_ready, pow2, whole
 from gemma4_fast.triton.split_kv import cache_rows, paging
 
 
@@ -22,6 +22,7 @@ def _keys_kernel(
     KV_HEADS: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    inputs_ready()
     b, length = tl.program_id(1), tl.load(lens_ptr + tl.program_id(1)).to(tl.int32)
     if tl.program_id(0) * BLOCK_S >= length:
         return
@@ -58,6 +59,6 @@ def rebuilt_keys(v_cache: Tensor, lens: Tensor, block_table: Tensor | None, inv_
     _keys_kernel[(cdiv(slots, 16), batch)](
         v_cache, lens, block_table, whole(inv_freq), whole(k_weight), k, slots, block_size, inv_freq.shape[0],
         *v_cache.stride()[:3], stride_table, KV_HEADS=kv_heads, HALF=dim // 2, PAGED=paged, BLOCK_S=16,
-        BLOCK_R=pow2(inv_freq.shape[0], 16), BLOCK_C=128,
+        BLOCK_R=pow2(inv_freq.shape[0], 16), BLOCK_C=128, **early(k),
     )  # fmt: skip
     return k

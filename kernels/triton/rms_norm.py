@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma4_fast.triton.common import cdiv, maybe, pow2, whole
+from gemma4_fast.triton.common import cdiv, early, inputs_ready, maybe, pow2, whole
 
 
 def tile(hidden: int) -> tuple[int, int, int]:
@@ -23,6 +23,7 @@ def tile(hidden: int) -> tuple[int, int, int]:
 
 @triton.jit(do_not_specialize=["T"])
 def _rms_norm_kernel(x_ptr, w_ptr, out_ptr, T, H, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    inputs_ready()
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     h = tl.arange(0, BLOCK)
     at = t[:, None] * H + h[None, :]  # [ROWS, BLOCK]
@@ -43,5 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         hidden = x.shape[-1]
         tokens = x.numel() // hidden
         rows, block, warps = tile(hidden)
-        _rms_norm_kernel[(cdiv(tokens, rows),)](x, maybe(weight), out, tokens, hidden, eps, rows, block, num_warps=warps)
+        _rms_norm_kernel[(cdiv(tokens, rows),)](
+            x, maybe(weight), out, tokens, hidden, eps, rows, block, num_warps=warps, **early(x)
+        )
     return out

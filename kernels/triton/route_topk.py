@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma4_fast.triton.common import cdiv, pow2, target, whole
+from gemma4_fast.triton.common import cdiv, early, inputs_ready, pow2, target, whole
 
 BLOCK_T = 16  # tokens of a program: the rows of the smallest tensor-core product, whatever T: its sums have one order
 MAX_SPLITS = 8  # parts of H
@@ -37,6 +37,7 @@ def _logits_kernel(
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """logits [splits, T, E], squares [splits, T] fp32: the sums over each part of H, neither normed nor scaled."""
+    inputs_ready()
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     split = tl.program_id(2)
@@ -78,6 +79,7 @@ def _topk_kernel(
     SPLITS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program per token. factor: H^-0.5."""
+    inputs_ready()
     LOWEST: tl.constexpr = -2147483648
     t = tl.program_id(0).to(tl.int64)
     e, k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
@@ -121,7 +123,7 @@ def route_topk(
     grid = (cdiv(tokens, BLOCK_T), cdiv(experts, block_e), splits)
     args = whole(x), whole(scale), whole(proj), logits, squares, tokens, experts, hidden, splits
     stages = 6 if device.kind == "cuda" else 2  # all of a part is on its way at once; AMD's pipeliner fails beyond 3
-    _logits_kernel[grid](*args, BLOCK_T, block_e, block_h, num_warps=4, num_stages=stages)
+    _logits_kernel[grid](*args, BLOCK_T, block_e, block_h, num_warps=4, num_stages=stages, **early(x))
     sizes = tokens, experts, hidden, top_k, hidden**-0.5, eps, splits, pow2(experts), pow2(top_k)
-    _topk_kernel[(tokens,)](logits, squares, whole(per_expert_scale), weights, ids, *sizes, num_warps=1)
+    _topk_kernel[(tokens,)](logits, squares, whole(per_expert_scale), weights, ids, *sizes, num_warps=1, **early(x))
     return weights, ids

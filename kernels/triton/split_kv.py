@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma4_fast.triton.common import LOG2E, cdiv, pow2
+from gemma4_fast.triton.common import LOG2E, cdiv, early, inputs_ready, pow2
 
 NODE = 512  # positions
 
@@ -73,6 +73,7 @@ def _merge_kernel(
     HEADS: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr, PER_SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
     NODE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    inputs_ready()
     row = tl.program_id(0).to(tl.int64)  # a query head of a sequence
     lo, length, first = seen(lens_ptr, (row // HEADS).to(tl.int32), slots, window, BLOCK_N, NODE)
     first_tile, end_tile = lo // BLOCK_N - first, tl.cdiv(length, BLOCK_N) - first
@@ -128,7 +129,7 @@ class Splits:
         _merge_kernel[(self.batch * self.heads, cdiv(self.dim, block_d))](
             self.m, self.l, self.acc, lens, out, self.window, self.slots, self.splits, HEADS=self.heads, D=self.dim,
             TILES=self.tiles, PER_SPLIT=self.per_split, BLOCK_N=self.block_n, NODE=NODE, BLOCK_S=16, BLOCK_D=block_d,
-            num_warps=4,
+            num_warps=4, **early(out),
         )  # fmt: skip
         return out
 
