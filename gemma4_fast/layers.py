@@ -21,13 +21,13 @@ from gemma4_fast.cache import TILE, KVCache, LayerCache
 from gemma4_fast.config import Gemma4Config, LayerConfig
 from gemma4_fast.quant import LARGEST_WEIGHT, QuantizedWeight
 
-# The ops a model calls; `moe` chooses among the last three.
+# The ops a model calls; `moe` chooses among moe_decode and the two after it.
 MODEL_OPS = (
     "embedding", "rope_angles", "rms_norm", "norm_add_norm", "linear", "qkv_norm_rope", "gqa_prefill", "gqa_decode",
     "geglu_mlp", "logits",
 )  # fmt: skip
 PLE_OPS = ("ple_gate",)
-MOE_OPS = ("route_topk", "moe_decode", "expert_dispatch", "grouped_gemm")
+MOE_OPS = ("route_topk", "moe_decode", "expert_dispatch", "grouped_gemm", "moe_norm_add_norm")
 
 
 def model_ops(config: Gemma4Config) -> tuple[str, ...]:
@@ -250,29 +250,36 @@ class Layer(nn.Module):
 
     def attention_block(
         self, x: Tensor, h: Tensor, step: Step, cache: KVCache | None, owner: Attention, inv_freq: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """x, h = rms(x) [T, H] -> x + rms(attention(h)), and the feed-forward's pre-norm of it."""
-        a = self.self_attn(h, step, cache, owner, inv_freq)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x, h = rms(x) [T, H] -> x + rms(attention(h)), and the feed-forward's pre-norms of it: the dense branch's, and the
+        experts' where there are experts."""
+        return self.end_of_attention(self.self_attn(h, step, cache, owner, inv_freq), x)
+
+    def end_of_attention(self, a: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """a, x [T, H] -> x + rms(a), and its pre-norms."""
         weights = self.post_attention_layernorm.weight, None, self.pre_feedforward_layernorm.weight
-        return ops.norm_add_norm(a, x, *weights, self.eps)
+        other = self.pre_feedforward_layernorm_2.weight if self.layer.is_moe else None
+        return ops.norm_add_norm(a, x, *weights, self.eps, other)
 
     def feed_forward_block(
-        self, x: Tensor, h: Tensor, ple: Tensor | None, next_norm: Tensor | None
+        self, x: Tensor, h: Tensor, e: Tensor | None, ple: Tensor | None, next_norm: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """x, h = rms(x) [T, H], ple [T, P] -> the layer's output, and its norm by the next layer's weight."""
+        """x, its pre-norms h and for experts e [T, H], ple [T, P] -> the layer's output, and its norm by the next layer's
+        weight."""
         d = ops.geglu_mlp(h, self.mlp.gate_up_proj.weight, self.mlp.down_proj.weight)
-        if self.layer.is_moe:
+        end = self.layer_scalar, next_norm, self.eps
+        last = end if ple is None else (None, None, self.eps)
+        post = self.post_feedforward_layernorm.weight
+        if e is not None:
             router = self.router.scale, self.router.proj.weight, self.router.per_expert_scale
             weights, ids = ops.route_topk(x, *router, self.top_k, self.eps)
-            e = ops.rms_norm(x, self.pre_feedforward_layernorm_2.weight, self.eps)
             e = ops.moe(e, weights, ids, self.experts.gate_up_proj, self.experts.down_proj)
-            d = ops.rms_norm(d, self.post_feedforward_layernorm_1.weight, self.eps)
-            d, _ = ops.norm_add_norm(e, d, self.post_feedforward_layernorm_2.weight, eps=self.eps)
-        end = self.layer_scalar, next_norm, self.eps
-        post = self.post_feedforward_layernorm.weight
+            norms = self.post_feedforward_layernorm_1.weight, self.post_feedforward_layernorm_2.weight, post
+            x, h_next = ops.moe_norm_add_norm(d, e, x, *norms, *last)
+        else:
+            x, h_next, _ = ops.norm_add_norm(d, x, post, *last)
         if ple is None:
-            return ops.norm_add_norm(d, x, post, *end)
-        x, _ = ops.norm_add_norm(d, x, post, eps=self.eps)
+            return x, h_next
         gate, proj = self.per_layer_input_gate.weight, self.per_layer_projection.weight
         return ops.ple_gate(x, ple, gate, proj, self.post_per_layer_input_norm.weight, *end)
 
@@ -381,7 +388,7 @@ class Text(nn.Module):
         context = ops.linear(x, self.per_layer_model_projection.weight)
         # (rms(context * H^-0.5) + token) * 2^-0.5. A factor before a norm acts on its eps alone.
         norm, eps = self.per_layer_projection_norm.weight, c.rms_norm_eps * c.hidden_size
-        ple, _ = ops.norm_add_norm(context.view(-1, size), token.view(-1, size), norm, self._ple_scale(norm), None, eps)
+        ple, _, _ = ops.norm_add_norm(context.view(-1, size), token.view(-1, size), norm, self._ple_scale(norm), None, eps)
         return x, ple.view(-1, c.num_hidden_layers, size)
 
     def _ple_scale(self, like: Tensor) -> Tensor:
@@ -448,10 +455,10 @@ class Text(nn.Module):
         if h is None:
             h = ops.rms_norm(x, layer.input_layernorm.weight, layer.eps)
         freq = self.inv_freq(layer.layer.is_sliding, x.device)
-        x, h = layer.attention_block(x, h, step, cache, self.owner(index), freq)
+        x, h, e = layer.attention_block(x, h, step, cache, self.owner(index), freq)
         if observe is not None:
             observe(x)
-        return layer.feed_forward_block(x, cast(Tensor, h), ple, following.weight)
+        return layer.feed_forward_block(x, cast(Tensor, h), e, ple, following.weight)
 
     def write_donors(self, step: Step, cache: KVCache) -> None:
         """What Attention left in step.shared goes to the donors' caches, now that nothing reads their old content."""

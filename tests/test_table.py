@@ -20,8 +20,9 @@ from gemma4_fast.quant import QuantizedWeight
 from gemma4_fast.reference import ops as reference
 
 DESIGN = [
-    "rms_norm", "norm_add_norm", "qkv_norm_rope", "gqa_decode", "gqa_prefill", "route_topk", "expert_dispatch", "grouped_gemm",
-    "moe_decode", "moe", "linear", "geglu_mlp", "ple_gate", "logits", "embedding", "rope_angles",
+    "rms_norm", "norm_add_norm", "moe_norm_add_norm", "qkv_norm_rope", "gqa_decode", "gqa_prefill", "route_topk",
+    "expert_dispatch", "grouped_gemm", "moe_decode", "moe", "linear", "geglu_mlp", "ple_gate", "logits", "embedding",
+    "rope_angles",
 ]  # fmt: skip
 X = torch.randn(3, 8)
 
@@ -196,6 +197,10 @@ BAD_CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("norm_add_norm", dict(residual=torch.ones(1, 2816)), "residual"),
     ("norm_add_norm", dict(scale=torch.ones(2)), "scale"),
     ("norm_add_norm", dict(next_weight=torch.ones(3)), "next_weight"),
+    ("norm_add_norm", dict(other_weight=torch.ones(3)), "other_weight"),
+    ("moe_norm_add_norm", dict(experts=torch.ones(2, 2816)), "experts"),
+    ("moe_norm_add_norm", dict(dense_weight=torch.ones(3)), "dense_weight"),
+    ("moe_norm_add_norm", dict(experts_weight=None), "experts_weight"),
     ("qkv_norm_rope", dict(num_q_heads=15), "columns"),
     ("qkv_norm_rope", dict(k_weight=None), "k_weight"),
     ("qkv_norm_rope", dict(cos=torch.ones(5, 128)), "cos"),

@@ -323,7 +323,10 @@ MUTANTS = [
     ("grouped_gemm", "r_ok, n_ok = r < hi", "r_ok, n_ok = r < hi - 1", "grouped_gemm", "none"),
     ("grouped_gemm", "at // TOP_K if GEGLU", "at // (2 * TOP_K) if GEGLU", "grouped_gemm", "skewed_geglu"),
     ("route_topk", "* tl.load(expert_scale_ptr + ids)", "+ 0 * tl.load(expert_scale_ptr + ids)", "route_topk", "odd"),
-    ("expert_dispatch", "(i[None, :] < i[:, None])", "(i[None, :] > i[:, None])", "expert_dispatch", "odd"),
+    ("norm_add_norm", "(z * other_w)", "(z * next_w)", "norm_add_norm", "before_experts"),
+    ("norm_add_norm", "_normed(experts, H, eps) * experts_w", "experts * experts_w", "moe_norm_add_norm", "odd"),
+    ("expert_dispatch", "tl.cumsum(mine, 0) - mine", "tl.sum(mine, 0) - tl.cumsum(mine, 0)", "expert_dispatch", "odd"),
+    ("expert_dispatch", "(counts + block_m - 1) // block_m", "counts // block_m + 1", "expert_dispatch", "odd"),
     ("embedding", "* scale", "* 1.0", "embedding", "odd"),
     ("common", "- 128\n", "- 127\n", "embedding", "int8_odd"),
     ("common", "[N, W * 8]) - 8", "[N, W * 8]) - 7", "embedding", "int4_odd"),
@@ -370,7 +373,8 @@ def test_a_mistake_is_seen(file: str, old: str, new: str, name: str, case: str, 
     op = ops.TABLE[name]
     judge = Judge(op, op.inputs(case, torch.float32))
     with kernels_with(file, old, new, tmp_path):
-        function = getattr(importlib.import_module(f"gemma4_fast.triton.{name}"), name)
+        module = op.impls["triton"].path.partition(":")[0]
+        function = getattr(importlib.import_module(module), name)
         assert not judge(function).ok
     assert judge(op.impls["triton"].function).ok
 

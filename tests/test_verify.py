@@ -146,8 +146,14 @@ def _plus_one_norm(x: Any, weight: Any, eps: float) -> Any:
     return torch_backend.rms_norm(x, None if weight is None else 1 + weight, eps)
 
 
-def _no_layer_scalar(x: Any, residual: Any, weight: Any, scale: Any, next_weight: Any, eps: float) -> Any:
-    return torch_backend.norm_add_norm(x, residual, weight, None, next_weight, eps)
+def _no_layer_scalar(*args: Any) -> Any:
+    *branches, _, next_weight, eps = args
+    return torch_backend.moe_norm_add_norm(*branches, None, next_weight, eps)
+
+
+def _one_pre_norm_for_both(*args: Any) -> Any:
+    y, z, other = torch_backend.norm_add_norm(*args)
+    return y, z, None if other is None else z
 
 
 def _interleaved_rope(qkv: Any, q_w: Any, k_w: Any, cos: Any, sin: Any, *rest: Any) -> Any:
@@ -243,7 +249,8 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any], str]] = {
     "an expert left out of the grouped product": ("grouped_gemm", _last_expert_dropped, "feed-forward"),
     "skipped softcap": ("logits", _no_softcap, "logits"),
     "1 + w in the norm": ("rms_norm", _plus_one_norm, "attention"),
-    "layer scalar left out": ("norm_add_norm", _no_layer_scalar, "feed-forward"),
+    "layer scalar left out": ("moe_norm_add_norm", _no_layer_scalar, "feed-forward"),
+    "experts behind the dense branch's norm": ("norm_add_norm", _one_pre_norm_for_both, "feed-forward"),
     "RoPE turned the wrong way": ("qkv_norm_rope", _interleaved_rope, "attention"),
     "first token sees the second": ("gqa_prefill", _acausal, "window edge"),
     "only the first sequence of a batch": ("gqa_prefill", _only_the_first_sequence, "window edge"),

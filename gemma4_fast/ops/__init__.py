@@ -15,7 +15,7 @@ from gemma4_fast.ops.cpu_backend import kernels as cpu_kernels
 from gemma4_fast.ops.embedding import EMBEDDING, ROPE_ANGLES
 from gemma4_fast.ops.linear import GEGLU_MLP, LINEAR, LOGITS
 from gemma4_fast.ops.moe import EXPERT_DISPATCH, GROUPED_GEMM, MOE, MOE_DECODE, ROUTE_TOPK
-from gemma4_fast.ops.norms import NORM_ADD_NORM, PLE_GATE, QKV_NORM_ROPE, RMS_NORM
+from gemma4_fast.ops.norms import MOE_NORM_ADD_NORM, NORM_ADD_NORM, PLE_GATE, QKV_NORM_ROPE, RMS_NORM
 from gemma4_fast.ops.table import (
     AUTO_ORDER,
     BACKENDS,
@@ -39,8 +39,8 @@ from gemma4_fast.quant import WeightLike
 __all__ = [
     "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "bound", "cpu_kernels", "decide", "decode_limit",
     "default_backend", "embedding", "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear",
-    "logits", "moe", "moe_decode", "norm_add_norm", "parse_backend", "ple_gate", "qkv_norm_rope", "recordable", "register",
-    "require", "rms_norm", "rope_angles", "route_topk", "selection", "shared_scratch", "shared_step",
+    "logits", "moe", "moe_decode", "moe_norm_add_norm", "norm_add_norm", "parse_backend", "ple_gate", "qkv_norm_rope",
+    "recordable", "register", "require", "rms_norm", "rope_angles", "route_topk", "selection", "shared_scratch", "shared_step",
     "use_backend",
 ]  # fmt: skip
 
@@ -67,9 +67,26 @@ def norm_add_norm(
     scale: Tensor | None = None,
     next_weight: Tensor | None = None,
     eps: float = 1e-6,
+    other_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y = (residual + rms_norm(x, weight)) * scale [T, H]; rms_norm(y, next_weight), rms_norm(y, other_weight), or None."""
+    return NORM_ADD_NORM(x, residual, weight, scale, next_weight, eps, other_weight)
+
+
+def moe_norm_add_norm(
+    dense: Tensor,
+    experts: Tensor,
+    residual: Tensor,
+    dense_weight: Tensor,
+    experts_weight: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    next_weight: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = (residual + rms_norm(x, weight)) * scale [T, H]; z = rms_norm(y, next_weight) or None."""
-    return NORM_ADD_NORM(x, residual, weight, scale, next_weight, eps)
+    """norm_add_norm of x = rms_norm(dense, dense_weight) + rms_norm(experts, experts_weight), all [T, H]."""
+    weights = dense_weight, experts_weight, weight
+    return MOE_NORM_ADD_NORM(dense, experts, residual, *weights, scale, next_weight, eps)
 
 
 def qkv_norm_rope(

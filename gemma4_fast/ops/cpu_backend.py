@@ -89,12 +89,29 @@ def norm_add_norm(
     scale: Tensor | None = None,
     next_weight: Tensor | None = None,
     eps: float = 1e-6,
-) -> tuple[Tensor, Tensor | None]:
+    other_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     x = _whole(x)
     y = torch.empty_like(x)
     z = None if next_weight is None else torch.empty_like(x)
     kernels.norm_add_norm(x, _whole(residual), _whole(weight), scale, _maybe(next_weight), y, z, eps, native.isa())
-    return y, z
+    return y, z, None if other_weight is None else rms_norm(y, other_weight, eps)
+
+
+def moe_norm_add_norm(
+    dense: Tensor,
+    experts: Tensor,
+    residual: Tensor,
+    dense_weight: Tensor,
+    experts_weight: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    next_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor | None]:
+    # Rows are in the caches from one to the next: on a CPU one kernel for all would save nothing that shows.
+    dense, _, _ = norm_add_norm(experts, rms_norm(dense, dense_weight, eps), experts_weight, eps=eps)
+    return norm_add_norm(dense, residual, weight, scale, next_weight, eps)[:2]
 
 
 def qkv_norm_rope(

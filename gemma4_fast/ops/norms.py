@@ -1,4 +1,4 @@
-"""Specs of the norm ops: rms_norm, norm_add_norm, qkv_norm_rope, ple_gate."""
+"""Specs of the norm ops: rms_norm, norm_add_norm, moe_norm_add_norm, qkv_norm_rope, ple_gate."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def _check_norm_add_norm(
     scale: Tensor | None = None,
     next_weight: Tensor | None = None,
     eps: float = 1e-6,
+    other_weight: Tensor | None = None,
 ) -> None:
     op = "norm_add_norm"
     checks.floating(op, "x", x, 2)
@@ -69,9 +70,12 @@ def _check_norm_add_norm(
     checks.shaped(op, "weight", weight, x.shape[-1:], x)
     checks.shaped(op, "scale", scale, (1,), x, optional=True)
     checks.shaped(op, "next_weight", next_weight, x.shape[-1:], x, optional=True)
+    checks.shaped(op, "other_weight", other_weight, x.shape[-1:], x, optional=True)
 
 
-def _norm_add_norm_case(m: Maker, tokens: int, hidden: int, scale: bool = True, nxt: bool = True) -> dict[str, Any]:
+def _norm_add_norm_case(
+    m: Maker, tokens: int, hidden: int, scale: bool = True, nxt: bool = True, other: bool = False
+) -> dict[str, Any]:
     return dict(
         x=m.randn(tokens, hidden),
         residual=m.randn(tokens, hidden, scale=3.0),
@@ -79,6 +83,7 @@ def _norm_add_norm_case(m: Maker, tokens: int, hidden: int, scale: bool = True, 
         scale=m.gain(1) if scale else None,
         next_weight=m.gain(hidden) if nxt else None,
         eps=1e-6,
+        other_weight=m.gain(hidden) if other else None,
     )
 
 
@@ -89,9 +94,10 @@ def _norm_add_norm_cost(
     scale: Tensor | None = None,
     next_weight: Tensor | None = None,
     eps: float = 1e-6,
+    other_weight: Tensor | None = None,
 ) -> Cost:
-    tensors = 3 if next_weight is None else 4
-    return Cost((6 if next_weight is None else 10) * x.numel(), tensors * x.nbytes + 2 * weight.nbytes)
+    norms = sum(w is not None for w in (next_weight, other_weight))
+    return Cost((6 + 4 * norms) * x.numel(), (3 + norms) * x.nbytes + (1 + norms) * weight.nbytes)
 
 
 NORM_ADD_NORM = register(
@@ -104,17 +110,95 @@ NORM_ADD_NORM = register(
             "26b": lambda m: _norm_add_norm_case(m, 5, 2816),
             "e2b_one_token": lambda m: _norm_add_norm_case(m, 1, 1536, scale=False),
             "last_layer": lambda m: _norm_add_norm_case(m, 4, 256, nxt=False),
+            "before_experts": lambda m: _norm_add_norm_case(m, 2, 2816, scale=False, other=True),
             "odd": lambda m: _norm_add_norm_case(m, 3, 97, scale=False, nxt=False),
+            "odd_other": lambda m: _norm_add_norm_case(m, 3, 97, nxt=False, other=True),
         },
         cost=_norm_add_norm_cost,
         bench_cases={
-            "26b_1_token": lambda m: _norm_add_norm_case(m, 1, 2816),
-            "26b_512_tokens": lambda m: _norm_add_norm_case(m, 512, 2816),
+            "26b_1_token": lambda m: _norm_add_norm_case(m, 1, 2816, other=True),
+            "26b_512_tokens": lambda m: _norm_add_norm_case(m, 512, 2816, other=True),
         },
         impls={
             "cpu": Impl("gemma4_fast.ops.cpu_backend:norm_add_norm", cpu_backend.DTYPES),
             "triton": Impl("gemma4_fast.triton.norm_add_norm:norm_add_norm", triton_backend.DTYPES),
             "torch": Impl("gemma4_fast.ops.torch_backend:norm_add_norm"),
+        },
+    )
+)
+
+
+def _check_moe_norm_add_norm(
+    dense: Tensor,
+    experts: Tensor,
+    residual: Tensor,
+    dense_weight: Tensor,
+    experts_weight: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    next_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> None:
+    op = "moe_norm_add_norm"
+    checks.floating(op, "dense", dense, 2)
+    checks.positive(op, "eps", eps)
+    checks.shaped(op, "experts", experts, dense.shape, dense)
+    checks.shaped(op, "residual", residual, dense.shape, dense)
+    for name, w in (("dense_weight", dense_weight), ("experts_weight", experts_weight), ("weight", weight)):
+        checks.shaped(op, name, w, dense.shape[-1:], dense)
+    checks.shaped(op, "scale", scale, (1,), dense, optional=True)
+    checks.shaped(op, "next_weight", next_weight, dense.shape[-1:], dense, optional=True)
+
+
+def _moe_norm_add_norm_case(m: Maker, tokens: int, hidden: int, end: bool = True) -> dict[str, Any]:
+    return dict(
+        dense=m.randn(tokens, hidden),
+        experts=m.randn(tokens, hidden, scale=0.5),
+        residual=m.randn(tokens, hidden, scale=3.0),
+        dense_weight=m.gain(hidden),
+        experts_weight=m.gain(hidden),
+        weight=m.gain(hidden),
+        scale=m.gain(1) if end else None,
+        next_weight=m.gain(hidden) if end else None,
+        eps=1e-6,
+    )
+
+
+def _moe_norm_add_norm_cost(
+    dense: Tensor,
+    experts: Tensor,
+    residual: Tensor,
+    dense_weight: Tensor,
+    experts_weight: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    next_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Cost:
+    norms = int(next_weight is not None)
+    return Cost((15 + 4 * norms) * dense.numel(), (4 + norms) * dense.nbytes + (3 + norms) * weight.nbytes)
+
+
+MOE_NORM_ADD_NORM = register(
+    Op(
+        name="moe_norm_add_norm",
+        summary="post-norms of the dense and the expert branch, their sum, then norm_add_norm",
+        reference=reference.moe_norm_add_norm,
+        check=_check_moe_norm_add_norm,
+        cases={
+            "26b_one_token": lambda m: _moe_norm_add_norm_case(m, 1, 2816),
+            "before_ple": lambda m: _moe_norm_add_norm_case(m, 4, 256, end=False),
+            "odd": lambda m: _moe_norm_add_norm_case(m, 3, 97),
+        },
+        cost=_moe_norm_add_norm_cost,
+        bench_cases={
+            "26b_1_token": lambda m: _moe_norm_add_norm_case(m, 1, 2816),
+            "26b_512_tokens": lambda m: _moe_norm_add_norm_case(m, 512, 2816),
+        },
+        impls={
+            "cpu": Impl("gemma4_fast.ops.cpu_backend:moe_norm_add_norm", cpu_backend.DTYPES),
+            "triton": Impl("gemma4_fast.triton.norm_add_norm:moe_norm_add_norm", triton_backend.DTYPES),
+            "torch": Impl("gemma4_fast.ops.torch_backend:moe_norm_add_norm"),
         },
     )
 )

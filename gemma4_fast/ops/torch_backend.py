@@ -57,10 +57,27 @@ def norm_add_norm(
     scale: Tensor | None = None,
     next_weight: Tensor | None = None,
     eps: float = 1e-6,
-) -> tuple[Tensor, Tensor | None]:
+    other_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     y = _wide(residual) + _rms(_wide(x), _wide(weight), eps)
     y = (y if scale is None else y * scale).to(x.dtype)
-    return y, None if next_weight is None else rms_norm(y, next_weight, eps)
+    z, other = (None if w is None else rms_norm(y, w, eps) for w in (next_weight, other_weight))
+    return y, z, other
+
+
+def moe_norm_add_norm(
+    dense: Tensor,
+    experts: Tensor,
+    residual: Tensor,
+    dense_weight: Tensor,
+    experts_weight: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    next_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor | None]:
+    x = _rms(_wide(dense), _wide(dense_weight), eps) + _rms(_wide(experts), _wide(experts_weight), eps)
+    return norm_add_norm(x.to(dense.dtype), residual, weight, scale, next_weight, eps)[:2]
 
 
 def qkv_norm_rope(
@@ -331,7 +348,7 @@ def ple_gate(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor | None]:
     h = F.linear(F.gelu(F.linear(x, gate), approximate="tanh") * ple, proj)
-    return norm_add_norm(h, x, weight, scale, next_weight, eps)
+    return norm_add_norm(h, x, weight, scale, next_weight, eps)[:2]
 
 
 def logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: bool = False) -> Tensor:

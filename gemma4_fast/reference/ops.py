@@ -39,14 +39,36 @@ def norm_add_norm(
     scale: Tensor | None = None,
     next_weight: Tensor | None = None,
     eps: float = 1e-6,
-) -> tuple[Tensor, Tensor | None]:
+    other_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The end of a sublayer: y = (residual + rms_norm(x, weight)) * scale, and z = rms_norm(y, next_weight).
 
-    x, residual [T, H]; weight, next_weight [H]; scale [1]. Returns (y, z), z None without next_weight.
+    x, residual [T, H]; weight, next_weight, other_weight [H]; scale [1]. other_weight: of a second norm of y, for a sublayer
+    with two branches. Returns (y, z, z of other_weight), None for a norm without a weight. Source: Gemma 2 (post-norms).
     """
     y = residual + rms_norm(x, weight, eps)
     y = y if scale is None else y * scale
-    return y, None if next_weight is None else rms_norm(y, next_weight, eps)
+    z, other = (None if w is None else rms_norm(y, w, eps) for w in (next_weight, other_weight))
+    return y, z, other
+
+
+def moe_norm_add_norm(
+    dense: Tensor,
+    experts: Tensor,
+    residual: Tensor,
+    dense_weight: Tensor,
+    experts_weight: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    next_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor | None]:
+    """norm_add_norm of a layer with experts: x there is rms_norm(dense, dense_weight) + rms_norm(experts, experts_weight) here.
+
+    dense, experts, residual [T, H]; the weights [H]; scale [1]. Returns (y, z), z None without next_weight. Source: Gemma 4.
+    """
+    x = rms_norm(dense, dense_weight, eps) + rms_norm(experts, experts_weight, eps)
+    return norm_add_norm(x, residual, weight, scale, next_weight, eps)[:2]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -355,7 +377,7 @@ def ple_gate(
     Returns (y, z), z None without next_weight. Source: Gemma 3n / Gemma 4 E-models.
     """
     h = F.linear(F.gelu(F.linear(x, gate), approximate="tanh") * ple, proj)
-    return norm_add_norm(h, x, weight, scale, next_weight, eps)
+    return norm_add_norm(h, x, weight, scale, next_weight, eps)[:2]
 
 
 def logits(x: Tensor, weight: Tensor, softcap: float | None = None, argmax: bool = False) -> Tensor:

@@ -24,4 +24,4 @@ def ple_gate(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor | None]:
     x, ple = whole(x), ple if ple.stride(-1) == 1 else ple.contiguous()
-    return norm_add_norm(product(product(x, gate, "gate", other=ple), proj), x, weight, scale, next_weight, eps)
+    return norm_add_norm(product(product(x, gate, "gate", other=ple), proj), x, weight, scale, next_weight, eps)[:2]
