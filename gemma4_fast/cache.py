@@ -110,6 +110,14 @@ class KVCache:
         self.host_lens = [0] * self.batch_size
         self.lens.zero_()
 
+    def clear(self) -> None:
+        """As it was when it was new: `reset`, and what masked slots hold is 0 again."""
+        self.reset()
+        for kv in self._layers:
+            for values in (kv.k, kv.v):
+                if values is not None:
+                    values.zero_()
+
     @property
     def nbytes(self) -> int:
         """Bytes of all caches, each donor's counted once."""

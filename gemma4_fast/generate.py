@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]] | Tensor
 DEFAULT_NEW_TOKENS = 256
+ROOM = 256  # a cache is for a multiple of so many tokens: the next prompt, a little longer, may take it over
 
 
 @dataclass
@@ -112,6 +113,7 @@ class Session:
         ]  # a sequence draws its own numbers, whoever its neighbours are
         self.prefill_seconds = self.decode_seconds = 0.0
         self.graph: DecodeGraph | None = None  # while it runs, with the cache
+        self._taken: DecodeGraph | None = None  # what an earlier generation left
 
     def _check_prompts(self, vocab: int) -> None:
         if not self.prompts:
@@ -142,6 +144,8 @@ class Session:
         try:
             yield from self._run(on_prefill)
         finally:
+            if self.graph is not None and self.prefix is None:
+                self.model.spare.give(self.graph)
             self.graph = None
 
     def _run(self, on_prefill: Callable[[int, int], None] | None) -> Iterator[list[Token]]:
@@ -168,7 +172,7 @@ class Session:
     def _decode_graph(self, cache: KVCache) -> DecodeGraph:
         """The one that is kept with the cache, or a new one."""
         if self.prefix is None:
-            return DecodeGraph(self.model, cache)
+            return self._taken or DecodeGraph(self.model, cache)
         kept = self.prefix.graph
         if kept is None or kept.cache is not cache or kept.model is not self.model:
             kept = self.prefix.graph = DecodeGraph(self.model, cache)
@@ -216,7 +220,11 @@ class Session:
         """A cache with room for everything, and how many tokens of each prompt it already holds."""
         room = max(map(len, self.prompts)) + self.max_new_tokens
         if self.prefix is None:
-            return self.model.new_cache(len(self.prompts), room), [0] * len(self.prompts)
+            batch, none = len(self.prompts), [0] * len(self.prompts)
+            self._taken = self.model.spare.take(self.model, batch, room)
+            if self._taken is not None:
+                return self._taken.cache, none
+            return self.model.new_cache(batch, min(self.model.config.max_position_embeddings, -(-room // ROOM) * ROOM)), none
         if len(self.prompts) != 1:
             raise ValueError(f"a kept prefix serves one prompt, got {len(self.prompts)}")
         kept, prompt = self.prefix, self.prompts[0]

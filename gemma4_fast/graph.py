@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma4_fast import ops
 from gemma4_fast.cache import KVCache
-from gemma4_fast.layers import Step, model_ops
+from gemma4_fast.layers import Quantizable, Step, model_ops
 
 if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
@@ -132,6 +132,54 @@ class DecodeGraph:
         torch.ops.gemma4_fast_cpu.decode_rows(lens, inputs.going, slots, positions, kv_lens, rows)
         anew = dict(zip(now.rows, rows.unbind(), strict=True))
         return replace(now, positions=positions, kv_lens=kv_lens, angles=self.model.model.angles(positions), rows=anew)
+
+
+class Spare:
+    """What a generation that has ended leaves to the model's next one of as many prompts: its cache, and with that the recorded
+    decode step. So a step is recorded once for each batch size in turn, not once a call. Only while it is small beside the
+    weights; and a copy of the model begins without."""
+
+    SHARE = 8  # of the weights' bytes, at most one in so many
+
+    def __init__(self) -> None:
+        self._kept: tuple[DecodeGraph, list[int]] | None = None
+
+    def take(self, model: Gemma4, batch: int, room: int) -> DecodeGraph | None:
+        """The one with a cache for `batch` sequences of `room` tokens, emptied; else None. Kept is none of them any more."""
+        kept, self._kept = self._kept, None
+        if kept is None:
+            return None
+        graph, addresses = kept
+        if graph.cache.batch_size != batch or graph.cache.max_len < room:
+            return None
+        if addresses != _addresses(model):  # weights that became other tensors, however they did
+            return None
+        graph.model = model
+        graph.cache.clear()
+        return graph
+
+    def give(self, graph: DecodeGraph) -> None:
+        if graph.cache.nbytes * self.SHARE <= sum(w.nbytes for w in _weights(graph.model)):
+            self._kept = graph, _addresses(graph.model)
+            del graph.model  # else the model would keep itself alive
+
+    def drop(self) -> None:
+        self._kept = None
+
+    def __deepcopy__(self, _: object) -> Spare:
+        return Spare()
+
+    def __reduce__(self) -> tuple[type[Spare], tuple[()]]:
+        return Spare, ()
+
+
+def _weights(model: Gemma4) -> list[Tensor]:
+    quantized = [w for m in model.modules() if isinstance(m, Quantizable) for w in m.quantized().values()]
+    return [*model.parameters(), *(t for w in quantized for t in (w.data, w.scale))]
+
+
+def _addresses(model: Gemma4) -> list[int]:
+    return [w.data_ptr() for w in _weights(model)]
 
 
 class _Inputs:

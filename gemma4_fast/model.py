@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gemma4_fast import native, ops
 from gemma4_fast.cache import KVCache
 from gemma4_fast.config import Gemma4Config
+from gemma4_fast.graph import Spare
 from gemma4_fast.layers import Quantizable, Table, Text, model_ops, quantize
 from gemma4_fast.quant import WeightLike, parse_quantize
 
@@ -44,6 +45,11 @@ class Gemma4(nn.Module):
         self.generation_config: dict[str, Any] = {}
         self.path: Path | None = None  # the checkpoint's folder, where the tokenizer lies
         self._tokenizer: Tokenizer | None = None
+        self.spare = Spare()  # what the next generation may go on with
+
+    def _changed(self) -> None:
+        self.changes += 1
+        self.spare.drop()
 
     @classmethod
     def from_pretrained(
@@ -127,11 +133,11 @@ class Gemma4(nn.Module):
         return model
 
     def _apply(self, fn: Any, recurse: bool = True) -> Gemma4:
-        self.changes += 1
+        self._changed()
         return super()._apply(fn, recurse)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        self.changes += 1
+        self._changed()
         return super().load_state_dict(state_dict, strict, assign)
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Gemma4:
@@ -158,7 +164,7 @@ class Gemma4(nn.Module):
             raise ValueError("quantize to what? 'int8' or 'int4'")
         if self.quantization is not None:
             raise ValueError(f"this model is quantized to {self.quantization} already")
-        self.changes += 1
+        self._changed()
         quantize(self, bits)
         self.quantization = to
         return self

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
+import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -376,3 +379,118 @@ def test_a_chat_keeps_its_recorded_step_with_its_cache() -> None:
     prefix.cache = None  # an interrupt lost it
     list(Session(model, [ids], max_new_tokens=2, prefix=prefix).run())
     assert prefix.graph is not graphs[0]
+
+
+# ---- what one generation leaves to the next ----
+
+
+def tokens_of(model: Gemma4, *prompts: list[int], new: int = 5) -> list[list[int]]:
+    return [g.token_ids for g in model.generate([list(p) for p in prompts], max_new_tokens=new, stop_token_ids=[])]
+
+
+@pytest.fixture
+def pair() -> tuple[Gemma4, Gemma4]:
+    """The same model twice: one keeps what its generations leave, one never does."""
+    kept, fresh = model_of("26b-a4b"), model_of("26b-a4b")
+    fresh.spare.give = lambda _: None  # type: ignore[method-assign]
+    for model in (kept, fresh):
+        model.spare.SHARE = 0  # small as these models are, their caches are not small beside the weights
+    return kept, fresh
+
+
+def test_the_next_generation_replays_the_last_ones_step(pair: tuple[Gemma4, Gemma4], replays: list[int]) -> None:
+    model, fresh = pair
+    first = tokens_of(model, [5, 6, 7])
+    assert first == tokens_of(fresh, [5, 6, 7])
+    replays.clear()
+    for prompt in ([9, 4], [5, 6, 7], list(range(40, 90))):
+        before = len(replays)
+        assert tokens_of(model, prompt) == tokens_of(fresh, prompt)
+        assert len(replays) - before == 4 + 2  # all of its steps; a fresh one runs the first op by op, and records the second
+    assert len(set(replays)) == 1 + 3
+
+
+def test_a_spare_serves_as_many_prompts_as_it_was_made_for(pair: tuple[Gemma4, Gemma4]) -> None:
+    model, fresh = pair
+    for prompts in ([[5, 6]], [[5, 6], [7]], [[8]], [[8]], [[7] * 297], [[4, 9]]):
+        assert tokens_of(model, *prompts) == tokens_of(fresh, *prompts)
+    graph = model.spare.take(model, 1, 300)
+    assert graph is not None and graph.cache.max_len == 512
+    assert model.spare.take(model, 1, 1) is None  # it is taken
+
+
+def test_what_a_generation_left_in_a_cache_is_not_seen(pair: tuple[Gemma4, Gemma4]) -> None:
+    model, fresh = pair
+    tokens_of(model, [5, 6, 7])
+    kept = model.spare._kept
+    assert kept is not None
+    for layer in kept[0].cache._layers:
+        for values in (layer.k, layer.v):
+            if values is not None:
+                values.fill_(float("nan"))
+    with use_backend("torch"):  # whose products with masked slots are not left out
+        assert tokens_of(model, [5, 6, 7]) == tokens_of(fresh, [5, 6, 7])
+
+
+def test_new_weights_are_seen_however_they_came(pair: tuple[Gemma4, Gemma4]) -> None:
+    def scaled(m: Gemma4) -> Tensor:
+        return torch.randn(m.model.norm.weight.shape, generator=torch.Generator().manual_seed(1)).exp()
+
+    def in_place(m: Gemma4) -> None:
+        m.model.norm.weight.copy_(scaled(m))
+
+    def replaced(m: Gemma4) -> None:
+        m.model.norm.weight = torch.nn.Parameter(scaled(m) * 2, requires_grad=False)
+
+    def behind_its_back(m: Gemma4) -> None:
+        m.model.norm.weight.data = scaled(m) + 1
+
+    model, fresh = pair
+    seen = [tokens_of(model, [5, 6, 7])]
+    for change in (in_place, replaced, behind_its_back, lambda m: m.quantize("int8"), lambda m: m.to(torch.bfloat16)):
+        for m in pair:
+            change(m)
+        seen.append(tokens_of(model, [5, 6, 7]))
+        assert seen[-1] == tokens_of(fresh, [5, 6, 7])
+    assert len({str(s) for s in seen}) > 3
+
+
+def test_two_streams_at_once_do_not_share_a_cache(pair: tuple[Gemma4, Gemma4]) -> None:
+    from gemma4_fast.generate import Session
+
+    model, fresh = pair
+    tokens_of(model, [5, 6, 7])
+    sessions = [Session(model, [ids], max_new_tokens=5, stop_token_ids=[]).run() for ids in ([5, 6, 7], [9, 4])]
+    steps = list(zip(*sessions, strict=True))
+    for i, ids in enumerate(([5, 6, 7], [9, 4])):
+        assert [[step[i][0].id for step in steps]] == tokens_of(fresh, ids)
+
+
+def test_a_large_cache_is_not_kept() -> None:
+    model = model_of("26b-a4b")
+    model.spare.SHARE = 1000
+    tokens_of(model, [5, 6, 7])
+    assert model.spare._kept is None
+    model.spare.SHARE = 0
+    tokens_of(model, [5, 6, 7])
+    assert model.spare._kept is not None
+    model.to(torch.bfloat16)
+    assert model.spare._kept is None
+
+
+def test_a_spare_neither_keeps_its_model_alive_nor_is_copied(pair: tuple[Gemma4, Gemma4]) -> None:
+    model, _ = pair
+    wanted = tokens_of(model, [5, 6, 7])
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.spare._kept is None and tokens_of(copied, [5, 6, 7]) == wanted
+    alone = model_of("26b-a4b")
+    alone.spare.SHARE = 0
+    tokens_of(alone, [5, 6, 7])
+    assert alone.spare._kept is not None
+    gc.disable()
+    try:
+        there = weakref.ref(alone.model.embed_tokens.weight)
+        del alone
+        assert there() is None
+    finally:
+        gc.enable()
