@@ -69,6 +69,11 @@ class DecodeGraph:
         return out
 
     @property
+    def recorded(self) -> bool:
+        """Whether the steps so far ended in one that is replayed."""
+        return self._recording is not None
+
+    @property
     def on_gpu(self) -> bool:
         return self.model.device.type == "cuda"
 

@@ -17,7 +17,7 @@ SLACK, FLOOR = 2.0, 1e-5  # an error may be SLACK x what plain PyTorch loses in 
 class Comparison:
     """One output, against the truth. Errors are relative: the worst token's |got - truth| / |truth|, both L2 norms."""
 
-    what: str  # "attention", "feed-forward", "embedding", "logits", "window edge"
+    what: str  # "attention", "feed-forward", "embedding", "logits", "window edge", "recorded step"
     phase: str  # "prefill", "chunk", "decode", or "" where there is none
     error: float
     plain_error: float  # what plain PyTorch loses in the same dtype

@@ -1,10 +1,11 @@
 """The self-check: does the fast path give the reference's answer, with these weights, on this machine?
 
 Layer by layer, the fast path and the reference get the *same* input, so that an error shows where it is made and cannot grow:
-a prompt longer than the window's ring, a further chunk, decode steps; and a ragged batch with an idle row. Truth is the
-reference in a wider dtype, one layer widened at a time; the yardstick is what plain PyTorch (the reference in the model's own
-dtype) loses. A comparison passes if its error is at most SLACK x the yardstick + FLOOR. Where a block fails, each op is
-replaced by the reference in turn: the op whose replacement mends it is named.
+a prompt longer than the window's ring, a further chunk, decode steps; and a ragged batch with an idle row. Where generation
+replays a recorded decode step, that is held to the same step op by op. Truth is the reference in a wider dtype, one layer
+widened at a time; the yardstick is what plain PyTorch (the reference in the model's own dtype) loses. A comparison passes if
+its error is at most SLACK x the yardstick + FLOOR. Where a block fails, each op is replaced by the reference in turn: the op
+whose replacement mends it is named.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gemma4_fast import ops
 from gemma4_fast.cache import TILE
 from gemma4_fast.config import LayerConfig
 from gemma4_fast.edges import relative_error, window_edges
+from gemma4_fast.graph import DecodeGraph
 from gemma4_fast.layers import model_ops
 from gemma4_fast.ops.moe import moe_crossover
 from gemma4_fast.quant import QuantizedWeight, WeightLike
@@ -175,6 +177,8 @@ class _Check:
             if progress is not None:
                 progress(done + 1, len(layers))
         self._head(runs[0].of(runs[0].hidden, 0))
+        if level == "full" or self.model.device.type == "cuda":  # it runs all layers, which on a GPU takes no time
+            self._recorded_step()
         if level == "full":
             self.report.end_to_end = self._end_to_end()
 
@@ -394,6 +398,23 @@ class _Check:
             scale = truth.abs().max().item() + 1e-30
             row = Comparison("greedy choice", f"{h.shape[0]} rows", missed / scale, allowed / scale)
             self.report.comparisons.append(row if row.ok else replace(row, op=op))
+
+    def _recorded_step(self) -> None:
+        """The decode step as generation replays it, beside op by op on another cache: the same bits, since only kernels of ours
+        can be recorded."""
+        plan = self.plans[1]
+        room, batch = max(s.shape[0] for s in plan.sequences), len(plan.sequences) + plan.idle
+        caches = [self.model.new_cache(batch, room) for _ in range(2)]
+        graph, steps = DecodeGraph(self.model, caches[0]), list[tuple[Tensor, Tensor]]()
+        for piece, (phase, new) in enumerate(plan.pieces):
+            ids, decode = plan.ids(piece), phase == "decode"
+            outs = [] if not decode else [graph.run(ids, new).clone()]
+            outs += [self.text(ids, self.text.step(new, c, decode=decode), c) for c in caches[len(outs) :]]
+            if decode and graph.recorded:
+                steps.append((outs[0][: len(plan.sequences)], outs[1][: len(plan.sequences)]))
+        if steps:
+            got, wanted = (torch.cat(parts) for parts in zip(*steps, strict=True))
+            self.report.comparisons.append(Comparison("recorded step", "decode", relative_error(got, wanted), 0.0))
 
     def _reference_logits(self, hidden: Tensor, wide: bool) -> Tensor:
         w, hidden = self._weights(wide), hidden.to(self.wide) if wide else hidden

@@ -18,7 +18,7 @@ from family import MEMBERS
 from test_native import require_native
 from torch import Tensor
 
-from gemma4_fast import Gemma4, Gemma4Config, ops, use_backend
+from gemma4_fast import Gemma4, Gemma4Config, ops, use_backend, verify
 from gemma4_fast.graph import DecodeGraph
 from gemma4_fast.ops import cpu_backend
 
@@ -494,3 +494,31 @@ def test_a_spare_neither_keeps_its_model_alive_nor_is_copied(pair: tuple[Gemma4,
         assert there() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("fault", ["", "an old step's hidden states", "the cache counts twice", "no GPU, no record"])
+def test_the_self_check_compares_the_recorded_step(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gemma4_fast import graph
+
+    model, replay = model_of("26b-a4b", torch.bfloat16), graph._Recording.replay
+    outs: list[Tensor] = []
+
+    def wrong(self: Any, *args: Any) -> Tensor:
+        outs.append(replay(self, *args).clone())
+        if fault.startswith("an old"):
+            return outs[0]
+        caches[0].lens += 1
+        return outs[-1]
+
+    if fault.startswith(("an old", "the cache")):
+        monkeypatch.setattr(graph._Recording, "replay", wrong)
+    caches: list[Any] = []
+    made = graph.DecodeGraph.__init__
+    monkeypatch.setattr(graph.DecodeGraph, "__init__", lambda s, m, c: caches.append(c) or made(s, m, c))
+    with use_backend("torch" if fault.startswith("no GPU") else None):
+        report = verify(model, level="full")
+    rows = [c for c in report.comparisons if c.what == "recorded step"]
+    assert len(rows) == (0 if fault.startswith("no GPU") else 1)
+    assert report.ok == (not fault.startswith(("an old", "the cache"))), report.verdict()
+    if not report.ok:
+        assert report.first_wrong is rows[0]
