@@ -410,8 +410,8 @@ def generate(
     checkpoint's generation_config.json, and without one decoding is greedy. seed: sequence b draws from seed + b.
     stop: strings that end the text (not part of it). stop_token_ids: default the checkpoint's; () for none.
     logprobs: n >= 0 adds each token's log-probability and the n likeliest tokens'. prefill_chunk: tokens of the prompts that
-    run at once. ValueError before any work if prompt and output exceed the model's positions. The cache stays with the model for
-    its next call of as many prompts, if it has at most an eighth of the weights' bytes; `model.spare.drop()` frees it.
+    run at once. ValueError before any work if prompt and output exceed the model's positions. The cache stays with the model,
+    for its next call of as many prompts, if it has at most an eighth of the weights' bytes; `model.spare.drop()` frees it.
     """
     from gemma4_fast.tokenizer import StopStrings, TextStream
 
