@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import json
 import os
@@ -378,6 +379,25 @@ def test_rivals_are_asked_for_and_can_be_made_again(run: Run) -> None:
     (row,) = [row for row in made if (row.name, row.contender) == ("gqa_prefill/full", "torch sdpa")]
     code, out, _ = run(*shlex.split(row.command)[2:], "--json", "--quiet")
     assert code == 0 and row.key in {Row.from_dict(json.loads(line)).key for line in out.splitlines()}
+
+
+def test_all_that_needs_a_gpu_ends_in_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("gpu", Path(__file__).parents[1] / "bench" / "gpu.py")
+    assert spec is not None and spec.loader is not None
+    gpu = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu", gpu)  # where dataclasses look for it
+    spec.loader.exec_module(gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    parts = {part.name: part for part in gpu.parts(Path("results"))}
+    assert sum(part.seconds for part in parts.values()) < 560  # and what is stopped may take a while to end
+    parsed = {}
+    for name, part in parts.items():
+        if "bench" in part.command:
+            parsed[name] = parser(COMMANDS).parse_args(part.command[part.command.index("bench") :])
+    assert parsed["ops"].rivals and set(parsed["ops"].op) <= set(ops.TABLE)
+    assert parsed["transformers"].peers == ["transformers"] and parsed["torch.compile"].peers == ["torch.compile"]
+    lost = gpu.run(dataclasses.replace(parts["transformers"], wants="nothing-of-this-name"))
+    assert lost == "left out: there is no nothing-of-this-name here"
 
 
 def test_a_wrong_op_ends_with_1_and_is_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
