@@ -1,8 +1,9 @@
 """All that needs a GPU, in one command that ends within ten minutes: `make gpu`, or `python bench/gpu.py`.
 
-The op table on the device in bf16, fp16 and fp32, the ops at true shapes, 26B-A4B with dummy weights, and the memory checker
-over a part of the table. Nothing comes from the network. Each part has a time of its own, and what one part finds does not
-keep the next from running; rows are written as they are made, into bench/results/<machine>/. Exit code 1 if a part failed.
+The op table on the device in bf16, fp16 and fp32, the ops at true shapes beside PyTorch's own, 26B-A4B with dummy weights,
+the memory checker over a part of the table, and 26B-A4B beside transformers. Nothing comes from the network. Each part has a
+time of its own, and what one part finds does not keep the next from running; rows are written as they are made, into
+bench/results/<machine>/. Exit code 1 if a part failed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,12 +34,13 @@ GRACE = 15  # seconds between asking a part to stop, so that it writes its rows,
 
 @dataclass(frozen=True)
 class Part:
-    """seconds: when it is stopped. wants: a program without which it is left out."""
+    """seconds: when it is stopped. wants: a program or a module without which it is left out."""
 
     name: str
     seconds: int
     command: list[str]
     wants: str = ""
+    env: dict[str, str] = field(default_factory=dict)
 
 
 def parts(folder: Path, python: str = sys.executable) -> Iterator[Part]:
@@ -52,23 +54,28 @@ def parts(folder: Path, python: str = sys.executable) -> Iterator[Part]:
     yield Part("tests", 110, [*test, *many])
     bench = [python, "-m", "gemma4_fast", "bench"]
     rows = ["--backend", "triton,torch", "--seconds", "0.1", "--append", "-o", str(folder / "gpu-ops.jsonl")]
-    yield Part("ops", 120, [*bench, "ops", "--op", OPS, *rows])
-    model = [*bench, "model", "--config", "26b-a4b", "--backend", "triton", "--rounds", "3", "--depth", "1K"]
-    model += ["--append", "-o", str(folder / "gpu-model.jsonl")]
-    yield Part("model", 60, [*model, "--decode", "64"])
-    yield Part("model, batch 64", 45, [*model, "--decode", "32", "--batch", "64"])
+    yield Part("ops", 120, [*bench, "ops", "--op", OPS, "--rivals", *rows])
+    model = [*bench, "model", "--config", "26b-a4b", "--backend", "triton", "--append", "-o", str(folder / "gpu-model.jsonl")]
+    deep = [*model, "--rounds", "3", "--depth", "1K"]
+    yield Part("model", 60, [*deep, "--decode", "64"])
+    yield Part("model, batch 64", 45, [*deep, "--decode", "32", "--batch", "64"])
     check = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     small = ["-x", "-k", f"test_matches_reference and ({CHECKED}) and bfloat16"]
-    yield Part("memory checker", 60, [*check, *test, *small], wants="compute-sanitizer")
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else the checker sees one large allocation
+    yield Part("memory checker", 60, [*check, *test, *small], "compute-sanitizer", uncached)
+    beside = [*model, "--rounds", "2", "--prompt", "128", "--decode", "16", "--peers"]
+    yield Part("transformers", 55, [*beside, "transformers"], "transformers")  # cut to what fits twice, if need be
+    # By itself, as compiling may take all of its time: nothing is counted before everyone has warmed up. A fifth of the model,
+    # since each layer is compiled.
+    fifth = ["--layers", "6", "--vocab", "52428"]
+    yield Part("torch.compile", 45, [*beside, "torch.compile", *fifth], "transformers")
 
 
 def run(part: Part) -> str:
     """ "ok", or why not. Its output is shown as it comes."""
-    if part.wants and shutil.which(part.wants) is None:
+    if part.wants and shutil.which(part.wants) is None and importlib.util.find_spec(part.wants) is None:
         return f"left out: there is no {part.wants} here"
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if part.wants:
-        env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else the checker sees one large allocation
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", **part.env}
     process = subprocess.Popen(part.command, cwd=ROOT, env=env, start_new_session=True)
     try:
         code = process.wait(part.seconds)

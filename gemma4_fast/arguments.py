@@ -167,6 +167,8 @@ def _bench(command: Callable[..., Parser]) -> None:
     p.add_argument("--op", metavar="OP", type=names, action=Several, default=[], help="only these ops, as in linear,moe")
     p.add_argument("--case", metavar="C", type=names, action=Several, default=[],
                    help="only these cases (default: those at true shapes; all: the small test cases too)")  # fmt: skip
+    p.add_argument("--rivals", action="store_true",
+                   help="beside moe and attention, the calls of PyTorch that transformers makes for them")  # fmt: skip
     _where(p)
     _cases(p)
     _targets(p)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import json
 import os
@@ -27,6 +28,7 @@ from gemma4_fast.bench import command, compare, memory, model, plan, process, ro
 from gemma4_fast.bench.machine import available_bytes, label, memory_limit
 from gemma4_fast.bench.ops import BlockMaker, Case, OpBench
 from gemma4_fast.bench.recorder import Recorder, fault
+from gemma4_fast.bench.rivals import Way
 from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.cache import KVCache
 from gemma4_fast.cli import COMMANDS, main
@@ -200,6 +202,40 @@ def test_a_backend_named_that_cannot_serve_is_a_row(small_probe: None) -> None:
     assert by_name["torch"].time_us is not None
 
 
+def test_a_rival_is_judged_and_timed_like_a_backend(bench: OpBench) -> None:
+    prepared: list[int] = []
+
+    def prepare(x: torch.Tensor, weight: Any, eps: float) -> dict[str, Any]:
+        prepared.append(1)
+        return dict(weight=weight, x=x)
+
+    def prepare_once(x: torch.Tensor, weight: Any, eps: float, calls: list[int] = []) -> dict[str, Any]:  # noqa: B006
+        calls.append(1)
+        if len(calls) > 1:
+            raise MemoryError("its copies")
+        return dict(weight=weight, x=x)
+
+    def other(weight: Any, x: torch.Tensor) -> torch.Tensor:
+        return reference.rms_norm(x, weight)
+
+    CALLS.clear()
+    one = case()
+    one.rivals = {
+        "torch wrong": Way(wrong_rms_norm),
+        "torch hungry": Way(hungry_rms_norm),
+        "torch other": Way(other, prepare),
+        "torch late": Way(other, prepare_once),
+    }
+    made = {row.contender: (row, line) for row, line in bench.run(one)}
+    found = {name: row.status for name, (row, _) in made.items()}
+    faults = {"torch wrong": "wrong", "torch hungry": "out of memory", "torch late": "out of memory"}
+    assert set(faults) < set(found) and found == {**dict.fromkeys(found, "ok"), **faults}
+    assert len(CALLS) == 1 and len(prepared) == 2  # for the judge alone; for the judge, and before the clock runs
+    row, line = made["torch other"]
+    assert row.time_us is not None and row.error is not None and row.bytes == made["torch"][0].bytes
+    assert "--backend torch --rivals" in line and "--rivals" not in made["torch"][1]
+
+
 def test_every_op_has_cases_at_true_shapes_that_its_check_takes() -> None:
     for op in ops.TABLE.values():
         assert op.bench_cases, op.name
@@ -326,6 +362,42 @@ def test_ops_smoke_and_each_row_can_be_made_again(run: Run, tmp_path: Path) -> N
     code, out, _ = run(*shlex.split(row.command)[2:], "--json", "--quiet")
     again = [Row.from_dict(json.loads(line)) for line in out.splitlines()]
     assert code == 0 and row.key in {r.key for r in again}
+
+
+def test_rivals_are_asked_for_and_can_be_made_again(run: Run) -> None:
+    assert parser(COMMANDS).parse_args(["bench", "ops"]).rivals is False
+    options = ("--op", "rms_norm,moe,gqa_prefill", "--case", "odd,many,int8,full", "--seconds", "0.01", "--quiet", "--json")
+    code, out, _ = run("ops", *options, "--rivals", "--dtype", "float32")
+    made = [row for row in map(Row.from_dict, map(json.loads, out.splitlines())) if row.kind == "op"]
+    found = {(row.name, row.contender): row.status for row in made if " " in row.contender}
+    assert code == 0 and found == {
+        ("moe/many", "torch grouped_mm"): "ok",
+        ("moe/odd", "torch grouped_mm"): "failed",  # PyTorch wants rows of a multiple of 16 bytes
+        ("gqa_prefill/full", "torch sdpa"): "ok",
+        ("gqa_prefill/odd", "torch sdpa"): "unsupported",
+    }  # and none with quantized weights
+    (row,) = [row for row in made if (row.name, row.contender) == ("gqa_prefill/full", "torch sdpa")]
+    code, out, _ = run(*shlex.split(row.command)[2:], "--json", "--quiet")
+    assert code == 0 and row.key in {Row.from_dict(json.loads(line)).key for line in out.splitlines()}
+
+
+def test_all_that_needs_a_gpu_ends_in_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("gpu", Path(__file__).parents[1] / "bench" / "gpu.py")
+    assert spec is not None and spec.loader is not None
+    gpu = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu", gpu)  # where dataclasses look for it
+    spec.loader.exec_module(gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    parts = {part.name: part for part in gpu.parts(Path("results"))}
+    assert sum(part.seconds for part in parts.values()) < 560  # and what is stopped may take a while to end
+    parsed = {}
+    for name, part in parts.items():
+        if "bench" in part.command:
+            parsed[name] = parser(COMMANDS).parse_args(part.command[part.command.index("bench") :])
+    assert parsed["ops"].rivals and set(parsed["ops"].op) <= set(ops.TABLE)
+    assert parsed["transformers"].peers == ["transformers"] and parsed["torch.compile"].peers == ["torch.compile"]
+    lost = gpu.run(dataclasses.replace(parts["transformers"], wants="nothing-of-this-name"))
+    assert lost == "left out: there is no nothing-of-this-name here"
 
 
 def test_a_wrong_op_ends_with_1_and_is_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "generate": {"cache", "errors", "graph", "sampling"},
     "report": LOW,
     "edges": {"ops", "cache", "config", "reference"},
-    "bench": LOW | {"bench", "ops", "cache", "layers", "model", "terminal", "explain", "weights", "quant"},
+    "bench": LOW | {"bench", "reference", "ops", "cache", "layers", "model", "terminal", "explain", "weights", "quant"},
     "verify": {"ops", "cache", "config", "layers", "edges", "report", "reference", "quant"},
 }
 

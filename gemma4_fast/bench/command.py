@@ -151,7 +151,7 @@ def _cases(cases: list[op_rows.Case], args: Namespace, device: torch.device, dty
 
 def op_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:
     names = _names(args.op, list(ops.TABLE), "op")
-    return _cases(op_rows.cases(names, args.case, device), args, device, dtype)
+    return _cases(op_rows.cases(names, args.case, device, args.rivals), args, device, dtype)
 
 
 def scale_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:
@@ -256,8 +256,9 @@ def everything(args: Namespace, device: torch.device, dtype: torch.dtype) -> int
     file, previous, pages = folder / "standard.jsonl", folder / "standard.previous.jsonl", folder / "report"
     part = folder / "standard.part.jsonl"
     given = Namespace(
-        **{k: v for k, v in vars(args).items() if k != "config"}, op=[], case=[], axis=[], points=None, context=None, depth=[],
-        layers=None, vocab=None, model=None, quantize=None, check="quick", batch=[1], prompt=PROMPTS, decode=32, rounds=3,
+        **{k: v for k, v in vars(args).items() if k != "config"}, op=[], case=[], rivals=False, axis=[], points=None,
+        context=None, depth=[], layers=None, vocab=None, model=None, quantize=None, check="quick", batch=[1], prompt=PROMPTS,
+        decode=32, rounds=3,
     )  # fmt: skip
     parts = []
     for name in ("cache", "ops", "scale", "model"):

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from gemma4_fast import ops
 from gemma4_fast.bench.recorder import fault
+from gemma4_fast.bench.rivals import RIVALS, Way
 from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.bench.timing import Call, Roofline, Rotation, Stopwatch, captured, turns
 from gemma4_fast.ops.accuracy import Judge, Verdict
 from gemma4_fast.ops.table import Maker, Op
+from gemma4_fast.quant import QuantizedWeight
 
 _BLOCK = 1_000_003  # a prime, so that the noise does not come round at the same column of any matrix
 _NARROW_FROM = 1 << 28  # bytes of inputs in half precision above which truth is computed in fp32, which fits
@@ -50,13 +52,14 @@ class Case:
     tokens: int | None = None
     judged: Callable[[Maker], dict[str, Any]] | None = None
     judged_at: str = ""  # what those are, for people
-    rivals: Mapping[str, Op] = field(default_factory=dict)  # other ways to the same result: a contender each, per backend
+    paths: Mapping[str, Op] = field(default_factory=dict)  # ours to the same result: a contender each, per backend
+    rivals: Mapping[str, Way] = field(default_factory=dict)  # those of others, by contender
     command: str = ""
 
 
-def cases(names: Sequence[str], wanted: Sequence[str], device: torch.device) -> list[Case]:
+def cases(names: Sequence[str], wanted: Sequence[str], device: torch.device, rivals: bool = False) -> list[Case]:
     """Of these ops the cases named; without names those at true shapes, on a GPU larger ones too. ValueError for a name that no
-    op has."""
+    op has. rivals: with the other ways there are to an op's result."""
     found = []
     known: set[str] = set()
     for name in names:
@@ -65,7 +68,8 @@ def cases(names: Sequence[str], wanted: Sequence[str], device: torch.device) -> 
         known |= set(every)
         true_shapes = [*op.bench_cases, *(op.gpu_cases if device.type == "cuda" else ())]
         chosen = list(every) if "all" in wanted else [c for c in every if c in wanted] if wanted else true_shapes
-        found += [Case(op, f"{name}/{c}", every[c], command=f"--op {name} --case {c}") for c in chosen]
+        others = RIVALS.get(name, {}) if rivals else {}
+        found += [Case(op, f"{name}/{c}", every[c], rivals=others, command=f"--op {name} --case {c}") for c in chosen]
     if unknown := [w for w in wanted if w not in known and w != "all"]:
         raise ValueError(f"no case {', '.join(unknown)} among these ops; they have {', '.join(sorted(known))}")
     return found
@@ -116,44 +120,50 @@ class OpBench:
 
     def run(self, case: Case) -> list[tuple[Row, str]]:
         """The rows of one case, and the command that makes each again. Whatever a backend raises is its row's result."""
-        rows: list[Row] = []
+        rows, ways = list[Row](), self._ways(case)
         try:
             with torch.inference_mode():
-                self._run(case, rows)
+                self._run(case, rows, ways)
         except Exception as e:  # noqa: BLE001  inputs that do not fit, for one
             told = {row.contender for row in rows}
-            rows += [self._row(case, name, **fault(e)) for name in self._functions(case) if name not in told]
+            rows += [self._row(case, name, **fault(e)) for name in ways if name not in told]
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # a fault that stays ends the run here, where it is told as what it is
         base = f"{'scale' if case.kind == 'scale' else 'ops'} {case.command}"
-        return [(row, f"{base} --backend {row.contender.split()[0]} {self.options}".rstrip()) for row in rows]
+        also = dict.fromkeys(case.rivals, " --rivals")
+        return [
+            (row, f"{base} --backend {row.contender.split()[0]}{also.get(row.contender, '')} {self.options}".rstrip())
+            for row in rows
+        ]
 
     def _row(self, case: Case, contender: str, **fields: Any) -> Row:
         dtype = str(self.dtype).removeprefix("torch.")
         return Row(case.kind, case.name, contender, dtype=dtype, params=case.params, tokens=case.tokens, **fields)
 
-    def _functions(self, case: Case) -> dict[str, Callable[..., Any]]:
-        """By contender: each backend, or each of the rival ways on each backend."""
+    def _ways(self, case: Case) -> dict[str, Way]:
+        """By contender: each backend, or each of the paths on each backend."""
         return {
-            f"{backend} {name}".rstrip(): bound_to(op, backend)
+            f"{backend} {name}".rstrip(): Way(bound_to(op, backend))
             for backend, why in serving(case.op, self.device, self.dtype, self.backends).items()
             if why is None
-            for name, op in (case.rivals or {"": case.op}).items()
+            for name, op in (case.paths or {"": case.op}).items()
         }
 
-    def _run(self, case: Case, rows: list[Row]) -> None:
+    def _run(self, case: Case, rows: list[Row], ways: dict[str, Way]) -> None:
+        """Fills `rows`, and adds the rivals to `ways`, unless the weights are quantized, which they do not take."""
         args = case.make(BlockMaker(self.dtype, self.device, self.seed))
+        if not any(isinstance(v, QuantizedWeight) for v in args.values()):
+            ways |= case.rivals
         cost = case.op.cost(*args.values())
         for backend, why in serving(case.op, self.device, self.dtype, self.backends).items():
             if why is not None:
                 rows.append(self._row(case, backend, status="unsupported", message=why))
-        functions = self._functions(case)
         right: dict[str, dict[str, float]] = {}
         judge: Judge | None = self._judge(case, args)
         assert judge is not None
-        for contender, fn in functions.items():
+        for contender, way in ways.items():
             try:
-                verdict = judge(fn)
+                verdict = judge(way.whole)
             except Exception as e:  # noqa: BLE001  a kernel that does not run has this row
                 rows.append(self._row(case, contender, **fault(e)))
                 continue
@@ -165,18 +175,25 @@ class OpBench:
             return
         if self.device.type != "cuda" or case.judged is not None:
             judge = None  # its truth is as large as the inputs
-        rotation = Rotation(args, cost.bytes, self.device)
+        shared = Rotation(args, cost.bytes, self.device)
+        rotations: dict[str, Rotation] = {}
         calls: dict[tuple[str, str], Call] = {}
         repeats: dict[tuple[str, str], int] = {}
         for name in right:
-            rotation.warm(functions[name])
-            calls[name, "eager"] = rotation.call(functions[name])
+            way, rotation = ways[name], shared
+            if way.prepare is not None:
+                try:
+                    rotation = Rotation(way.prepare(*args.values()), cost.bytes, self.device)
+                except Exception as e:  # noqa: BLE001  copies of its own that do not fit
+                    rows.append(self._row(case, name, **fault(e)))
+                    continue
+            rotation.warm(way.call)
+            rotations[name], calls[name, "eager"] = rotation, rotation.call(way.call)
         if self.device.type == "cuda":
-            for name in right:
+            for name, rotation in rotations.items():
                 # One replay runs on all copies, so that they are cold here too.
-                many = [
-                    functools.partial(functions[name], *copy) for copy in (rotation.copies * 8)[: max(8, len(rotation.copies))]
-                ]
+                copies = (rotation.copies * 8)[: max(8, len(rotation.copies))]
+                many = [functools.partial(ways[name].call, *copy) for copy in copies]
                 try:
                     replay, out = captured(many)
                     verdict = self._replayed(judge, replay, out)
@@ -204,7 +221,7 @@ class OpBench:
                     bytes=cost.bytes,
                     flops=cost.flops or None,
                     roofline=roof,
-                    cold=rotation.cold,
+                    cold=rotations[name].cold,
                     error=right[name],
                     message=remark,
                 )

@@ -33,7 +33,7 @@ class Axis:
     series: str
     make: Callable[[Maker, int], dict[str, Any]]
     points: Mapping[str, Sequence[int]]
-    rivals: Mapping[str, Op] = dataclasses.field(default_factory=dict)
+    paths: Mapping[str, Op] = dataclasses.field(default_factory=dict)
     tokens: Callable[[int], int] = lambda x: x  # that one call works on
 
 
@@ -101,7 +101,7 @@ def _case(axis: str, a: Axis, x: int) -> Case:
         tokens=a.tokens(x),
         judged=make(JUDGED_CONTEXT) if axis == "context" and x > JUDGED_CONTEXT else None,
         judged_at=f"{axis} {JUDGED_CONTEXT}",
-        rivals=a.rivals,
+        paths=a.paths,
         command=f"--axis {axis} --points {x}",
     )
 
