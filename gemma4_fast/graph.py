@@ -139,43 +139,38 @@ class DecodeGraph:
         return replace(now, positions=positions, kv_lens=kv_lens, angles=self.model.model.angles(positions), rows=anew)
 
 
+SHARE = 8  # a cache is kept between generations if it has at most one in so many of the weights' bytes
+
+
 class Spare:
     """What a generation that has ended leaves to the model's next one of as many prompts: its cache, and with that the recorded
-    decode step. So a step is recorded once for each batch size in turn, not once a call. Only while it is small beside the
-    weights; and a copy of the model begins without."""
+    decode step. So a step is recorded once for a batch size, not once a call. A copy of the model begins without."""
 
-    SHARE = 8  # of the weights' bytes, at most one in so many
+    def __init__(self, graph: DecodeGraph) -> None:
+        self.graph, self.addresses = graph, _addresses(graph.model)
+        del graph.model  # else the model, which has this, would keep itself alive
 
-    def __init__(self) -> None:
-        self._kept: tuple[DecodeGraph, list[int]] | None = None
+    @staticmethod
+    def of(graph: DecodeGraph) -> Spare | None:
+        """None for a cache that is not small beside the weights."""
+        few = graph.cache.nbytes * SHARE <= sum(w.nbytes for w in _weights(graph.model))
+        return Spare(graph) if few else None
 
     def take(self, model: Gemma4, batch: int, room: int) -> DecodeGraph | None:
-        """The one with a cache for `batch` sequences of `room` tokens, emptied; else None. Kept is none of them any more."""
-        kept, self._kept = self._kept, None
-        if kept is None:
+        """The graph and its cache, emptied, if that is for `batch` sequences of `room` tokens or more; else None."""
+        cache = self.graph.cache
+        # Addresses: weights may have become other tensors in ways that `changes` does not count
+        if cache.batch_size != batch or cache.max_len < room or self.addresses != _addresses(model):
             return None
-        graph, addresses = kept
-        if graph.cache.batch_size != batch or graph.cache.max_len < room:
-            return None
-        if addresses != _addresses(model):  # weights that became other tensors, however they did
-            return None
-        graph.model = model
-        graph.cache.clear()
-        return graph
+        self.graph.model = model
+        cache.clear()
+        return self.graph
 
-    def give(self, graph: DecodeGraph) -> None:
-        if graph.cache.nbytes * self.SHARE <= sum(w.nbytes for w in _weights(graph.model)):
-            self._kept = graph, _addresses(graph.model)
-            del graph.model  # else the model would keep itself alive
+    def __deepcopy__(self, _: object) -> None:
+        return None
 
-    def drop(self) -> None:
-        self._kept = None
-
-    def __deepcopy__(self, _: object) -> Spare:
-        return Spare()
-
-    def __reduce__(self) -> tuple[type[Spare], tuple[()]]:
-        return Spare, ()
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def _weights(model: Gemma4) -> list[Tensor]:

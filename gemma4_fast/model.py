@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from gemma4_fast import native, ops
 from gemma4_fast.cache import KVCache
 from gemma4_fast.config import Gemma4Config
-from gemma4_fast.graph import Spare
 from gemma4_fast.layers import Quantizable, Table, Text, model_ops, quantize
 from gemma4_fast.quant import WeightLike, parse_quantize
 
 if TYPE_CHECKING:
     from gemma4_fast.generate import Generation, Stream
+    from gemma4_fast.graph import Spare
     from gemma4_fast.tokenizer import Tokenizer
 
 log = logging.getLogger("gemma4_fast")
@@ -45,11 +45,11 @@ class Gemma4(nn.Module):
         self.generation_config: dict[str, Any] = {}
         self.path: Path | None = None  # the checkpoint's folder, where the tokenizer lies
         self._tokenizer: Tokenizer | None = None
-        self.spare = Spare()  # what the next generation may go on with
+        self.spare: Spare | None = None  # what the last generation left to the next
 
     def _changed(self) -> None:
         self.changes += 1
-        self.spare.drop()
+        self.spare = None
 
     @classmethod
     def from_pretrained(

@@ -388,14 +388,19 @@ def tokens_of(model: Gemma4, *prompts: list[int], new: int = 5) -> list[list[int
     return [g.token_ids for g in model.generate([list(p) for p in prompts], max_new_tokens=new, stop_token_ids=[])]
 
 
+class Forgetful(Gemma4):
+    """Keeps nothing for the next generation."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, None if name == "spare" else value)
+
+
 @pytest.fixture
-def pair() -> tuple[Gemma4, Gemma4]:
+def pair(monkeypatch: pytest.MonkeyPatch) -> tuple[Gemma4, Gemma4]:
     """The same model twice: one keeps what its generations leave, one never does."""
-    kept, fresh = model_of("26b-a4b"), model_of("26b-a4b")
-    fresh.spare.give = lambda _: None  # type: ignore[method-assign]
-    for model in (kept, fresh):
-        model.spare.SHARE = 0  # small as these models are, their caches are not small beside the weights
-    return kept, fresh
+    monkeypatch.setattr("gemma4_fast.graph.SHARE", 0)  # small as these models are, their caches are not small beside them
+    kept = model_of("26b-a4b")
+    return kept, Forgetful.dummy(kept.config, dtype=torch.float32, device="cpu")
 
 
 def test_the_next_generation_replays_the_last_ones_step(pair: tuple[Gemma4, Gemma4], replays: list[int]) -> None:
@@ -414,17 +419,14 @@ def test_a_spare_serves_as_many_prompts_as_it_was_made_for(pair: tuple[Gemma4, G
     model, fresh = pair
     for prompts in ([[5, 6]], [[5, 6], [7]], [[8]], [[8]], [[7] * 297], [[4, 9]]):
         assert tokens_of(model, *prompts) == tokens_of(fresh, *prompts)
-    graph = model.spare.take(model, 1, 300)
-    assert graph is not None and graph.cache.max_len == 512
-    assert model.spare.take(model, 1, 1) is None  # it is taken
+    assert model.spare is not None and model.spare.graph.cache.max_len == 512
 
 
 def test_what_a_generation_left_in_a_cache_is_not_seen(pair: tuple[Gemma4, Gemma4]) -> None:
     model, fresh = pair
     tokens_of(model, [5, 6, 7])
-    kept = model.spare._kept
-    assert kept is not None
-    for layer in kept[0].cache._layers:
+    assert model.spare is not None
+    for layer in model.spare.graph.cache._layers:
         for values in (layer.k, layer.v):
             if values is not None:
                 values.fill_(float("nan"))
@@ -466,27 +468,24 @@ def test_two_streams_at_once_do_not_share_a_cache(pair: tuple[Gemma4, Gemma4]) -
         assert [[step[i][0].id for step in steps]] == tokens_of(fresh, ids)
 
 
-def test_a_large_cache_is_not_kept() -> None:
+def test_a_large_cache_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("26b-a4b")
-    model.spare.SHARE = 1000
-    tokens_of(model, [5, 6, 7])
-    assert model.spare._kept is None
-    model.spare.SHARE = 0
-    tokens_of(model, [5, 6, 7])
-    assert model.spare._kept is not None
+    for share in (1000, 0):
+        monkeypatch.setattr("gemma4_fast.graph.SHARE", share)
+        tokens_of(model, [5, 6, 7])
+        assert (model.spare is None) == (share == 1000)
     model.to(torch.bfloat16)
-    assert model.spare._kept is None
+    assert model.spare is None
 
 
 def test_a_spare_neither_keeps_its_model_alive_nor_is_copied(pair: tuple[Gemma4, Gemma4]) -> None:
     model, _ = pair
     wanted = tokens_of(model, [5, 6, 7])
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert copied.spare._kept is None and tokens_of(copied, [5, 6, 7]) == wanted
+        assert copied.spare is None and tokens_of(copied, [5, 6, 7]) == wanted
     alone = model_of("26b-a4b")
-    alone.spare.SHARE = 0
     tokens_of(alone, [5, 6, 7])
-    assert alone.spare._kept is not None
+    assert alone.spare is not None
     gc.disable()
     try:
         there = weakref.ref(alone.model.embed_tokens.weight)

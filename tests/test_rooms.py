@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": LOW,
     "edges": {"ops", "cache", "config", "reference"},
     "bench": LOW | {"bench", "reference", "ops", "cache", "layers", "model", "terminal", "explain", "weights", "quant"},
-    "verify": {"ops", "cache", "config", "layers", "edges", "report", "reference", "quant"},
+    "verify": {"ops", "cache", "config", "graph", "layers", "edges", "report", "reference", "quant"},
 }
 
 
