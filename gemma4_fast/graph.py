@@ -101,13 +101,7 @@ class DecodeGraph:
 
         self._tried = True
         try:
-            try:
-                self._recording = _Captured(step, inputs)
-            except RuntimeError as error:
-                if not ops.launch_plainly():
-                    raise
-                log.info("gemma4_fast: once more without early launches, as no CUDA graph could be made with them: %s", error)
-                self._recording = _Captured(step, inputs)
+            self._recording = _Captured(step, inputs)
         except RuntimeError as error:  # what capturing an op raises that waits for the device
             self._refused = True
             log.warning("gemma4_fast: decode steps run op by op, no CUDA graph can be made of them: %s", error)

@@ -379,18 +379,6 @@ def test_a_mistake_is_seen(file: str, old: str, new: str, name: str, case: str, 
     assert judge(op.impls["triton"].function).ok
 
 
-# ---- launching ----
-
-
-def test_no_launch_is_early_any_more_once_one_could_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "_plain", False)
-    x = torch.zeros(1, device=DEVICE)
-    wanted = {"launch_pdl": True} if common.target(x.device).has_early_launch else {}
-    assert common.early(x) == wanted
-    assert ops.launch_plainly() and common.early(x) == {}
-    assert not ops.launch_plainly()
-
-
 # ---- choosing it ----
 
 

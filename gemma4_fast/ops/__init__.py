@@ -33,13 +33,12 @@ from gemma4_fast.ops.table import (
     selection,
     use_backend,
 )
-from gemma4_fast.ops.triton_backend import launch_plainly, shared_step
+from gemma4_fast.ops.triton_backend import shared_step
 from gemma4_fast.quant import WeightLike
 
 __all__ = [
     "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "bound", "cpu_kernels", "decide", "decode_limit",
-    "default_backend", "embedding", "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm",
-    "launch_plainly", "linear",
+    "default_backend", "embedding", "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear",
     "logits", "moe", "moe_decode", "moe_norm_add_norm", "norm_add_norm", "parse_backend", "ple_gate", "qkv_norm_rope",
     "recordable", "register", "require", "rms_norm", "rope_angles", "route_topk", "selection", "shared_scratch", "shared_step",
     "use_backend",

@@ -54,17 +54,10 @@ def accepts_gqa_prefill(q: Tensor, *args: Any) -> str | None:
     return _attention(q, args[8] if len(args) > 8 else None)  # inv_freq
 
 
-def launch_plainly() -> bool:
-    """No early launches from here on (see kernels/triton/common.py): for a GPU or driver whose graphs cannot hold them. Whether
-    that changes anything."""
-    common = sys.modules.get("gemma4_fast.triton.common")  # there, if a step has run on these kernels
-    return common is not None and common.launch_plainly()
-
-
 @contextmanager
 def shared_step() -> Iterator[None]:
     """Inside, while a decode step is captured: what its layers have in common is made by the first that needs it."""
-    common = sys.modules.get("gemma4_fast.triton.common")
+    common = sys.modules.get("gemma4_fast.triton.common")  # there, if a step has run on these kernels
     if common is None:
         yield
         return

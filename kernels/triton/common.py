@@ -84,20 +84,10 @@ def once_a_step(make: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Te
     return kept[key][0]
 
 
-_plain = False  # whether launches wait for the one before, as they do everywhere else
-
-
 def early(x: Tensor) -> dict[str, bool]:
     """Options of a launch on x's GPU: the kernel begins while the one before it still runs, so that it is in place when that
     ends. It must begin with `inputs_ready`; tests/triton_compiled.py sees to it that no access to memory comes before."""
-    return {"launch_pdl": True} if target(x.device).has_early_launch and not _plain else {}
-
-
-def launch_plainly() -> bool:
-    """From here on no launch of this process is early; whether one was before."""
-    global _plain
-    was, _plain = not _plain, True
-    return was
+    return {"launch_pdl": True} if target(x.device).has_early_launch else {}
 
 
 def whole(x: Tensor) -> Tensor:
