@@ -86,6 +86,7 @@ class KVCache:
             raise ValueError(f"max_len must lie in [1, max_position_embeddings = {limit}], got {max_len}")
         self.config, self.max_len, self.batch_size = config, max_len, batch_size
         self.host_lens = [0] * batch_size
+        self._used = 0  # slots of full caches that may have been written since they were 0
         layers = config.layers()
         with torch.inference_mode(False):  # made inside inference mode they could not be written outside
             self.lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
@@ -104,6 +105,7 @@ class KVCache:
     def count(self, new: list[int]) -> None:
         """The host's half of `advance`, for a step that counts on the device itself."""
         self.host_lens = [have + n for have, n in zip(self.host_lens, new, strict=True)]
+        self._used = max(self._used, *self.host_lens)
 
     def reset(self) -> None:
         """Forget every token; the memory stays."""
@@ -111,12 +113,14 @@ class KVCache:
         self.lens.zero_()
 
     def clear(self) -> None:
-        """As it was when it was new: `reset`, and what masked slots hold is 0 again."""
+        """As it was when it was new: `reset`, and what masked slots hold is 0 again. Not after a pass that was cut off, which
+        has written more than it counted."""
         self.reset()
-        for kv in self._layers:
+        for kv in {id(c): c for c in self._layers}.values():
             for values in (kv.k, kv.v):
                 if values is not None:
-                    values.zero_()
+                    values[:, : self._used + 1].zero_()  # an idle row writes where its next token would be
+        self._used = 0
 
     @property
     def nbytes(self) -> int:

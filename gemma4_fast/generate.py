@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gemma4_fast.cache import KVCache
 from gemma4_fast.errors import CheckpointError
-from gemma4_fast.graph import DecodeGraph, Spare
+from gemma4_fast.graph import DecodeGraph
 from gemma4_fast.sampling import Sampling, sample
 
 if TYPE_CHECKING:
@@ -141,12 +141,17 @@ class Session:
 
         on_prefill(done, total) is called after each chunk of the prompts, in tokens.
         """
+        between = False  # two steps: all that was written has been counted
         try:
-            yield from self._run(on_prefill)
+            for tokens in self._run(on_prefill):
+                between = True
+                yield tokens
+                between = False
+            between = True
         finally:
-            if self.graph is not None and self.prefix is None:
-                self.model.spare = Spare.of(self.graph)
-            self.graph = None
+            if between and self.graph is not None and self.prefix is None:
+                self.model.spares.give(self.graph)
+            self.graph = self._taken = None
 
     def _run(self, on_prefill: Callable[[int, int], None] | None) -> Iterator[list[Token]]:
         batch = len(self.prompts)
@@ -221,11 +226,9 @@ class Session:
         room = max(map(len, self.prompts)) + self.max_new_tokens
         if self.prefix is None:
             batch, none = len(self.prompts), [0] * len(self.prompts)
-            spare, self.model.spare = self.model.spare, None  # its memory, if it does not fit, may be needed for the new one
-            self._taken = None if spare is None else spare.take(self.model, batch, room)
+            self._taken = self.model.spares.take(self.model, batch, room)
             if self._taken is not None:
                 return self._taken.cache, none
-            del spare
             return self.model.new_cache(batch, min(self.model.config.max_position_embeddings, -(-room // ROOM) * ROOM)), none
         if len(self.prompts) != 1:
             raise ValueError(f"a kept prefix serves one prompt, got {len(self.prompts)}")
@@ -413,7 +416,7 @@ def generate(
     stop: strings that end the text (not part of it). stop_token_ids: default the checkpoint's; () for none.
     logprobs: n >= 0 adds each token's log-probability and the n likeliest tokens'. prefill_chunk: tokens of the prompts that
     run at once. ValueError before any work if prompt and output exceed the model's positions. The cache stays with the model,
-    for its next call of as many prompts, if it has at most an eighth of the weights' bytes; `model.spare = None` frees it.
+    for its next call of as many prompts, if it has at most an eighth of the weights' bytes; `model.spares.clear()` frees it.
     """
     from gemma4_fast.tokenizer import StopStrings, TextStream
 

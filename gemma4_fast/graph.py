@@ -33,16 +33,19 @@ class DecodeGraph:
     recorded: on a CPU one that no kernel of ours serves, on a GPU one that waits for the device.
 
     Parameters may change their values, and the model as `Gemma4.changes` counts it; a parameter that becomes another tensor
-    by other ways is not seen.
+    by other ways is not seen, unless one asks (`fits`).
     """
+
+    KEPT = 4  # recordings: greedy or not, of a long context or a short one
 
     def __init__(self, model: Gemma4, cache: KVCache) -> None:
         self.model, self.cache = model, cache
+        self.changes, self._addresses = model.changes, [w.data_ptr() for w in _weights(model)]
         self.times: dict[str, float] | None = None  # a dict collects the seconds of each op's replayed calls, by its name
-        self._key: Any = None  # what the steps so far have in common
-        self._tried = False  # whether such a step has been recorded, or found to be none that can be
+        self.recordings: dict[Any, _Recording | _Captured] = {}  # by what such a step depends on
+        self._key: Any = None  # that of the step before
+        self._tried = False  # whether such a step was to be recorded, and is none that can be
         self._refused = False  # a GPU's: whether capturing has failed
-        self._recording: _Recording | _Captured | None = None
 
     def run(self, ids: Tensor, new_lens: list[int], *, greedy: bool = False) -> Tensor:
         """ids [B] int64, new_lens [B] (0: idle) -> final normed hidden states [B, H], or if `greedy` the likeliest next ids
@@ -50,28 +53,42 @@ class DecodeGraph:
         longest = max((have + 1 for have, n in zip(self.cache.host_lens, new_lens, strict=True) if n), default=1)
         if longest > self.cache.max_len or not all(n in (0, 1) for n in new_lens):
             raise ValueError(f"a step of {new_lens} tokens to {self.cache.host_lens} of at most {self.cache.max_len}")
-        key = greedy, ops.selection(), ops.decode_limit(longest), self.model.changes
+        if self.changes != self.model.changes:  # its weights may be other tensors
+            self.changes, self._key = self.model.changes, None
+            self.recordings.clear()
+        key = greedy, ops.selection(), ops.decode_limit(longest)
         if self.on_gpu and self.times is not None:  # a CUDA graph has no times of its parts: whoever asks times the calls
             return self._op_by_op(ids, new_lens, greedy)
-        to_record = key == self._key and self._recording is None and not self._tried and self._recordable()
+        to_record = key == self._key and key not in self.recordings and not self._tried and self._recordable()
         if to_record and self.on_gpu:
             self._capture(ids, new_lens, greedy)
-        if key == self._key and self._recording is not None:
-            out = self._recording.replay(ids, new_lens, self.times)
+        if key in self.recordings:
+            self._key, self._tried = key, False
+            out = self.recordings[key].replay(ids, new_lens, self.times)
         elif to_record and not self.on_gpu:
             out = self._record(ids, new_lens, greedy)
         else:
             # The first one builds what is kept between steps, such as tables of angles, so that the next need not.
             self._tried = key == self._key
-            self._key, self._recording = key, None
+            self._key = key
             return self._op_by_op(ids, new_lens, greedy)
         self.cache.count(new_lens)
         return out
 
     @property
     def recorded(self) -> bool:
-        """Whether the steps so far ended in one that is replayed."""
-        return self._recording is not None
+        """Whether the last step was replayed, or is recorded."""
+        return self._key in self.recordings
+
+    def fits(self, model: Gemma4) -> bool:
+        """Whether what is recorded reads this model's weights: they may have become other tensors in ways that `changes` does
+        not count."""
+        return self.changes == model.changes and self._addresses == [w.data_ptr() for w in _weights(model)]
+
+    def _keep(self, recording: _Recording | _Captured) -> None:
+        while len(self.recordings) >= self.KEPT:
+            del self.recordings[next(iter(self.recordings))]
+        self.recordings[self._key] = recording
 
     @property
     def on_gpu(self) -> bool:
@@ -99,9 +116,11 @@ class DecodeGraph:
             cache.lens.add_(inputs.going)
             return out
 
+        # Not `step`, which knows this object: what is dropped is to be freed at once.
+        reads = cache, _weights(self.model), list(text.kept())
         self._tried = True
         try:
-            self._recording = _Captured(step, inputs)
+            self._keep(_Captured(step, inputs, reads))
         except RuntimeError as error:  # what capturing an op raises that waits for the device
             self._refused = True
             log.warning("gemma4_fast: decode steps run op by op, no CUDA graph can be made of them: %s", error)
@@ -126,7 +145,7 @@ class DecodeGraph:
             self._key = None
             raise
         if not watch.unknown:
-            self._recording = made
+            self._keep(made)
         return out
 
     def _step(self, now: Step, inputs: _Inputs, slots: Tensor) -> Step:
@@ -139,47 +158,54 @@ class DecodeGraph:
         return replace(now, positions=positions, kv_lens=kv_lens, angles=self.model.model.angles(positions), rows=anew)
 
 
-SHARE = 8  # a cache is kept between generations if it has at most one in so many of the weights' bytes
+class Spares:
+    """What generations that have ended leave to the model's next ones: by number of prompts a cache, and with it the recorded
+    decode steps. So a step is recorded once for a batch size, not once a call. Together they have at most one in SHARE of the
+    weights' bytes; the oldest goes first. What is copied or pickled with a model is an empty one."""
 
+    SHARE = 8
 
-class Spare:
-    """What a generation that has ended leaves to the model's next one of as many prompts: its cache, and with that the recorded
-    decode step. So a step is recorded once for a batch size, not once a call. A copy of the model begins without."""
-
-    def __init__(self, graph: DecodeGraph) -> None:
-        self.graph, self.addresses = graph, _addresses(graph.model)
-        del graph.model  # else the model, which has this, would keep itself alive
-
-    @staticmethod
-    def of(graph: DecodeGraph) -> Spare | None:
-        """None for a cache that is not small beside the weights."""
-        few = graph.cache.nbytes * SHARE <= sum(w.nbytes for w in _weights(graph.model))
-        return Spare(graph) if few else None
+    def __init__(self) -> None:
+        self._graphs: dict[int, DecodeGraph] = {}
 
     def take(self, model: Gemma4, batch: int, room: int) -> DecodeGraph | None:
-        """The graph and its cache, emptied, if that is for `batch` sequences of `room` tokens or more; else None."""
-        cache = self.graph.cache
-        # Addresses: weights may have become other tensors in ways that `changes` does not count
-        if cache.batch_size != batch or cache.max_len < room or self.addresses != _addresses(model):
+        """One with an empty cache for `batch` sequences of `room` tokens, if there is one; it is the caller's alone."""
+        graph = self._graphs.pop(batch, None)  # in one step: another thread gets None
+        if graph is None or graph.cache.max_len < room or not graph.fits(model):
             return None
-        self.graph.model = model
-        cache.clear()
-        return self.graph
+        graph.model = model
+        graph.cache.clear()
+        return graph
 
-    def __deepcopy__(self, _: object) -> None:
-        return None
+    def give(self, graph: DecodeGraph) -> None:
+        """Of a generation that ended between two steps."""
+        most = sum(w.nbytes for w in _weights(graph.model)) // self.SHARE
+        if not graph.recordings or graph.changes != graph.model.changes or graph.cache.nbytes > most:
+            return
+        graph.times = None
+        del graph.model  # else the model, which has this, would keep itself alive
+        self._graphs.pop(graph.cache.batch_size, None)
+        while self._graphs and graph.cache.nbytes + sum(g.cache.nbytes for g in self._graphs.values()) > most:
+            del self._graphs[next(iter(self._graphs))]
+        self._graphs[graph.cache.batch_size] = graph
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
+    def clear(self) -> None:
+        """Frees them all."""
+        self._graphs.clear()
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def __deepcopy__(self, _: object) -> Spares:
+        return Spares()
+
+    def __reduce__(self) -> tuple[type[Spares], tuple[()]]:
+        return Spares, ()
 
 
 def _weights(model: Gemma4) -> list[Tensor]:
     quantized = [w for m in model.modules() if isinstance(m, Quantizable) for w in m.quantized().values()]
     return [*model.parameters(), *(t for w in quantized for t in (w.data, w.scale))]
-
-
-def _addresses(model: Gemma4) -> list[int]:
-    return [w.data_ptr() for w in _weights(model)]
 
 
 class _Inputs:
@@ -199,11 +225,11 @@ class _Inputs:
 
 
 class _Captured:
-    """A CUDA graph, and the tensors it reads and writes."""
+    """A CUDA graph, and the tensors it reads and writes. reads: what the step refers to. It must live as long as the graph,
+    which knows addresses alone."""
 
-    def __init__(self, step: Callable[[], Tensor], inputs: _Inputs) -> None:
-        self.inputs, self.graph = inputs, torch.cuda.CUDAGraph()
-        self.reads = step  # the graph knows addresses alone: all that the step refers to must live as long as it does
+    def __init__(self, step: Callable[[], Tensor], inputs: _Inputs, reads: object) -> None:
+        self.inputs, self.graph, self.reads = inputs, torch.cuda.CUDAGraph(), reads
         device = inputs.ids.device
         stream = torch.cuda.Stream(device)
         # Not torch.cuda.graph, which leaves its own stream the current one if the capture's end raises. thread_local: what

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -372,6 +372,10 @@ class Text(nn.Module):
             new_lens=new_lens,
             limit=None if device.type == "cpu" else -(-max(have, default=0) // TILE) * TILE,
         )
+
+    def kept(self) -> Iterator[Tensor]:
+        """Tensors that passes read, and that are no parameters."""
+        yield from (*self._inv_freq.values(), *self._ple_scales.values())
 
     def angles(self, positions: Tensor) -> dict[bool, tuple[Tensor, Tensor]]:
         """positions [T] int64 -> for each kind of layer, by is_sliding: cos, sin [T, R]."""

@@ -19,7 +19,6 @@ from gemma4_fast.quant import WeightLike, parse_quantize
 
 if TYPE_CHECKING:
     from gemma4_fast.generate import Generation, Stream
-    from gemma4_fast.graph import Spare
     from gemma4_fast.tokenizer import Tokenizer
 
 log = logging.getLogger("gemma4_fast")
@@ -33,6 +32,8 @@ class Gemma4(nn.Module):
     """
 
     def __init__(self, config: Gemma4Config, backend: str | None = None) -> None:
+        from gemma4_fast.graph import Spares
+
         super().__init__()
         self.config = config
         self.backend = backend
@@ -45,11 +46,11 @@ class Gemma4(nn.Module):
         self.generation_config: dict[str, Any] = {}
         self.path: Path | None = None  # the checkpoint's folder, where the tokenizer lies
         self._tokenizer: Tokenizer | None = None
-        self.spare: Spare | None = None  # what the last generation left to the next
+        self.spares = Spares()  # what generations left to the next ones
 
     def _changed(self) -> None:
         self.changes += 1
-        self.spare = None
+        self.spares.clear()
 
     @classmethod
     def from_pretrained(

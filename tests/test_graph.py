@@ -19,7 +19,7 @@ from test_native import require_native
 from torch import Tensor
 
 from gemma4_fast import Gemma4, Gemma4Config, ops, use_backend, verify
-from gemma4_fast.graph import DecodeGraph
+from gemma4_fast.graph import DecodeGraph, Spares, _Recording
 from gemma4_fast.ops import cpu_backend
 
 
@@ -157,10 +157,11 @@ def test_a_recording_ends_with_its_graph() -> None:
     with model.running():
         for _ in range(2):
             graph.run(torch.tensor([5]), [1])
-    assert graph._recording is not None
-    number = graph._recording.number
+    (recording,) = graph.recordings.values()
+    assert graph.recorded and isinstance(recording, _Recording)
+    number = recording.number
     torch.ops.gemma4_fast_cpu.replay(number, None)
-    del graph
+    del graph, recording
     gc.collect()
     with pytest.raises(RuntimeError, match="no such recording"):
         torch.ops.gemma4_fast_cpu.replay(number, None)
@@ -192,7 +193,7 @@ def test_a_step_that_fails_leaves_nothing_recording(monkeypatch: pytest.MonkeyPa
     with model.running():
         for _ in range(3):
             graph.run(torch.tensor([5]), [1])
-    assert graph._recording is not None
+    assert graph.recorded
 
 
 def test_a_step_that_a_cache_has_no_room_for() -> None:
@@ -228,7 +229,7 @@ def test_attentions_scratch_is_one_for_all_layers(monkeypatch: pytest.MonkeyPatc
         graph.run(torch.tensor([5]), [1])
         del made[:]
         graph.run(torch.tensor([5]), [1])
-    assert graph._recording is not None and len(made) == model.config.num_hidden_layers
+    assert graph.recorded and len(made) == model.config.num_hidden_layers
     assert len({(s.numel(), s.data_ptr()) for s in made}) == len({s.numel() for s in made}) == 2
 
 
@@ -289,7 +290,8 @@ class Captured:
 
     made: list[Captured]
 
-    def __init__(self, step: Any, inputs: Any) -> None:
+    def __init__(self, step: Any, inputs: Any, reads: Any) -> None:
+        self.reads = reads
         self.step, self.inputs, self.replays = step, inputs, 0
         Captured.made.append(self)
 
@@ -388,19 +390,18 @@ def tokens_of(model: Gemma4, *prompts: list[int], new: int = 5) -> list[list[int
     return [g.token_ids for g in model.generate([list(p) for p in prompts], max_new_tokens=new, stop_token_ids=[])]
 
 
-class Forgetful(Gemma4):
-    """Keeps nothing for the next generation."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, None if name == "spare" else value)
+class Forgetful(Spares):
+    def give(self, graph: DecodeGraph) -> None:
+        pass
 
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch) -> tuple[Gemma4, Gemma4]:
     """The same model twice: one keeps what its generations leave, one never does."""
-    monkeypatch.setattr("gemma4_fast.graph.SHARE", 0)  # small as these models are, their caches are not small beside them
-    kept = model_of("26b-a4b")
-    return kept, Forgetful.dummy(kept.config, dtype=torch.float32, device="cpu")
+    monkeypatch.setattr(Spares, "SHARE", 0.01)  # small as these models are, their caches are not small beside them
+    kept, fresh = model_of("26b-a4b"), model_of("26b-a4b")
+    fresh.spares = Forgetful()
+    return kept, fresh
 
 
 def test_the_next_generation_replays_the_last_ones_step(pair: tuple[Gemma4, Gemma4], replays: list[int]) -> None:
@@ -419,17 +420,16 @@ def test_a_spare_serves_as_many_prompts_as_it_was_made_for(pair: tuple[Gemma4, G
     model, fresh = pair
     for prompts in ([[5, 6]], [[5, 6], [7]], [[8]], [[8]], [[7] * 297], [[4, 9]]):
         assert tokens_of(model, *prompts) == tokens_of(fresh, *prompts)
-    assert model.spare is not None and model.spare.graph.cache.max_len == 512
+    assert {n: g.cache.max_len for n, g in model.spares._graphs.items()} == {1: 512, 2: 256}
 
 
 def test_what_a_generation_left_in_a_cache_is_not_seen(pair: tuple[Gemma4, Gemma4]) -> None:
     model, fresh = pair
     tokens_of(model, [5, 6, 7])
-    assert model.spare is not None
-    for layer in model.spare.graph.cache._layers:
+    for layer in model.spares._graphs[1].cache._layers:
         for values in (layer.k, layer.v):
             if values is not None:
-                values.fill_(float("nan"))
+                values[:, : 3 + 5].fill_(float("nan"))
     with use_backend("torch"):  # whose products with masked slots are not left out
         assert tokens_of(model, [5, 6, 7]) == tokens_of(fresh, [5, 6, 7])
 
@@ -468,24 +468,90 @@ def test_two_streams_at_once_do_not_share_a_cache(pair: tuple[Gemma4, Gemma4]) -
         assert [[step[i][0].id for step in steps]] == tokens_of(fresh, ids)
 
 
-def test_a_large_cache_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_kept_than_is_small_beside_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("26b-a4b")
-    for share in (1000, 0):
-        monkeypatch.setattr("gemma4_fast.graph.SHARE", share)
-        tokens_of(model, [5, 6, 7])
-        assert (model.spare is None) == (share == 1000)
+    monkeypatch.setattr(Spares, "SHARE", 1000)
+    tokens_of(model, [5, 6, 7])
+    assert len(model.spares) == 0
+    weights, one = sum(p.nbytes for p in model.parameters()), model.new_cache(1, 256).nbytes
+    monkeypatch.setattr(Spares, "SHARE", weights / (3.5 * one))
+    for prompts in ([[5]], [[5], [6]], [[5]], [[5], [6], [7]]):
+        tokens_of(model, *prompts)
+    assert list(model.spares._graphs) == [3]  # three sequences' room: the others had to go
+    tokens_of(model, [5])
+    assert list(model.spares._graphs) == [1]
     model.to(torch.bfloat16)
-    assert model.spare is None
+    assert len(model.spares) == 0
+
+
+def test_nothing_is_kept_of_a_generation_that_was_cut_off_or_recorded_nothing(pair: tuple[Gemma4, Gemma4]) -> None:
+    model, _ = pair
+    tokens_of(model, [5, 6, 7], new=1)
+    with use_backend("torch"):
+        tokens_of(model, [5, 6, 7])
+    assert len(model.spares) == 0
+    norm = model.model.norm.weight
+    kept = norm.clone()
+    norm.fill_(float("nan"))
+    with pytest.raises(FloatingPointError):
+        tokens_of(model, [5, 6, 7])
+    assert len(model.spares) == 0
+    norm.copy_(kept)
+    stream = model.generate([5, 6, 7], max_new_tokens=5, stop_token_ids=[])
+    assert len(model.spares) == 1 and stream.token_ids  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("change", ["moved", "replaced"])
+def test_a_model_that_changes_during_a_generation_keeps_nothing_of_it(change: str, pair: tuple[Gemma4, Gemma4]) -> None:
+    from gemma4_fast.generate import Session
+
+    for model in pair:
+        run = Session(model, [[5, 6, 7]], max_new_tokens=9, stop_token_ids=[]).run()
+        for _ in range(4):
+            next(run)
+        if change == "moved":
+            model.to(torch.bfloat16)
+        else:
+            weight = torch.randn(model.model.norm.weight.shape, generator=torch.Generator().manual_seed(1)).exp()
+            model.model.norm.weight = torch.nn.Parameter(weight, requires_grad=False)
+        run.close()  # type: ignore[attr-defined]
+    model, fresh = pair
+    assert tokens_of(model, [5, 6, 7]) == tokens_of(fresh, [5, 6, 7])
+
+
+def test_greedy_and_sampled_generations_have_a_recording_each(pair: tuple[Gemma4, Gemma4], replays: list[int]) -> None:
+    model, fresh = pair
+    for temperature in (0.0, 1.0, 0.0, 1.0, 0.0):
+        options: dict[str, Any] = dict(max_new_tokens=5, stop_token_ids=[], temperature=temperature, seed=3)
+        wanted = fresh.generate([5, 6, 7], **options)
+        replays.clear()
+        assert model.generate([5, 6, 7], **options).token_ids == wanted.token_ids  # type: ignore[union-attr]
+    assert len(replays) == 4 and len(set(replays)) == 1
+
+
+def test_times_that_somebody_asked_for_do_not_stay(pair: tuple[Gemma4, Gemma4]) -> None:
+    from gemma4_fast.generate import Session
+
+    model, _ = pair
+    session = Session(model, [[5, 6, 7]], max_new_tokens=6, stop_token_ids=[])
+    times: dict[str, float] = {}
+    for _ in session.run():
+        assert session.graph is not None
+        session.graph.times = times
+    seen = dict(times)
+    assert seen
+    tokens_of(model, [5, 6, 7])
+    assert times == seen
 
 
 def test_a_spare_neither_keeps_its_model_alive_nor_is_copied(pair: tuple[Gemma4, Gemma4]) -> None:
     model, _ = pair
     wanted = tokens_of(model, [5, 6, 7])
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert copied.spare is None and tokens_of(copied, [5, 6, 7]) == wanted
+        assert len(copied.spares) == 0 and tokens_of(copied, [5, 6, 7]) == wanted
     alone = model_of("26b-a4b")
     tokens_of(alone, [5, 6, 7])
-    assert alone.spare is not None
+    assert len(alone.spares) == 1
     gc.disable()
     try:
         there = weakref.ref(alone.model.embed_tokens.weight)
@@ -521,3 +587,35 @@ def test_the_self_check_compares_the_recorded_step(fault: str, monkeypatch: pyte
     assert report.ok == (not fault.startswith(("an old", "the cache"))), report.verdict()
     if not report.ok:
         assert report.first_wrong is rows[0]
+
+
+def test_a_dropped_graph_frees_what_it_reads_at_once(gpu: type[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's memory is not what Python's collector of cycles looks at."""
+    from gemma4_fast import graph
+
+    class OutputAlone:
+        def __init__(self, step: Any, inputs: Any, reads: Any) -> None:
+            self.reads, self.output = reads, step()
+
+        def replay(self, *_: Any) -> Tensor:
+            return self.output
+
+    monkeypatch.setattr(graph, "_Captured", OutputAlone)
+    monkeypatch.setattr(Spares, "SHARE", 0.01)
+    model = model_of("26b-a4b")
+    gc.collect()
+    gc.disable()
+    try:
+        with use_backend("torch"):
+            tokens_of(model, [5, 6, 7])
+        (kept,) = (weakref.ref(g.cache) for g in model.spares._graphs.values())
+        model.spares.clear()
+        assert kept() is None
+        with use_backend("torch"):
+            tokens_of(model, [5, 6, 7])
+        weight = weakref.ref(model.model.embed_tokens.weight)
+        assert len(model.spares) == 1
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()

@@ -273,8 +273,9 @@ def _parse_isa(isa: str | None) -> str:
 
 
 def selection() -> object:
-    """The selection in force: equal ones choose the same backends and the same instruction set."""
-    return _SELECTION.get(), native.ISA.get()
+    """The selection in force, to compare and to hash: equal ones choose the same backends and the same instruction set."""
+    chosen = _SELECTION.get()
+    return chosen.default, tuple(sorted(chosen.per_op.items())), native.ISA.get()
 
 
 @contextmanager
