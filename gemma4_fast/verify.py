@@ -30,7 +30,7 @@ from gemma4_fast.ops.moe import moe_crossover
 from gemma4_fast.quant import QuantizedWeight, WeightLike
 from gemma4_fast.reference import model as reference
 from gemma4_fast.reference import ops as reference_ops
-from gemma4_fast.report import Comparison, EndToEnd, Report
+from gemma4_fast.report import FLOOR, Comparison, EndToEnd, Report
 
 if TYPE_CHECKING:
     from gemma4_fast.cache import KVCache
@@ -177,7 +177,7 @@ class _Check:
             if progress is not None:
                 progress(done + 1, len(layers))
         self._head(runs[0].of(runs[0].hidden, 0))
-        if level == "full" or self.model.device.type == "cuda":  # it runs all layers, which on a GPU takes no time
+        if level == "full" or self.model.device.type == "cuda":  # it runs all layers, which takes no time on a GPU alone
             self._recorded_step()
         if level == "full":
             self.report.end_to_end = self._end_to_end()
@@ -327,9 +327,8 @@ class _Check:
         def block_alone(rows: int, part: Tensor) -> Tensor:
             pieces = []
             for some in part.split(rows):
-                x_out, h, e = block.end_of_attention(
-                    torch.zeros_like(x[some]), x[some]
-                )  # + 0: x's norms, by the op that makes them
+                # 0 is added to x: its norms, by the op that makes them.
+                x_out, h, e = block.end_of_attention(torch.zeros_like(x[some]), x[some])
                 pieces.append(block.feed_forward_block(x_out, cast(Tensor, h), e, None if ple is None else ple[some], None)[0])
             return torch.cat(pieces)
 
@@ -400,21 +399,30 @@ class _Check:
             self.report.comparisons.append(row if row.ok else replace(row, op=op))
 
     def _recorded_step(self) -> None:
-        """The decode step as generation replays it, beside op by op on another cache: the same bits, since only kernels of ours
-        can be recorded."""
+        """The decode step as generation replays it, beside op by op on another cache; before the last one a sequence ends. The
+        same bits, since only kernels of ours can be recorded."""
         plan = self.plans[1]
-        room, batch = max(s.shape[0] for s in plan.sequences), len(plan.sequences) + plan.idle
-        caches = [self.model.new_cache(batch, room) for _ in range(2)]
-        graph, steps = DecodeGraph(self.model, caches[0]), list[tuple[Tensor, Tensor]]()
-        for piece, (phase, new) in enumerate(plan.pieces):
-            ids, decode = plan.ids(piece), phase == "decode"
-            outs = [] if not decode else [graph.run(ids, new).clone()]
-            outs += [self.text(ids, self.text.step(new, c, decode=decode), c) for c in caches[len(outs) :]]
-            if decode and graph.recorded:
-                steps.append((outs[0][: len(plan.sequences)], outs[1][: len(plan.sequences)]))
-        if steps:
-            got, wanted = (torch.cat(parts) for parts in zip(*steps, strict=True))
-            self.report.comparisons.append(Comparison("recorded step", "decode", relative_error(got, wanted), 0.0))
+        room, live = max(s.shape[0] for s in plan.sequences), len(plan.sequences)
+        for greedy in (False, True):
+            caches = [self.model.new_cache(live + plan.idle, room) for _ in range(2)]
+            graph, alike, got, wanted = DecodeGraph(self.model, caches[0]), True, list[Tensor](), list[Tensor]()
+            for piece, (phase, new) in enumerate(plan.pieces):
+                if phase != "decode":
+                    for cache in caches:
+                        self.text(plan.ids(piece), self.text.step(new, cache), cache)
+                    continue
+                going = [0, *new[1:]] if piece + 1 == len(plan.pieces) else new
+                rows = [b for b in range(live) if going[b]]
+                out = graph.run(plan.ids(piece), going, greedy=greedy)[rows]
+                h = self.text(plan.ids(piece), self.text.step(going, caches[1], decode=True), caches[1])
+                if graph.recorded:
+                    got.append(out)
+                    wanted.append(graph.finish(h, greedy)[rows])
+                    alike = alike and torch.equal(got[-1], wanted[-1]) and torch.equal(caches[0].lens, caches[1].lens)
+            if got:
+                error = 1.0 if greedy else relative_error(torch.cat(got), torch.cat(wanted))
+                error = 0.0 if alike else max(error, 2 * FLOOR)  # any difference is one too many
+                self.report.comparisons.append(Comparison("recorded step", "greedy" if greedy else "decode", error, 0.0))
 
     def _reference_logits(self, hidden: Tensor, wide: bool) -> Tensor:
         w, hidden = self._weights(wide), hidden.to(self.wide) if wide else hidden

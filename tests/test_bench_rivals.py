@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, Gemma4ForCausalLM, Gemma4TextConfig
+from transformers.activations import ACT2FN
 from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -20,7 +21,6 @@ from gemma4_fast.ops.accuracy import Judge
 from gemma4_fast.ops.attention import decode_case, prefill_case
 from gemma4_fast.ops.moe import moe_case
 from gemma4_fast.ops.table import Maker
-from gemma4_fast.reference.ops import geglu
 
 Make = Callable[[Maker], dict[str, Any]]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -72,8 +72,14 @@ def test_sequences_of_different_lengths_are_not_measured() -> None:
 @pytest.mark.parametrize("case", [name for name, (op, _) in CASES.items() if op == "moe"])
 def test_experts_have_the_bits_of_transformers(case: str, dtype: torch.dtype) -> None:
     args = CASES[case][1](Maker(dtype))
+    act = ACT2FN["gelu_pytorch_tanh"]  # as transformers' Gemma4TextExperts gates
+
+    def gate(x: torch.Tensor) -> torch.Tensor:
+        half, up = x.chunk(2, dim=-1)
+        return act(half) * up
+
     layer = SimpleNamespace(
-        num_experts=16, gate_up_proj=args["gate_up"], down_proj=args["down"], _apply_gate=geglu, has_gate=True, has_bias=False,
+        num_experts=16, gate_up_proj=args["gate_up"], down_proj=args["down"], _apply_gate=gate, has_gate=True, has_bias=False,
         has_post_expert_norm=False, is_transposed=False, _is_expert_parallel=False,
     )  # fmt: skip
     theirs = grouped_mm_experts_forward(layer, args["x"], args["ids"].long(), args["topk_weights"])

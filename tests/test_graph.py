@@ -561,32 +561,61 @@ def test_a_spare_neither_keeps_its_model_alive_nor_is_copied(pair: tuple[Gemma4,
         gc.enable()
 
 
-@pytest.mark.parametrize("fault", ["", "an old step's hidden states", "the cache counts twice", "no GPU, no record"])
-def test_the_self_check_compares_the_recorded_step(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def _old_states(self: Any, made: list[Tensor], cache: Any) -> Tensor:
+    return made[0]
+
+
+def _counts_twice(self: Any, made: list[Tensor], cache: Any) -> Tensor:
+    cache.lens += 1
+    return made[-1]
+
+
+def _first_id(self: Any, made: list[Tensor], cache: Any) -> Tensor:
+    return made[-1] * 0 if made[-1].dtype == torch.int64 else made[-1]
+
+
+def _nobody_stops(self: Any, made: list[Tensor], cache: Any) -> Tensor:
+    cache.lens += 1 - self.inputs.going
+    return made[-1]
+
+
+def _one_bit(self: Any, made: list[Tensor], cache: Any) -> Tensor:
+    out = made[-1]
+    if out.dim() == 2:
+        smallest = out[0].abs().argmin()
+        out[0, smallest] *= 1.0079  # the next number in bf16
+    return out
+
+
+@pytest.mark.parametrize(
+    "fault, phase",
+    [(None, ""), (_old_states, "decode"), (_counts_twice, "decode"), (_first_id, "greedy"), (_nobody_stops, "decode"),
+     (_one_bit, "decode")],
+)  # fmt: skip
+def test_the_self_check_compares_the_recorded_step(fault: Any, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from gemma4_fast import graph
 
-    model, replay = model_of("26b-a4b", torch.bfloat16), graph._Recording.replay
-    outs: list[Tensor] = []
+    replay, init, caches, made = _Recording.replay, DecodeGraph.__init__, list[Any](), list[Tensor]()
+
+    def noted(self: Any, model: Any, cache: Any) -> None:
+        caches.append(cache)
+        init(self, model, cache)
 
     def wrong(self: Any, *args: Any) -> Tensor:
-        outs.append(replay(self, *args).clone())
-        if fault.startswith("an old"):
-            return outs[0]
-        caches[0].lens += 1
-        return outs[-1]
+        made.append(replay(self, *args).clone())
+        return fault(self, made, caches[-1])
 
-    if fault.startswith(("an old", "the cache")):
+    if fault is not None:
+        monkeypatch.setattr(graph.DecodeGraph, "__init__", noted)
         monkeypatch.setattr(graph._Recording, "replay", wrong)
-    caches: list[Any] = []
-    made = graph.DecodeGraph.__init__
-    monkeypatch.setattr(graph.DecodeGraph, "__init__", lambda s, m, c: caches.append(c) or made(s, m, c))
-    with use_backend("torch" if fault.startswith("no GPU") else None):
-        report = verify(model, level="full")
-    rows = [c for c in report.comparisons if c.what == "recorded step"]
-    assert len(rows) == (0 if fault.startswith("no GPU") else 1)
-    assert report.ok == (not fault.startswith(("an old", "the cache"))), report.verdict()
-    if not report.ok:
-        assert report.first_wrong is rows[0]
+    model = model_of("26b-a4b", torch.bfloat16)
+    report = verify(model, level="full")
+    rows = {c.phase: c for c in report.comparisons if c.what == "recorded step"}
+    assert set(rows) == {"decode", "greedy"} and report.ok == (fault is None)
+    if fault is not None:
+        assert report.first_wrong is rows[phase]
+    with use_backend("torch"):
+        assert not [c for c in verify(model, level="full").comparisons if c.what == "recorded step"]
 
 
 def test_a_dropped_graph_frees_what_it_reads_at_once(gpu: type[Captured], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from family import MEMBERS
 from torch import Tensor
 
 from gemma4_fast import Gemma4, Gemma4Config, UnsupportedError, explain, ops, use_backend, verify
-from gemma4_fast.graph import DecodeGraph
+from gemma4_fast.graph import DecodeGraph, Spares
 from gemma4_fast.ops import table
 from gemma4_fast.ops.accuracy import Judge, converted, outputs
 from gemma4_fast.ops.attention import decode_case, prefill_case
@@ -437,6 +437,18 @@ def test_a_captured_step_gives_the_same_bits(dtype: torch.dtype, monkeypatch: py
             _ = [torch.full((1 << 20,), float("nan"), device=DEVICE) for _ in range(4)]  # what was freed is overwritten
         assert graph.recorded
     assert torch.equal(caches[0].lens, caches[1].lens)
+
+
+@pytest.mark.skipif(not GPU, reason="replays CUDA graphs")
+def test_a_generation_goes_on_with_the_last_ones_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Spares, "SHARE", 0.01)
+    config = Gemma4Config.from_dict({"model_type": "gemma4_text", **MEMBERS["26b-a4b"]})
+    model, fresh = (Gemma4.dummy(config, device=DEVICE, backend="triton") for _ in range(2))
+    for prompts in ([[5, 6, 7]], [[9, 4]], [[5], [6]], [[5, 6, 7]]):
+        fresh.spares.clear()
+        got, wanted = (m.generate(prompts, max_new_tokens=6, stop_token_ids=[]) for m in (model, fresh))
+        assert [g.token_ids for g in got] == [g.token_ids for g in wanted]
+    assert len(model.spares) == 2
 
 
 @pytest.mark.parametrize("member", ["26b-a4b", "e2b"])  # experts and V-only caches; shared caches and per-layer embeddings

@@ -247,7 +247,20 @@ def forgets(x_ptr, out_ptr, n):
     tl.store(out_ptr, tl.load(x_ptr))
 
 
+@triton.jit(noinline=True)
+def fetched(x_ptr):
+    return tl.load(x_ptr)
+
+
+@triton.jit
+def calls(x_ptr, out_ptr):
+    x = fetched(x_ptr)
+    inputs_ready()
+    tl.store(out_ptr, x)
+
+
 def races(x):
+    calls[(1,)](x, x, **early(x))
     looks[(1,)](x, x, **early(x))
     leaves[(1,)](x, x, 4096, **early(x))
     forgets[(1,)](x, x, 4096, **early(x))
@@ -310,7 +323,7 @@ def test_bad_kernels_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     lines = [line for line in done.stdout.partition(" faults\n")[2].splitlines() if " for sm_90: " in line]
     faults = {line.split()[0]: line for line in lines}
     assert set(faults) == {"spills", "oversized", "races", "late", "reads", "breaks"}, done.stdout
-    assert {line.split()[2] for line in lines if ": races: " in line} == {"looks", "leaves", "forgets"}
+    assert {line.split()[2] for line in lines if ": races: " in line} == {"looks", "leaves", "forgets", "calls"}
     assert "in place before" in faults["late"]
     assert (
         re.search(r"spills registers \([1-9]\d*; a stack of [1-9]", faults["spills"])

@@ -11,9 +11,9 @@ distinct one: a process calls the function again, and lets this launch through t
 
 What holds for every compiler version (`broken_rules`): no spills and no stack, for both are slow memory; shared memory,
 registers and tensor memory that the GPU has; tensor cores for products of bf16; where launches are early, no look at memory
-before the one before has ended. What the file adds (`differences`): the
-kernels and tile sizes are those it lists, and with the Triton version it names also the same instructions and no more
-registers. Triton's interpreter tests what the kernels compute; this tests what it cannot see.
+before the one before has ended. What the file adds (`differences`): the kernels and tile sizes are those it lists, and with
+the Triton version it names also the same instructions and no more registers. Triton's interpreter tests what the kernels
+compute; this tests what it cannot see.
 """
 
 from __future__ import annotations
@@ -429,7 +429,7 @@ TENSOR = re.compile(r"UTC\w*MMA|[HIQOD]G?MMA")
 WIDE = {"128", "256"}
 # What must not come before the wait: what others may still be writing, and an end that the next launch would take for theirs.
 HASTY = re.compile(r"LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UTMA\w+|UBLK\w+|EXIT|RET")
-HASTY_IR = re.compile(r"\b(?:scf|cf)\.\w+|\btt\.(?:load|store|atomic\w*|descriptor_\w+|return)\b")
+HASTY_IR = re.compile(r"\b(?:scf|cf)\.\w+|\btt\.(?:load|store|atomic\w*|descriptor_\w+|call|return)\b")
 SIXTEEN_BITS_OR_FEWER = re.compile(r"tt\.dot(?:_scaled)? .*?tensor<[\dx]+x(?:bf16|f16|i8|f8\w*)")
 
 

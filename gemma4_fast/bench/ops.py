@@ -120,7 +120,7 @@ class OpBench:
 
     def run(self, case: Case) -> list[tuple[Row, str]]:
         """The rows of one case, and the command that makes each again. Whatever a backend raises is its row's result."""
-        rows, ways = list[Row](), self._ways(case)
+        rows, ways = list[Row](), {**self._ways(case), **case.rivals}
         try:
             with torch.inference_mode():
                 self._run(case, rows, ways)
@@ -149,11 +149,11 @@ class OpBench:
             for name, op in (case.paths or {"": case.op}).items()
         }
 
-    def _run(self, case: Case, rows: list[Row], ways: dict[str, Way]) -> None:
-        """Fills `rows`, and adds the rivals to `ways`, unless the weights are quantized, which they do not take."""
+    def _run(self, case: Case, rows: list[Row], ways: Mapping[str, Way]) -> None:
+        """Fills `rows`. Rivals take no quantized weights: then they have none."""
         args = case.make(BlockMaker(self.dtype, self.device, self.seed))
-        if not any(isinstance(v, QuantizedWeight) for v in args.values()):
-            ways |= case.rivals
+        if any(isinstance(v, QuantizedWeight) for v in args.values()):
+            ways = {name: way for name, way in ways.items() if name not in case.rivals}
         cost = case.op.cost(*args.values())
         for backend, why in serving(case.op, self.device, self.dtype, self.backends).items():
             if why is not None:

@@ -5,8 +5,8 @@ offsets[e]:offsets[e + 1]; tiles [ceil(M / block_m) + min(E, M), 2] int32: (expe
 tile. Ids outside [0, E) (experts of another device) are sorted to the end, behind offsets[E], and get no tile.
 
 One launch, for which the host never waits: each expert's program counts all experts' assignments, which tells it where its own
-rows and tiles begin, then places its own. That reads the ids E times, from the L2 cache: 4 bytes an assignment, of which the
-product that follows reads thousands. Integers, in the order of the assignments: the same result always.
+rows and tiles begin, then places its own. That reads the ids 2 (E + 1) times, from the L2 cache: 4 bytes an assignment, of
+which the product that follows reads thousands. A histogram adds atomically, but integers: the same result always.
 """
 
 from __future__ import annotations

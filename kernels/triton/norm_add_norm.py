@@ -65,15 +65,16 @@ def _norm_add_norm_kernel(
 def _launch(
     x: Tensor, experts: Tensor | None, residual: Tensor, weights: tuple[Tensor | None, ...], scale: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """weights: x's and the experts' own where there are experts, the sum's, and of the norms of y."""
+    """weights: x's and the experts' own where there are experts, the sum's, and those of the norms of y."""
     x = whole(x)
-    y, z, other = (None if w is None else torch.empty_like(x) for w in weights[2:])
-    assert y is not None
+    x_w, experts_w, w, next_w, other_w = map(maybe, weights)
+    y = torch.empty_like(x)
+    z, other = (None if v is None else torch.empty_like(x) for v in (next_w, other_w))
     if x.numel():
         tokens, hidden = x.shape
         block, warps = tile(hidden)
-        x_w, experts_w, w, *after = map(maybe, weights)
-        args = x, maybe(experts), whole(residual), x_w, experts_w, w, scale, *after, y, z, other, hidden, eps, block
+        norms = x_w, experts_w, w, scale, next_w, other_w
+        args = x, maybe(experts), whole(residual), *norms, y, z, other, hidden, eps, block
         _norm_add_norm_kernel[(tokens,)](*args, num_warps=warps, **early(x))
     return y, z, other
 

@@ -95,7 +95,7 @@ class Peer:
         _, steps, _ = self.prompt(variant, ids, new + 1)
         session = Session(self.model, ids, max_new_tokens=new + 3, stop_token_ids=())
         run = session.run()
-        for _ in range(3):  # the prompt, a first step, one to record
+        for _ in range(3):  # the prompt, and if nothing is left of an earlier one a first step, and one to record
             next(run)
         parts: dict[str, list[float]] = {}
         assert session.graph is not None
