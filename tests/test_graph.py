@@ -618,6 +618,27 @@ def test_the_self_check_compares_the_recorded_step(fault: Any, phase: str, monke
         assert not [c for c in verify(model, level="full").comparisons if c.what == "recorded step"]
 
 
+def test_the_next_generation_tries_again_what_could_not_be_captured(
+    gpu: type[Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gemma4_fast import graph
+
+    def captured(*args: Any) -> Captured:
+        tries.append(full[0])
+        if full[0]:
+            raise torch.OutOfMemoryError
+        return Captured(*args)
+
+    tries, full = list[bool](), [False]
+    monkeypatch.setattr(graph, "_Captured", captured)
+    monkeypatch.setattr(Spares, "SHARE", 0.01)
+    model = model_of("26b-a4b")
+    with use_backend("torch"):
+        for full[0], temperature in ((False, 0.0), (True, 1.0), (False, 1.0)):
+            model.generate([5, 6, 7], max_new_tokens=6, stop_token_ids=[], temperature=temperature)
+    assert tries == [False, True, False]
+
+
 def test_a_dropped_graph_frees_what_it_reads_at_once(gpu: type[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's memory is not what Python's collector of cycles looks at."""
     from gemma4_fast import graph

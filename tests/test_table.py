@@ -220,6 +220,7 @@ BAD_CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("route_topk", dict(scale=torch.ones(3)), "scale"),
     ("expert_dispatch", dict(ids=torch.zeros(3, 2, dtype=torch.long)), "int32"),
     ("expert_dispatch", dict(block_m=0), "block_m"),
+    ("expert_dispatch", dict(num_experts=2.5), "num_experts"),
     ("grouped_gemm", dict(epilogue="relu"), "epilogue"),
     ("grouped_gemm", dict(epilogue="combine"), "rows|topk_weights"),
     ("grouped_gemm", dict(offsets=torch.zeros(3, dtype=torch.int32)), "offsets"),

@@ -379,6 +379,15 @@ def test_a_mistake_is_seen(file: str, old: str, new: str, name: str, case: str, 
     assert judge(op.impls["triton"].function).ok
 
 
+def test_experts_whose_tiles_are_larger_than_32_bits_hold() -> None:
+    ids = torch.tensor([[3, 0], [1, 3], [2, 0]], dtype=torch.int32, device=DEVICE)
+    for block_m in (2**31 - 1, 2**40):
+        with use_backend("triton"):
+            got = ops.expert_dispatch(ids, 4, block_m)
+        for mine, theirs in zip(got, ops.TABLE["expert_dispatch"].reference(ids, 4, block_m), strict=True):
+            assert torch.equal(mine, theirs)
+
+
 # ---- choosing it ----
 
 

@@ -58,8 +58,8 @@ class Case:
 
 
 def cases(names: Sequence[str], wanted: Sequence[str], device: torch.device, rivals: bool = False) -> list[Case]:
-    """Of these ops the cases named; without names those at true shapes, on a GPU larger ones too. ValueError for a name that no
-    op has. rivals: with the other ways there are to an op's result."""
+    """Of these ops the cases named; without names those at true shapes, on a GPU larger ones too; "all": the small ones with
+    them. ValueError for a name that no op has. rivals: with the other ways there are to an op's result."""
     found = []
     known: set[str] = set()
     for name in names:
@@ -67,7 +67,10 @@ def cases(names: Sequence[str], wanted: Sequence[str], device: torch.device, riv
         every = {**op.bench_cases, **op.gpu_cases, **op.cases}
         known |= set(every)
         true_shapes = [*op.bench_cases, *(op.gpu_cases if device.type == "cuda" else ())]
-        chosen = list(every) if "all" in wanted else [c for c in every if c in wanted] if wanted else true_shapes
+        if "all" in wanted:
+            chosen = list(dict.fromkeys((*true_shapes, *op.cases)))
+        else:
+            chosen = [c for c in every if c in wanted] if wanted else true_shapes
         others = RIVALS.get(name, {}) if rivals else {}
         found += [Case(op, f"{name}/{c}", every[c], rivals=others, command=f"--op {name} --case {c}") for c in chosen]
     if unknown := [w for w in wanted if w not in known and w != "all"]:

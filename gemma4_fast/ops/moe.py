@@ -79,6 +79,7 @@ def _check_ids(op: str, ids: Tensor, num_experts: int) -> None:
 
 
 def _check_dispatch(ids: Tensor, num_experts: int, block_m: int = 64) -> None:
+    checks.integer("expert_dispatch", "num_experts", num_experts, 1)
     _check_ids("expert_dispatch", ids, num_experts)
     checks.integer("expert_dispatch", "block_m", block_m, 1)
 

@@ -66,6 +66,7 @@ def expert_dispatch(ids: Tensor, num_experts: int, block_m: int = 64) -> tuple[T
     pairs = ids.numel()
     if pairs == 0:
         return ids.new_empty(0), ids.new_zeros(num_experts + 1), ids.new_empty(0, 2)
+    block_m = min(block_m, pairs)  # of more it is the same, and may leave 32 bits
     num_tiles = cdiv(pairs, block_m) + min(num_experts, pairs)
     order, offsets, tiles = ids.new_empty(pairs), ids.new_empty(num_experts + 1), ids.new_empty(num_tiles, 2)
     block, warps = tile(pairs)
