@@ -174,7 +174,7 @@ class Spares:
         if graph is None or graph.cache.max_len < room or not graph.fits(model):
             return None
         graph.model = model
-        graph._refused = False  # there may be more memory now
+        graph._refused, graph._key = False, None  # what could not be captured is tried again: there may be more memory now
         graph.cache.clear()
         return graph
 
