@@ -11,10 +11,10 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma4_fast import ops
@@ -40,7 +40,8 @@ class DecodeGraph:
 
     def __init__(self, model: Gemma4, cache: KVCache) -> None:
         self.model, self.cache = model, cache
-        self.changes, self._addresses = model.changes, [w.data_ptr() for w in _weights(model)]
+        weights = _weights(model)
+        self.changes, self._addresses, self.weight_bytes = model.changes, _addresses(weights), sum(w.nbytes for w in weights)
         self.times: dict[str, float] | None = None  # a dict collects the seconds of each op's replayed calls, by its name
         self.recordings: dict[Any, _Recording | _Captured] = {}  # by what such a step depends on
         self._key: Any = None  # that of the step before
@@ -83,7 +84,7 @@ class DecodeGraph:
     def fits(self, model: Gemma4) -> bool:
         """Whether what is recorded reads this model's weights: they may have become other tensors in ways that `changes` does
         not count."""
-        return self.changes == model.changes and self._addresses == [w.data_ptr() for w in _weights(model)]
+        return self.changes == model.changes and self._addresses == _addresses(_weights(model))
 
     def _keep(self, recording: _Recording | _Captured) -> None:
         while len(self.recordings) >= self.KEPT:
@@ -180,7 +181,7 @@ class Spares:
 
     def give(self, graph: DecodeGraph) -> None:
         """Of a generation that ended between two steps."""
-        most = sum(w.nbytes for w in _weights(graph.model)) // self.SHARE
+        most = graph.weight_bytes // self.SHARE
         if not graph.recordings or graph.changes != graph.model.changes or graph.cache.nbytes > most:
             return
         graph.times = None
@@ -205,8 +206,19 @@ class Spares:
 
 
 def _weights(model: Gemma4) -> list[Tensor]:
-    quantized = [w for m in model.modules() if isinstance(m, Quantizable) for w in m.quantized().values()]
-    return [*model.parameters(), *(t for w in quantized for t in (w.data, w.scale))]
+    """All of them, in some order. Looked at in each generation, so without what makes `model.parameters()` slow."""
+    found, modules = list[Tensor](), [cast(nn.Module, model)]
+    while modules:
+        module = modules.pop()
+        modules += [m for m in module._modules.values() if m is not None]
+        found += [w for w in module._parameters.values() if w is not None]
+        if isinstance(module, Quantizable) and not module._parameters:  # it is quantized as a whole
+            found += [t for w in module.quantized().values() for t in (w.data, w.scale)]
+    return found
+
+
+def _addresses(weights: list[Tensor]) -> list[int]:
+    return [w.data_ptr() for w in weights]
 
 
 class _Inputs:
