@@ -1,12 +1,14 @@
 // The CPU kernels as torch.ops.gemma4_fast_cpu.*, over torch's stable ABI: one binary for torch 2.10 and newer.
 //
 // Callers are gemma4_fast/ops/cpu_backend.py alone: arguments come checked, tensors contiguous where kernels.h says so, outputs
-// and scratch allocated. `isa` is an index into `kTables`. Compiled once, with plain flags.
+// and scratch allocated. `isa` is an index into `kTables`. Compiled once, with plain flags. Of torch's macros only those that
+// its headers have since 2.10: STABLE_TORCH_ERROR_CODE_CHECK came with 2.13.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <chrono>
@@ -30,7 +32,7 @@ GEMMA4_DECLARE(avx512_bf16)
 
 int num_threads() {
   uint32_t threads = 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
   return static_cast<int>(threads);
 }
 
@@ -39,7 +41,7 @@ void team(void (*body)(void*), void* context) {
     void (*body)(void*);
     void* context;
   } call{body, context};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(
       0, num_threads(), 1, [](int64_t, int64_t, void* c) { static_cast<Call*>(c)->body(static_cast<Call*>(c)->context); }, &call));
 }
 
