@@ -113,7 +113,6 @@ class Session:
         ]  # a sequence draws its own numbers, whoever its neighbours are
         self.prefill_seconds = self.decode_seconds = 0.0
         self.graph: DecodeGraph | None = None  # while it runs, with the cache
-        self._taken: DecodeGraph | None = None  # what an earlier generation left
 
     def _check_prompts(self, vocab: int) -> None:
         if not self.prompts:
@@ -151,7 +150,7 @@ class Session:
         finally:
             if between and self.graph is not None and self.prefix is None:
                 self.model.spares.give(self.graph)
-            self.graph = self._taken = None
+            self.graph = None
 
     def _run(self, on_prefill: Callable[[int, int], None] | None) -> Iterator[list[Token]]:
         batch = len(self.prompts)
@@ -175,9 +174,9 @@ class Session:
             yield tokens
 
     def _decode_graph(self, cache: KVCache) -> DecodeGraph:
-        """The one that is kept with the cache, or a new one."""
+        """The one that came or is kept with the cache, or a new one."""
         if self.prefix is None:
-            return self._taken or DecodeGraph(self.model, cache)
+            return self.graph or DecodeGraph(self.model, cache)
         kept = self.prefix.graph
         if kept is None or kept.cache is not cache or kept.model is not self.model:
             kept = self.prefix.graph = DecodeGraph(self.model, cache)
@@ -226,9 +225,9 @@ class Session:
         room = max(map(len, self.prompts)) + self.max_new_tokens
         if self.prefix is None:
             batch, none = len(self.prompts), [0] * len(self.prompts)
-            self._taken = self.model.spares.take(self.model, batch, room)
-            if self._taken is not None:
-                return self._taken.cache, none
+            self.graph = self.model.spares.take(self.model, batch, room)
+            if self.graph is not None:
+                return self.graph.cache, none
             return self.model.new_cache(batch, min(self.model.config.max_position_embeddings, -(-room // ROOM) * ROOM)), none
         if len(self.prompts) != 1:
             raise ValueError(f"a kept prefix serves one prompt, got {len(self.prompts)}")

@@ -104,8 +104,7 @@ class DecodeGraph:
         return self.finish(self.model.model(ids, step, self.cache), greedy)
 
     def _recordable(self) -> bool:
-        device, dtype = self.model.device, self.model.dtype
-        return not self._refused and all(ops.recordable(name, device, dtype) for name in model_ops(self.model.config))
+        return not self._refused and recordable(self.model)
 
     def _capture(self, ids: Tensor, new_lens: list[int], greedy: bool) -> None:
         """A CUDA graph of the step, to be replayed; none, from here on, where an op cannot be in one."""
@@ -157,6 +156,11 @@ class DecodeGraph:
         torch.ops.gemma4_fast_cpu.decode_rows(lens, inputs.going, slots, positions, kv_lens, rows)
         anew = dict(zip(now.rows, rows.unbind(), strict=True))
         return replace(now, positions=positions, kv_lens=kv_lens, angles=self.model.model.angles(positions), rows=anew)
+
+
+def recordable(model: Gemma4) -> bool:
+    """Whether the selection in force gives each of the model's ops a kernel that can be in a recorded step."""
+    return all(ops.recordable(name, model.device, model.dtype) for name in model_ops(model.config))
 
 
 class Spares:

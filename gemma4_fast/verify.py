@@ -24,7 +24,7 @@ from gemma4_fast import ops
 from gemma4_fast.cache import TILE
 from gemma4_fast.config import LayerConfig
 from gemma4_fast.edges import relative_error, window_edges
-from gemma4_fast.graph import DecodeGraph
+from gemma4_fast.graph import DecodeGraph, recordable
 from gemma4_fast.layers import model_ops
 from gemma4_fast.ops.moe import moe_crossover
 from gemma4_fast.quant import QuantizedWeight, WeightLike
@@ -401,7 +401,7 @@ class _Check:
     def _recorded_step(self) -> None:
         """The decode step as generation replays it, beside op by op on another cache; before the last one a sequence ends. The
         same bits, since only kernels of ours can be recorded."""
-        if not all(ops.recordable(name, self.model.device, self.model.dtype) for name in model_ops(self.config)):
+        if not recordable(self.model):
             return
         plan = self.plans[1]
         room, live = max(s.shape[0] for s in plan.sequences), len(plan.sequences)
