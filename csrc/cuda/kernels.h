@@ -1,0 +1,55 @@
+// The CUDA kernels' arguments, and what launches them: all that csrc/cuda/torch_ops.cpp knows of them. Tensors are contiguous
+// unless a stride is named; shapes, formulas and sources: gemma4_fast.reference.ops. Floats are `dtype`, unless said otherwise.
+#pragma once
+
+#include <cstdint>
+
+namespace gemma4_fast::cuda {
+
+enum class Dtype { bf16, f16 };
+
+struct Stream {
+  void* stream;
+  bool early;  // kernels are launched while the ones before still run: see wait_for_inputs in device.cuh
+};
+
+struct RmsNorm {
+  Dtype dtype;
+  const void *x, *weight;  // [rows, hidden], [hidden] or null
+  void* out;
+  int64_t rows;
+  int hidden;
+  float eps;
+};
+
+// experts null: norm_add_norm of x; else moe_norm_add_norm of x, the dense branch, and experts.
+struct NormAddNorm {
+  Dtype dtype;
+  const void *x, *experts, *residual;                             // [rows, hidden]
+  const void *x_weight, *experts_weight;                          // [hidden], with experts alone
+  const void *weight, *scale, *next_weight, *other_weight;        // [hidden], scale [1]; all but the first may be null
+  void *y, *z, *other_z;                                          // [rows, hidden]
+  int64_t rows;
+  int hidden;
+  float eps;
+};
+
+// Each op's launcher `void op(const Stream&, const Args&)`, in its own .cu file.
+#define GEMMA4_CUDA_OPS(OP) \
+  OP(rms_norm, RmsNorm)     \
+  OP(norm_add_norm, NormAddNorm)
+
+#define GEMMA4_DECLARE(op, Args) void op(const Stream& on, const Args& a);
+GEMMA4_CUDA_OPS(GEMMA4_DECLARE)
+#undef GEMMA4_DECLARE
+
+struct Kernels {
+#define GEMMA4_MEMBER(op, Args) void (*op)(const Stream&, const Args&);
+  GEMMA4_CUDA_OPS(GEMMA4_MEMBER)
+#undef GEMMA4_MEMBER
+};
+
+#define GEMMA4_ENTRY(op, Args) &op,
+#define GEMMA4_ALL_KERNELS {GEMMA4_CUDA_OPS(GEMMA4_ENTRY)}
+
+}  // namespace gemma4_fast::cuda

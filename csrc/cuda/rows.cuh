@@ -1,0 +1,70 @@
+// Rows of 16-bit values, eight at a time.
+#pragma once
+
+#include "cuda/device.cuh"
+
+namespace gemma4_fast::cuda {
+
+using device::Bytes16;
+
+// Columns [first, first + 8) of a row of `size`; zeros behind its end. kWhole: the row is 16-byte aligned, `size` a multiple of 8.
+template <class T, bool kWhole>
+DEVICE Bytes16 load_eight(const T* row, int first, int size) {
+  Bytes16 v = {};
+  if constexpr (kWhole) {
+    if (first < size) v = device::load(reinterpret_cast<const Bytes16*>(row + first));
+  } else {
+    UNROLL for (int i = 0; i < 4; ++i) {
+      const int at = first + 2 * i;
+      const float low = at < size ? device::to_float(device::load(row + at)) : 0.0f;
+      const float high = at + 1 < size ? device::to_float(device::load(row + at + 1)) : 0.0f;
+      v.w[i] = device::pack<T>(low, high);
+    }
+  }
+  return v;
+}
+
+template <class T, bool kWhole>
+DEVICE void store_eight(T* row, int first, int size, const Bytes16& v) {
+  if constexpr (kWhole) {
+    if (first < size) device::store(reinterpret_cast<Bytes16*>(row + first), v);
+  } else {
+    auto* halves = reinterpret_cast<uint16_t*>(row);
+    UNROLL for (int i = 0; i < 8; ++i) {
+      if (first + i < size) device::store(halves + first + i, static_cast<uint16_t>(v.w[i / 2] >> i % 2 * 16));
+    }
+  }
+}
+
+template <class T>
+DEVICE void to_floats(float (&f)[8], const Bytes16& v) {
+  UNROLL for (int i = 0; i < 4; ++i) {
+    const float2 pair = device::unpack<T>(v.w[i]);
+    f[2 * i] = pair.x, f[2 * i + 1] = pair.y;
+  }
+}
+
+template <class T>
+DEVICE Bytes16 from_floats(const float (&f)[8]) {
+  Bytes16 v;
+  UNROLL for (int i = 0; i < 4; ++i) v.w[i] = device::pack<T>(f[2 * i], f[2 * i + 1]);
+  return v;
+}
+
+DEVICE float sum_of_squares(const float (&f)[8]) {
+  float sum = 0;
+  UNROLL for (int i = 0; i < 8; ++i) sum += f[i] * f[i];
+  return sum;
+}
+
+// ---- on the host ----
+
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// function(T()) for the kernels' type.
+template <class Function>
+void by_type(Dtype dtype, Function function) {
+  dtype == Dtype::bf16 ? function(device::bf16{}) : function(device::half{});
+}
+
+}  // namespace gemma4_fast::cuda

@@ -1,0 +1,131 @@
+// The CUDA kernels as torch.ops.gemma4_fast_cuda.*, over torch's stable ABI: one binary for torch 2.10 and newer.
+//
+// Callers are gemma4_fast/ops/cuda_backend.py alone: arguments come checked, tensors contiguous where kernels.h says so, outputs
+// and scratch allocated, the device set. Each op ends with the stream, and whether its kernels may be launched early. Of torch's
+// macros only those that its headers have since 2.10. With GEMMA4_EMULATED the same ops take CPU tensors, and the kernels are
+// those of the library that `use` names: see tests/emulator.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+
+#include "cuda/kernels.h"
+
+#if defined(GEMMA4_EMULATED)
+#include "library.h"
+#endif
+
+namespace gemma4_fast::cuda {
+namespace {
+
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+#if defined(GEMMA4_EMULATED)
+
+// One call of an op: its kernels may touch the tensors that it names, and no other memory.
+struct Call {
+  Call() { emulated().forget(); }
+  template <class T>
+  T* note(const Tensor& x, bool writable) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < x.dim(); ++i) last += x.size(i) ? (x.size(i) - 1) * x.stride(i) : 0;
+    if (x.numel()) emulated().allow(x.data_ptr(), (last + 1) * x.element_size(), writable);
+    return static_cast<T*>(x.data_ptr());
+  }
+  const Kernels& kernels() const { return *emulated().kernels; }
+};
+
+#else
+
+const Kernels all_kernels = GEMMA4_ALL_KERNELS;
+
+struct Call {
+  template <class T>
+  T* note(const Tensor& x, bool) {
+    return static_cast<T*>(x.data_ptr());
+  }
+  const Kernels& kernels() const { return all_kernels; }
+};
+
+#endif
+
+// Of an op's call: `in` and `out` give its tensors' memory, `run` its kernels.
+class Op : Call {
+ public:
+  Op(int64_t stream, bool early) : on_{reinterpret_cast<void*>(stream), early} {}
+
+  template <class T = void>
+  const T* in(const Tensor& x) {
+    return note<T>(x, false);
+  }
+  template <class T = void>
+  const T* in(const Optional& x) {
+    return x ? note<T>(*x, false) : nullptr;
+  }
+  template <class T = void>
+  T* out(const Tensor& x) {
+    return note<T>(x, true);
+  }
+  template <class T = void>
+  T* out(const Optional& x) {
+    return x ? note<T>(*x, true) : nullptr;
+  }
+  template <class Args>
+  void run(void (*Kernels::*kernel)(const Stream&, const Args&), const Args& args) {
+    (kernels().*kernel)(on_, args);
+  }
+
+ private:
+  Stream on_;
+};
+
+Dtype dtype_of(const Tensor& x) {
+  const auto type = x.scalar_type();
+  STD_TORCH_CHECK(type == torch::headeronly::ScalarType::BFloat16 || type == torch::headeronly::ScalarType::Half,
+                  "the CUDA kernels take bfloat16 and float16");
+  return type == torch::headeronly::ScalarType::BFloat16 ? Dtype::bf16 : Dtype::f16;
+}
+
+void rms_norm(Tensor x, Optional weight, Tensor out, double eps, int64_t stream, bool early) {
+  Op op(stream, early);
+  const int64_t hidden = x.size(-1);
+  op.run<RmsNorm>(&Kernels::rms_norm, {dtype_of(x), op.in(x), op.in(weight), op.out(out), x.numel() / hidden, (int)hidden, (float)eps});
+}
+
+void norm_add_norm(Tensor x, Optional experts, Tensor residual, Optional x_weight, Optional experts_weight, Tensor weight,
+                   Optional scale, Optional next_weight, Optional other_weight, Tensor y, Optional z, Optional other_z, double eps,
+                   int64_t stream, bool early) {
+  Op op(stream, early);
+  op.run<NormAddNorm>(&Kernels::norm_add_norm,
+                      {dtype_of(x), op.in(x), op.in(experts), op.in(residual), op.in(x_weight), op.in(experts_weight), op.in(weight),
+                       op.in(scale), op.in(next_weight), op.in(other_weight), op.out(y), op.out(z), op.out(other_z), x.size(0),
+                       (int)x.size(1), (float)eps});
+}
+
+STABLE_TORCH_LIBRARY(gemma4_fast_cuda, m) {
+  m.def("rms_norm(Tensor x, Tensor? weight, Tensor(a!) out, float eps, int stream, bool early) -> ()");
+  m.def("norm_add_norm(Tensor x, Tensor? experts, Tensor residual, Tensor? x_weight, Tensor? experts_weight, Tensor weight, "
+        "Tensor? scale, Tensor? next_weight, Tensor? other_weight, Tensor(a!) y, Tensor(b!)? z, Tensor(c!)? other_z, float eps, "
+        "int stream, bool early) -> ()");
+#if defined(GEMMA4_EMULATED)
+  m.def("use(str library, int seed) -> ()");
+#endif
+}
+
+#if defined(GEMMA4_EMULATED)
+STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cuda, CompositeExplicitAutograd, m) { m.impl("use", TORCH_BOX(&use)); }
+STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cuda, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cuda, CUDA, m) {
+#endif
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("norm_add_norm", TORCH_BOX(&norm_add_norm));
+}
+
+}  // namespace
+}  // namespace gemma4_fast::cuda

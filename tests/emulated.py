@@ -1,0 +1,83 @@
+"""The CUDA kernels on a CPU: csrc/cuda compiled for the host over tests/emulator, built by ninja into build/emulator.
+
+`load()` builds and loads torch.ops.gemma4_fast_cuda; `use()` names the kernels that its ops run, and the seed of the order that
+threads run in; `mutant()` builds kernels with a change in one of their sources.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "emulator"
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+COMPILER = os.environ.get("CXX", "c++")
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-DGEMMA4_EMULATED", f"-I{ROOT}/tests/emulator", f"-I{ROOT}/csrc"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
+
+
+def why_not() -> str | None:
+    """None if the kernels can be emulated here."""
+    if platform.machine().lower() not in ("x86_64", "amd64", "aarch64", "arm64") or platform.system() != "Linux":
+        return "the emulator runs on Linux, on x86-64 and AArch64"
+    return None if shutil.which(COMPILER) else f"there is no {COMPILER}"
+
+
+def build(folder: Path, sources: list[Path] = SOURCES, *, ops: bool = True, sanitize: bool = False) -> Path:
+    """The library of kernels, and beside it, with `ops`, that of torch's ops."""
+    from ninja import BIN_DIR, ninja_syntax
+    from torch.utils import cpp_extension
+
+    folder.mkdir(parents=True, exist_ok=True)
+    extra = SANITIZE if sanitize else []
+    with (folder / "build.ninja").open("w") as file:
+        n = ninja_syntax.Writer(file)
+        n.variable("cxx", COMPILER)
+        n.variable("flags", " ".join([*FLAGS, *extra]))
+        n.rule("compile", "$cxx $flags $more -MMD -MF $out.d -c -x c++ $in -o $out", depfile="$out.d", deps="gcc")
+        n.rule("link", f"$cxx {' '.join(extra)} -shared $in -o $out $more")
+        objects = []
+        for source in [*sources, ROOT / "tests" / "emulator" / "library.cpp"]:
+            objects += n.build(f"{source.stem}.o", "compile", str(source))
+        n.build("kernels.so", "link", objects)
+        if ops:
+            include = " ".join(f"-isystem {path}" for path in cpp_extension.include_paths())
+            torch_flags = f"-DTORCH_TARGET_VERSION=0x020a000000000000 {include}"
+            facing = n.build("torch_ops.o", "compile", str(ROOT / "csrc/cuda/torch_ops.cpp"), variables={"more": torch_flags})
+            libraries = f"-L{cpp_extension.library_paths()[0]} -Wl,--no-as-needed -ltorch_cpu -ldl"
+            n.build("ops.so", "link", facing, variables={"more": libraries})
+    done = subprocess.run([str(Path(BIN_DIR, "ninja")), "-C", str(folder), "--quiet"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "kernels.so"
+
+
+@functools.cache
+def load() -> Path:
+    """The kernels as they are."""
+    kernels = build(BUILD)
+    torch.ops.load_library(str(BUILD / "ops.so"))
+    return kernels
+
+
+def use(kernels: Path | None = None, seed: int = 0) -> None:
+    real = load()
+    torch.ops.gemma4_fast_cuda.use(str(kernels or real), seed)
+
+
+def mutant(name: str, source: str, before: str, after: str) -> Path:
+    """Kernels with `before`, which stands there once, changed in a source of csrc/cuda."""
+    folder = BUILD / name
+    folder.mkdir(parents=True, exist_ok=True)
+    text = (ROOT / "csrc" / "cuda" / source).read_text(encoding="utf-8")
+    assert text.count(before) == 1, f"{source} has {before!r} {text.count(before)} times"
+    changed = folder / source
+    if not changed.exists() or changed.read_text(encoding="utf-8") != text.replace(before, after):
+        changed.write_text(text.replace(before, after), encoding="utf-8")
+    return build(folder, [changed, *(s for s in SOURCES if s.name != source)], ops=False)
