@@ -11,9 +11,15 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
+
+from gemma4_fast import ops
+from gemma4_fast.ops import table
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "emulator"
@@ -81,3 +87,23 @@ def mutant(name: str, source: str, before: str, after: str) -> Path:
     if not changed.exists() or changed.read_text(encoding="utf-8") != text.replace(before, after):
         changed.write_text(text.replace(before, after), encoding="utf-8")
     return build(folder, [changed, *(s for s in SOURCES if s.name != source)], ops=False)
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Inside, to the table the cuda backend runs on CPU tensors, if it is named."""
+    real = table.backend_missing
+
+    @functools.cache
+    def missing(backend: str, device_type: str, *, named: bool = True) -> str | None:
+        return None if backend == "cuda" and device_type == "cpu" and named else real(backend, device_type, named=named)
+
+    def forget() -> None:
+        for op in ops.TABLE.values():
+            op._kept.clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "backend_missing", missing)
+        forget()
+        yield
+    forget()

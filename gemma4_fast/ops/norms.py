@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_fast.ops import checks, cpu_backend, triton_backend
+from gemma4_fast.ops import checks, cpu_backend, cuda_backend, triton_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.reference import ops as reference
 
@@ -46,6 +46,7 @@ RMS_NORM = register(
             "26b_512_tokens": lambda m: _rms_norm_case(m, 512, 2816),
         },
         impls={
+            "cuda": Impl("gemma4_fast.ops.cuda_backend:rms_norm", cuda_backend.DTYPES, accepts=cuda_backend.accepts_rows),
             "cpu": Impl("gemma4_fast.ops.cpu_backend:rms_norm", cpu_backend.DTYPES),
             "triton": Impl("gemma4_fast.triton.rms_norm:rms_norm", triton_backend.DTYPES),
             "torch": Impl("gemma4_fast.ops.torch_backend:rms_norm"),
@@ -120,6 +121,7 @@ NORM_ADD_NORM = register(
             "26b_512_tokens": lambda m: _norm_add_norm_case(m, 512, 2816, other=True),
         },
         impls={
+            "cuda": Impl("gemma4_fast.ops.cuda_backend:norm_add_norm", cuda_backend.DTYPES, accepts=cuda_backend.accepts_rows),
             "cpu": Impl("gemma4_fast.ops.cpu_backend:norm_add_norm", cpu_backend.DTYPES),
             "triton": Impl("gemma4_fast.triton.norm_add_norm:norm_add_norm", triton_backend.DTYPES),
             "torch": Impl("gemma4_fast.ops.torch_backend:norm_add_norm"),
@@ -196,6 +198,9 @@ MOE_NORM_ADD_NORM = register(
             "26b_512_tokens": lambda m: _moe_norm_add_norm_case(m, 512, 2816),
         },
         impls={
+            "cuda": Impl(
+                "gemma4_fast.ops.cuda_backend:moe_norm_add_norm", cuda_backend.DTYPES, accepts=cuda_backend.accepts_rows
+            ),
             "cpu": Impl("gemma4_fast.ops.cpu_backend:moe_norm_add_norm", cpu_backend.DTYPES),
             "triton": Impl("gemma4_fast.triton.norm_add_norm:moe_norm_add_norm", triton_backend.DTYPES),
             "torch": Impl("gemma4_fast.ops.torch_backend:moe_norm_add_norm"),
