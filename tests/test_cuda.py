@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import emulated
 import pytest
 import torch
 
-from gemma4_fast import ops
+from gemma4_fast import UnsupportedError, ops
 from gemma4_fast.ops import table
 from gemma4_fast.ops.accuracy import Judge, converted, outputs
 from gemma4_fast.quant import QuantizedWeight
@@ -44,10 +45,25 @@ def on_cuda(op: ops.Op) -> Any:
     return ops.bound(op, "cuda")
 
 
+def why_not(op: ops.Op, args: dict[str, Any]) -> str | None:
+    accepts = op.impls["cuda"].accepts
+    return None if accepts is None else accepts(*args.values())
+
+
+def test_every_op_has_cases_that_it_takes() -> None:
+    for op in (op for op in ops.TABLE.values() if "cuda" in op.impls):
+        taken = [case for case in op.cases if why_not(op, op.inputs(case, torch.bfloat16)) is None]
+        assert 3 * len(taken) >= 2 * len(op.cases), op.name
+
+
 @pytest.mark.parametrize("op, case, dtype", ROWS)
 def test_matches_reference(op: ops.Op, case: str, dtype: torch.dtype) -> None:
-    """And gives the same bits in whatever order threads and blocks run."""
+    """And gives the same bits in whatever order threads and blocks run. What a kernel does not take is said."""
     args = op.inputs(case, dtype, DEVICE)
+    if reason := why_not(op, args):
+        with pytest.raises(UnsupportedError, match=re.escape(reason)):
+            on_cuda(op)(*args.values())
+        return
     first = outputs(op, on_cuda(op), args)
     if not GPU:
         emulated.use(seed=1)
@@ -65,6 +81,8 @@ QUANTIZED = [p for p in ROWS if p.values[1].startswith(("int8", "int4")) and p.v
 def test_quantized_weights_are_what_they_stand_for(op: ops.Op, case: str, dtype: torch.dtype) -> None:
     """These kernels round no activations, as the table's judge allows: here they are held to the dequantized product."""
     args = op.inputs(case, dtype, DEVICE)
+    if why_not(op, args):
+        return
     dense = {k: v.dequantize() if isinstance(v, QuantizedWeight) else v for k, v in args.items()}
     exact = {k: v.dequantize(torch.float64) if isinstance(v, QuantizedWeight) else v for k, v in args.items()}
     judge = Judge(op, dense)

@@ -34,10 +34,44 @@ struct NormAddNorm {
   float eps;
 };
 
+// x [m, k] with rows x_stride apart, m <= 16, times weight [n, k] (geglu: [2 n, k]) -> out [m, n]; see linear.cu.
+struct Linear {
+  enum class End { none, softcap, geglu, gate, argmax };
+  Dtype dtype;
+  End end;
+  int bits;  // of weight's values: 0 for floats, else 8 or 4, see gemma4_fast.quant, with `scale`
+  const void *x, *weight, *scale;
+  void* out;          // argmax: int64 [m]
+  const void* other;  // gate: [m, n], rows other_stride apart
+  int64_t x_stride, other_stride, n;
+  int m, k;
+  float cap;
+  // argmax: a largest of each block and token, [blocks, m], and the counter of the blocks that have theirs.
+  float* best;
+  int32_t* best_at;
+  uint32_t* counter;
+  // Set by `linear`: tiles of weight's rows, and whether a block's warps share one.
+  int64_t tiles;
+  bool shared;
+};
+
+struct MoeDecode {
+  Dtype dtype;
+  int bits;       // of the weights' values, as in Linear
+  const void* x;  // [tokens, hidden]
+  const float* topk_weights;  // [tokens, top_k]
+  const int32_t* ids;
+  const void *gate_up, *gate_up_scale, *down, *down_scale;  // [experts, 2 inter, hidden], [experts, hidden, inter]
+  void *h, *out;                                            // [tokens top_k, inter], [tokens, hidden]
+  int tokens, top_k, experts, hidden, inter;
+};
+
 // Each op's launcher `void op(const Stream&, const Args&)`, in its own .cu file.
 #define GEMMA4_CUDA_OPS(OP) \
   OP(rms_norm, RmsNorm)     \
-  OP(norm_add_norm, NormAddNorm)
+  OP(norm_add_norm, NormAddNorm) \
+  OP(linear, Linear)             \
+  OP(moe_decode, MoeDecode)
 
 #define GEMMA4_DECLARE(op, Args) void op(const Stream& on, const Args& a);
 GEMMA4_CUDA_OPS(GEMMA4_DECLARE)

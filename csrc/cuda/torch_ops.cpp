@@ -107,11 +107,39 @@ void norm_add_norm(Tensor x, Optional experts, Tensor residual, Optional x_weigh
                        (int)x.size(1), (float)eps});
 }
 
+// 0 for floats; else what a weight's scale says: data [.., panels, groups * bits, 16, 4], scale [.., panels, groups, 16].
+int bits_of(const Tensor& data, const Optional& scale) {
+  return !scale ? 0 : data.size(-3) == 8 * scale->size(-2) ? 8 : 4;
+}
+
+// end: see Linear::End. other: for end gate. best, best_at, counter: for end argmax.
+void linear(Tensor x, Tensor weight, Optional scale, int64_t n, int64_t end, double cap, Optional other, Optional best,
+            Optional best_at, Optional counter, Tensor out, int64_t stream, bool early) {
+  Op op(stream, early);
+  op.run<Linear>(&Kernels::linear,
+                 {dtype_of(x), (Linear::End)end, bits_of(weight, scale), op.in(x), op.in(weight), op.in(scale), op.out(out),
+                  op.in(other), x.stride(0), other ? other->stride(0) : 0, n, (int)x.size(0), (int)x.size(1), (float)cap,
+                  op.out<float>(best), op.out<int32_t>(best_at), op.out<uint32_t>(counter)});
+}
+
+void moe_decode(Tensor x, Tensor topk_weights, Tensor ids, Tensor gate_up, Optional gate_up_scale, Tensor down,
+                Optional down_scale, int64_t inter, Tensor h, Tensor out, int64_t stream, bool early) {
+  Op op(stream, early);
+  op.run<MoeDecode>(&Kernels::moe_decode,
+                    {dtype_of(x), bits_of(down, down_scale), op.in(x), op.in<float>(topk_weights), op.in<int32_t>(ids),
+                     op.in(gate_up), op.in(gate_up_scale), op.in(down), op.in(down_scale), op.out(h), op.out(out), (int)x.size(0),
+                     (int)ids.size(1), (int)gate_up.size(0), (int)x.size(1), (int)inter});
+}
+
 STABLE_TORCH_LIBRARY(gemma4_fast_cuda, m) {
   m.def("rms_norm(Tensor x, Tensor? weight, Tensor(a!) out, float eps, int stream, bool early) -> ()");
   m.def("norm_add_norm(Tensor x, Tensor? experts, Tensor residual, Tensor? x_weight, Tensor? experts_weight, Tensor weight, "
         "Tensor? scale, Tensor? next_weight, Tensor? other_weight, Tensor(a!) y, Tensor(b!)? z, Tensor(c!)? other_z, float eps, "
         "int stream, bool early) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor? scale, int n, int end, float cap, Tensor? other, Tensor(a!)? best, "
+        "Tensor(b!)? best_at, Tensor(c!)? counter, Tensor(d!) out, int stream, bool early) -> ()");
+  m.def("moe_decode(Tensor x, Tensor topk_weights, Tensor ids, Tensor gate_up, Tensor? gate_up_scale, Tensor down, "
+        "Tensor? down_scale, int inter, Tensor(a!) h, Tensor(b!) out, int stream, bool early) -> ()");
 #if defined(GEMMA4_EMULATED)
   m.def("use(str library, int seed) -> ()");
 #endif
@@ -125,6 +153,8 @@ STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cuda, CUDA, m) {
 #endif
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("norm_add_norm", TORCH_BOX(&norm_add_norm));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("moe_decode", TORCH_BOX(&moe_decode));
 }
 
 }  // namespace

@@ -13,15 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma4_fast.ops import checks
+from gemma4_fast.quant import QuantizedWeight, WeightLike
+
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HIDDEN = 6144  # 8 kMost in csrc/cuda/norms.cu
 
 
 def run(name: str, like: Tensor, *args: Any) -> None:
     """The op of csrc/cuda/torch_ops.cpp, on the stream that `like`'s device is at."""
-    on_gpu = like.device.type == "cuda"  # not, where the kernels are emulated
-    stream = torch._C._cuda_getCurrentRawStream(like.device.index) if on_gpu else 0
-    _op(name)(*args, stream, on_gpu and has_early_launch(like.device))
+    _op(name)(*args, _stream(like.device), has_early_launch(like.device))
+
+
+def _stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 @functools.cache
@@ -32,7 +37,7 @@ def _op(name: str) -> Any:
 @functools.cache
 def has_early_launch(device: torch.device) -> bool:
     """Programmatic dependent launch. Not sm_120, where others' graphs of such launches fail (sglang#18596)."""
-    return (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0)
+    return device.type == "cuda" and (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0)
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -42,6 +47,19 @@ def _whole(x: Tensor) -> Tensor:
 
 def _maybe(x: Tensor | None) -> Tensor | None:
     return None if x is None else _whole(x)
+
+
+# Of blocks that have ended, by device and stream: zeros, and zeros again after each launch (`last_to_arrive`). Launches of one
+# stream run one after the other, so that they may share them.
+_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counters(like: Tensor, count: int) -> Tensor:
+    """At least so many. A captured graph keeps those it was captured with: they live as long as the process."""
+    key = like.device, _stream(like.device)
+    if key not in _COUNTERS or _COUNTERS[key].numel() < count:
+        _COUNTERS[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=like.device)
+    return _COUNTERS[key]
 
 
 # ---- norms ----
@@ -104,3 +122,105 @@ def _norm_add_norm(
         norms = *map(_maybe, weights), scale, _maybe(next_weight), _maybe(other_weight)
         run("norm_add_norm", x, x, _maybe(experts), _whole(residual), *norms, y, z, other, eps)
     return y, z, other
+
+
+# ---- products of few rows ----
+
+MAX_ROWS = 16  # the tokens of two products of csrc/cuda/weights.cuh
+_ENDS = ("none", "softcap", "geglu", "gate", "argmax")  # Linear::End
+_ROWS_OF_A_BLOCK = {0: 128, 8: 256, 4: 256}  # by a weight's bits: of one whose warps have a tile each
+
+
+def parts(weight: WeightLike) -> tuple[Tensor, Tensor | None, int]:
+    """What a kernel is given of a weight: its values, scales, and bits (0: not quantized)."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.data, weight.scale, weight.bits
+    return _whole(weight), None, 0
+
+
+def few_rows(x: Tensor) -> str | None:
+    rows = x.shape[:-1].numel()
+    return None if rows <= MAX_ROWS else f"takes up to {MAX_ROWS} rows, got {rows}"
+
+
+def accepts_linear(x: Tensor, weight: WeightLike, *_: object) -> str | None:
+    return few_rows(x) or checks.whole_weight(weight, 1)
+
+
+def accepts_geglu_mlp(x: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:
+    return few_rows(x) or checks.whole_weight(gate_up, 2) or checks.whole_weight(down, 1)
+
+
+def accepts_ple_gate(x: Tensor, *_: object) -> str | None:
+    return few_rows(x) or accepts_rows(x)
+
+
+def _product(x: Tensor, weight: WeightLike, end: str = "none", *, cap: float = 0.0, other: Tensor | None = None) -> Tensor:
+    """x [M, K], columns together -> [M, N] with one of the ends of linear.cu; "argmax": ids [M] int64."""
+    (m, k), n = x.shape, weight.shape[0] // 2 if end == "geglu" else weight.shape[0]
+    values, scales, bits = parts(weight)
+    out = x.new_empty(m, dtype=torch.int64) if end == "argmax" else x.new_empty(m, n)
+    if m == 0 or n == 0 or k == 0:
+        return out.zero_()
+    best = None, None, None
+    if end == "argmax":
+        blocks = -(-n // _ROWS_OF_A_BLOCK[bits])
+        best = x.new_empty(blocks, m, dtype=torch.float32), x.new_empty(blocks, m, dtype=torch.int32), _counters(x, 1)
+    run("linear", x, x, values, scales, n, _ENDS.index(end), cap, other, *best, out)
+    return out
+
+
+def linear(x: Tensor, weight: WeightLike) -> Tensor:
+    rows = _whole(x).view(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return _product(rows, weight).view(*x.shape[:-1], weight.shape[0])
+
+
+def geglu_mlp(x: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
+    rows = _whole(x).view(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return _product(_product(rows, gate_up, "geglu"), down).view(x.shape)
+
+
+def logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: bool = False) -> Tensor:
+    if argmax:
+        return _product(_whole(x), weight, "argmax")
+    return _product(_whole(x), weight, "none" if softcap is None else "softcap", cap=softcap or 0.0)
+
+
+def ple_gate(
+    x: Tensor,
+    ple: Tensor,
+    gate: Tensor,
+    proj: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    next_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor | None]:
+    x, ple = _whole(x), ple if ple.stride(-1) == 1 else ple.contiguous()
+    h = _product(_product(x, gate, "gate", other=ple), proj)
+    return norm_add_norm(h, x, weight, scale, next_weight, eps)[:2]
+
+
+# ---- experts ----
+
+MAX_PAIRS = 256  # (token, expert) assignments: kMostPairs in csrc/cuda/moe_decode.cu
+
+
+def accepts_moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:
+    if isinstance(gate_up, Tensor) != isinstance(down, Tensor):
+        return "takes gate_up and down both quantized, or neither"
+    if isinstance(gate_up, QuantizedWeight) and isinstance(down, QuantizedWeight) and gate_up.bits != down.bits:
+        return "takes gate_up and down quantized to the same bits"
+    if ids.numel() > MAX_PAIRS:
+        return f"takes up to {MAX_PAIRS} assignments, got {ids.numel()}"
+    return few_rows(x) or checks.whole_weight(gate_up, 2) or checks.whole_weight(down, 1)
+
+
+def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
+    x, inter = _whole(x), down.shape[2]
+    if ids.numel() == 0 or x.numel() == 0 or inter == 0:
+        return torch.zeros_like(x)
+    h, out = x.new_empty(ids.numel(), inter), torch.empty_like(x)
+    weights = *parts(gate_up)[:2], *parts(down)[:2]
+    run("moe_decode", x, x, _whole(topk_weights.float()), _whole(ids), *weights, inter, h, out)
+    return out

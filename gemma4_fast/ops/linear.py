@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_fast.ops import checks, cpu_backend, triton_backend
+from gemma4_fast.ops import checks, cpu_backend, cuda_backend, triton_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.quant import WeightLike
 from gemma4_fast.reference import ops as reference
@@ -54,6 +54,7 @@ LINEAR = register(
             "26b_qkv_512_tokens_int4": lambda m: linear_case(m, 512, 2816, out=8192, bits=4),
         },
         impls={
+            "cuda": Impl("gemma4_fast.ops.cuda_backend:linear", cuda_backend.DTYPES, accepts=cuda_backend.accepts_linear),
             "cpu": Impl("gemma4_fast.ops.cpu_backend:linear", cpu_backend.DTYPES, accepts=checks.accepts_weights),
             "triton": Impl("gemma4_fast.triton.linear:linear", triton_backend.DTYPES, accepts=checks.accepts_weights),
             "torch": Impl("gemma4_fast.ops.torch_backend:linear"),
@@ -103,6 +104,7 @@ GEGLU_MLP = register(
             "26b_1_token_int4": lambda m: mlp_case(m, 1, 2816, 2112, bits=4),
         },
         impls={
+            "cuda": Impl("gemma4_fast.ops.cuda_backend:geglu_mlp", cuda_backend.DTYPES, accepts=cuda_backend.accepts_geglu_mlp),
             "cpu": Impl("gemma4_fast.ops.cpu_backend:geglu_mlp", cpu_backend.DTYPES, accepts=cpu_backend.accepts_geglu),
             "triton": Impl(
                 "gemma4_fast.triton.geglu_mlp:geglu_mlp", triton_backend.DTYPES, accepts=triton_backend.accepts_geglu
@@ -173,6 +175,7 @@ LOGITS = register(
             "26b_1_token_argmax_int8": lambda m: _clear(_logits_case(m, 1, 2816, 262144, argmax=True, bits=8)),
         },
         impls={
+            "cuda": Impl("gemma4_fast.ops.cuda_backend:logits", cuda_backend.DTYPES, accepts=cuda_backend.accepts_linear),
             "cpu": Impl("gemma4_fast.ops.cpu_backend:logits", cpu_backend.DTYPES, accepts=checks.accepts_weights),
             "triton": Impl("gemma4_fast.triton.logits:logits", triton_backend.DTYPES, accepts=checks.accepts_weights),
             "torch": Impl("gemma4_fast.ops.torch_backend:logits"),

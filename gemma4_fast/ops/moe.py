@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_fast.ops import checks, cpu_backend, triton_backend
+from gemma4_fast.ops import checks, cpu_backend, cuda_backend, triton_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.quant import WeightLike
 from gemma4_fast.reference import ops as reference
@@ -264,6 +264,7 @@ MOE_DECODE = register(
             "int8_one_token": lambda m: moe_case(m, 1, 2816, 704, 8, 8, bits=8),
             "int8_odd": lambda m: moe_case(m, 13, 97, 49, 5, 3, bits=8),
             "int4": lambda m: moe_case(m, 30, 256, 704, 8, 2, bits=4),
+            "int4_few": lambda m: moe_case(m, 11, 256, 704, 8, 4, bits=4),
             "int4_odd": lambda m: moe_case(m, 3, 97, 33, 5, 3, bits=4),
         },
         cost=_moe_cost,
@@ -274,6 +275,9 @@ MOE_DECODE = register(
             "26b_1_token_int4": lambda m: moe_case(m, 1, 2816, 704, 128, 8, bits=4),
         },
         impls={
+            "cuda": Impl(
+                "gemma4_fast.ops.cuda_backend:moe_decode", cuda_backend.DTYPES, accepts=cuda_backend.accepts_moe_decode
+            ),
             "cpu": Impl("gemma4_fast.ops.cpu_backend:moe_decode", cpu_backend.DTYPES, accepts=cpu_backend.accepts_moe),
             "triton": Impl(
                 "gemma4_fast.triton.moe_decode:moe_decode", triton_backend.DTYPES, accepts=triton_backend.accepts_moe

@@ -400,6 +400,7 @@ PLE_GATE = register(
             "e4b_512_tokens": lambda m: _ple_case(m, 512, 2560, 256),
         },
         impls={
+            "cuda": Impl("gemma4_fast.ops.cuda_backend:ple_gate", cuda_backend.DTYPES, accepts=cuda_backend.accepts_ple_gate),
             "cpu": Impl("gemma4_fast.ops.cpu_backend:ple_gate", cpu_backend.DTYPES),
             "triton": Impl("gemma4_fast.triton.ple_gate:ple_gate", triton_backend.DTYPES),
             "torch": Impl("gemma4_fast.ops.torch_backend:ple_gate"),
