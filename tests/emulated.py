@@ -36,8 +36,9 @@ def why_not() -> str | None:
     return None if shutil.which(COMPILER) else f"there is no {COMPILER}"
 
 
-def build(folder: Path, sources: list[Path] = SOURCES, *, ops: bool = True, sanitize: bool = False) -> Path:
-    """The library of kernels, and beside it, with `ops`, that of torch's ops."""
+def build(folder: Path = BUILD, changed: dict[Path, Path] | None = None, *, sanitize: bool = False) -> Path:
+    """The library of kernels, and beside it that of torch's ops. changed: files of csrc/cuda, by the ones that stand for them;
+    then kernels alone, and of the others what `load` has built."""
     from ninja import BIN_DIR, ninja_syntax
     from torch.utils import cpp_extension
 
@@ -46,14 +47,17 @@ def build(folder: Path, sources: list[Path] = SOURCES, *, ops: bool = True, sani
     with (folder / "build.ninja").open("w") as file:
         n = ninja_syntax.Writer(file)
         n.variable("cxx", COMPILER)
-        n.variable("flags", " ".join([*FLAGS, *extra]))
+        n.variable("flags", " ".join([*([f"-I{folder}"] if changed else []), *FLAGS, *extra]))
         n.rule("compile", "$cxx $flags $more -MMD -MF $out.d -c -x c++ $in -o $out", depfile="$out.d", deps="gcc")
         n.rule("link", f"$cxx {' '.join(extra)} -shared $in -o $out $more")
         objects = []
-        for source in [*sources, ROOT / "tests" / "emulator" / "library.cpp"]:
-            objects += n.build(f"{source.stem}.o", "compile", str(source))
+        for source in dict.fromkeys([*(changed or {}), *SOURCES, ROOT / "tests" / "emulator" / "library.cpp"]):
+            if source in (changed or {}) or not changed:
+                objects += n.build(f"{source.stem}.o", "compile", str((changed or {}).get(source, source)))
+            else:
+                objects.append(str(BUILD / f"{source.stem}.o"))
         n.build("kernels.so", "link", objects)
-        if ops:
+        if not changed:
             include = " ".join(f"-isystem {path}" for path in cpp_extension.include_paths())
             torch_flags = f"-DTORCH_TARGET_VERSION=0x020a000000000000 {include}"
             facing = n.build("torch_ops.o", "compile", str(ROOT / "csrc/cuda/torch_ops.cpp"), variables={"more": torch_flags})
@@ -67,7 +71,7 @@ def build(folder: Path, sources: list[Path] = SOURCES, *, ops: bool = True, sani
 @functools.cache
 def load() -> Path:
     """The kernels as they are."""
-    kernels = build(BUILD)
+    kernels = build()
     torch.ops.load_library(str(BUILD / "ops.so"))
     return kernels
 
@@ -77,16 +81,21 @@ def use(kernels: Path | None = None, seed: int = 0) -> None:
     torch.ops.gemma4_fast_cuda.use(str(kernels or real), seed)
 
 
-def mutant(name: str, source: str, before: str, after: str) -> Path:
-    """Kernels with `before`, which stands there once, changed in a source of csrc/cuda."""
-    folder = BUILD / name
-    folder.mkdir(parents=True, exist_ok=True)
-    text = (ROOT / "csrc" / "cuda" / source).read_text(encoding="utf-8")
-    assert text.count(before) == 1, f"{source} has {before!r} {text.count(before)} times"
-    changed = folder / source
+def mutant(name: str, file: str, before: str, after: str, source: str) -> Path:
+    """Kernels with `before`, which stands there once, changed in `file` of csrc/cuda, a source or a header of `source`."""
+    load()
+    folder = BUILD / "mutants" / name
+    changed = folder / "cuda" / file  # where `#include "cuda/..."` looks first
+    changed.parent.mkdir(parents=True, exist_ok=True)
+    text = (ROOT / "csrc" / "cuda" / file).read_text(encoding="utf-8")
+    assert text.count(before) == 1, f"{file} has {before!r} {text.count(before)} times"
     if not changed.exists() or changed.read_text(encoding="utf-8") != text.replace(before, after):
         changed.write_text(text.replace(before, after), encoding="utf-8")
-    return build(folder, [changed, *(s for s in SOURCES if s.name != source)], ops=False)
+    if file == source:
+        return build(folder, {ROOT / "csrc" / "cuda" / source: changed})
+    copy = folder / source  # its headers are looked for in `folder` first, so that it must not lie beside the real ones
+    copy.write_text((ROOT / "csrc" / "cuda" / source).read_text(encoding="utf-8"), encoding="utf-8")
+    return build(folder, {ROOT / "csrc" / "cuda" / source: copy})
 
 
 @contextmanager

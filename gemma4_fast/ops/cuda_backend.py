@@ -162,7 +162,7 @@ def _product(x: Tensor, weight: WeightLike, end: str = "none", *, cap: float = 0
     out = x.new_empty(m, dtype=torch.int64) if end == "argmax" else x.new_empty(m, n)
     if m == 0 or n == 0 or k == 0:
         return out.zero_()
-    best = None, None, None
+    best: tuple[Tensor | None, ...] = None, None, None
     if end == "argmax":
         blocks = -(-n // _ROWS_OF_A_BLOCK[bits])
         best = x.new_empty(blocks, m, dtype=torch.float32), x.new_empty(blocks, m, dtype=torch.int32), _counters(x, 1)

@@ -147,6 +147,12 @@ def _clear(args: dict[str, Any]) -> dict[str, Any]:
     return args
 
 
+def _tied(args: dict[str, Any]) -> dict[str, Any]:
+    """Every row of the weight twice: the first must win."""
+    args["weight"][500:] = args["weight"][:500]
+    return args
+
+
 def _logits_cost(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: bool = False) -> Cost:
     out = 8 * x.shape[0] if argmax else x.shape[0] * weight.shape[0] * x.element_size()
     return Cost(2 * x.shape[0] * weight.numel(), x.nbytes + weight.nbytes + out)
@@ -163,6 +169,7 @@ LOGITS = register(
             "saturated": lambda m: _logits_case(m, 4, 64, 500, big=40.0),
             "no_cap": lambda m: _logits_case(m, 3, 64, 100, cap=None),
             "argmax": lambda m: _logits_case(m, 5, 2816, 4096, argmax=True),
+            "argmax_ties": lambda m: _tied(_logits_case(m, 3, 64, 1000, argmax=True)),
             "odd": lambda m: _logits_case(m, 3, 97, 1001),
             "int8": lambda m: _logits_case(m, 3, 256, 1001, bits=8),
             "int4_odd": lambda m: _logits_case(m, 3, 97, 1001, cap=None, bits=4),

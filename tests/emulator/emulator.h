@@ -9,7 +9,8 @@
 //   load        of what another block of this launch stored, without load_fresh, is an error; so is any access to global memory
 //               outside the op's tensors (`allow`), to shared memory outside the block's, or unaligned; an access to what may
 //               not be there yet, before wait_for_inputs(); and a barrier or a warp's exchange that some thread does not come to.
-// The first error ends the launch, and is thrown from it. Plain accesses to shared memory are seen by AddressSanitizer alone.
+// The first error ends the launch, and is thrown from it. Plain loads from outside of shared memory are seen by AddressSanitizer
+// alone.
 #pragma once
 
 #include "cuda/kernels.h"
@@ -58,6 +59,8 @@ using device::Dim;
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 128 << 10;
+constexpr size_t kMostShared = 232448, kGuardBytes = 16 << 10;
+constexpr unsigned char kGuard = 0xa5;
 
 struct Range {
   uintptr_t begin, end;
@@ -414,11 +417,11 @@ inline void barrier() {
 
 inline void run_block(size_t shared) {
   Machine& m = machine();
-  m.memory.reset(static_cast<char*>(std::aligned_alloc(128, (shared + 127) / 128 * 128 + 128)));
   m.shared = m.memory.get(), m.shared_bytes = shared;
   std::memset(m.shared, 0xff, shared);
+  std::memset(m.shared + shared, kGuard, kGuardBytes);
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_poison_memory_region(m.shared + shared, 128);
+  __asan_poison_memory_region(m.shared + shared, kGuardBytes);
 #endif
   m.warps.assign((m.threads + kWarp - 1) / kWarp, {});
   m.stores.clear();
@@ -429,18 +432,24 @@ inline void run_block(size_t shared) {
   for (int f = 0; f < m.threads && m.error.empty(); ++f)
     if (!m.fibers[f].ended) record(std::string("waits for ever at ") + m.fibers[f].waits_for, f);
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(m.shared + shared, 128);
+  __asan_unpoison_memory_region(m.shared + shared, kGuardBytes);
 #endif
+  const auto* guard = reinterpret_cast<unsigned char*>(m.shared + shared);
+  for (size_t i = 0; i < kGuardBytes && m.error.empty(); ++i)
+    if (guard[i] != kGuard) record("a plain store outside of the block's shared memory", -1);
 }
 
 inline void run(Dim grid, int threads, size_t shared, std::function<void()> kernel) {
   Machine& m = machine();
   if (threads % kWarp || threads < 1 || threads > 1024) throw std::runtime_error("a block has whole warps, 32 at most");
-  if (shared > 232448) throw std::runtime_error("more shared memory than any GPU's block has");
+  if (shared > kMostShared) throw std::runtime_error("more shared memory than any GPU's block has");
   m.grid = grid, m.threads = threads, m.kernel = std::move(kernel);
   m.error.clear(), m.written.clear();
   m.random.seed(m.seed);
-  if (!m.stacks) m.stacks.reset(new char[1024 * kStack]);
+  if (!m.stacks) {
+    m.stacks.reset(new char[1024 * kStack]);
+    m.memory.reset(static_cast<char*>(std::aligned_alloc(128, kMostShared + kGuardBytes)));
+  }
   m.fibers.resize(threads);
   m.order.resize(threads);
   std::iota(m.order.begin(), m.order.end(), 0);
