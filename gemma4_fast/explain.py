@@ -81,6 +81,6 @@ def support_table() -> str:
     columns = [b for b in ops.BACKENDS if b != "reference"]
     lines = ["| op | does | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     for op in ops.TABLE.values():
-        marks = ["composed" if op.compose else "yes" if b in op.impls else "" for b in columns]
+        marks = ["yes" if b in op.impls else "composed" if op.compose else "" for b in columns]
         lines.append(f"| `{op.name}` | {op.summary} | " + " | ".join(marks) + " |")
     return "\n".join(lines)

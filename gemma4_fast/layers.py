@@ -27,7 +27,7 @@ MODEL_OPS = (
     "geglu_mlp", "logits",
 )  # fmt: skip
 PLE_OPS = ("ple_gate",)
-MOE_OPS = ("route_topk", "moe_decode", "expert_dispatch", "grouped_gemm", "moe_norm_add_norm")
+MOE_OPS = ("moe_feed_forward", "route_topk", "moe_decode", "expert_dispatch", "grouped_gemm", "moe_norm_add_norm")
 
 
 def model_ops(config: Gemma4Config) -> tuple[str, ...]:
@@ -266,18 +266,18 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x, its pre-norms h and for experts e [T, H], ple [T, P] -> the layer's output, and its norm by the next layer's
         weight."""
-        d = ops.geglu_mlp(h, self.mlp.gate_up_proj.weight, self.mlp.down_proj.weight)
+        mlp = self.mlp.gate_up_proj.weight, self.mlp.down_proj.weight
         end = self.layer_scalar, next_norm, self.eps
         last = end if ple is None else (None, None, self.eps)
         post = self.post_feedforward_layernorm.weight
         if e is not None:
             router = self.router.scale, self.router.proj.weight, self.router.per_expert_scale
-            weights, ids = ops.route_topk(x, *router, self.top_k, self.eps)
-            e = ops.moe(e, weights, ids, self.experts.gate_up_proj, self.experts.down_proj)
+            experts = self.experts.gate_up_proj, self.experts.down_proj
+            d, e = ops.moe_feed_forward(x, h, e, *mlp, *router, *experts, self.top_k, self.eps)
             norms = self.post_feedforward_layernorm_1.weight, self.post_feedforward_layernorm_2.weight, post
             x, h_next = ops.moe_norm_add_norm(d, e, x, *norms, *last)
         else:
-            x, h_next, _ = ops.norm_add_norm(d, x, post, *last)
+            x, h_next, _ = ops.norm_add_norm(ops.geglu_mlp(h, *mlp), x, post, *last)
         if ple is None:
             return x, h_next
         gate, proj = self.per_layer_input_gate.weight, self.per_layer_projection.weight

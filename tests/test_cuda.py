@@ -1,4 +1,4 @@
-"""The CUDA kernels: on a GPU if there is one, else compiled for the host and emulated: see emulated.py and emulator/emulator.h."""
+"""The CUDA kernels: on a GPU if there is one, else compiled for the host and emulated: see emulated.py, emulator/emulator.h."""
 
 from __future__ import annotations
 

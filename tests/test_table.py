@@ -21,7 +21,8 @@ from gemma4_fast.reference import ops as reference
 
 DESIGN = [
     "rms_norm", "norm_add_norm", "moe_norm_add_norm", "qkv_norm_rope", "gqa_decode", "gqa_prefill", "route_topk",
-    "expert_dispatch", "grouped_gemm", "moe_decode", "moe", "linear", "geglu_mlp", "ple_gate", "logits", "embedding",
+    "expert_dispatch", "grouped_gemm", "moe_decode", "moe",
+    "moe_feed_forward", "linear", "geglu_mlp", "ple_gate", "logits", "embedding",
     "rope_angles",
 ]  # fmt: skip
 X = torch.randn(3, 8)
@@ -181,7 +182,7 @@ def test_explain_shows_the_decision(fake_cpu: None) -> None:
     with use_backend("reference"):
         assert {c.backend for c in explain(device="cpu").choices} == {"reference", "composed"}
     model = gemma4_fast.Gemma4.from_pretrained("tiny", check=False, backend="reference")
-    assert {c.backend for c in explain(model).choices} == {"reference"}
+    assert {c.backend for c in explain(model).choices} == {"reference", "composed"}
 
 
 def test_readme_has_the_support_table() -> None:
@@ -228,6 +229,9 @@ BAD_CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("moe", dict(topk_weights=torch.zeros(1, 7)), "topk_weights"),
     ("moe", dict(down=torch.zeros(8, 2816, 703)), "down"),
     ("moe_decode", dict(gate_up=torch.zeros(8, 1407, 2816)), "even"),
+    ("moe_feed_forward", dict(h=torch.ones(1, 5)), "h has shape"),
+    ("moe_feed_forward", dict(experts_down=torch.ones(8, 2816, 3)), "experts_down"),
+    ("moe_feed_forward", dict(router_proj=torch.ones(7, 2816)), "per_expert_scale|experts"),
     ("linear", dict(weight=torch.ones(4, 5)), "weight"),
     ("geglu_mlp", dict(gate_up=torch.ones(3, 2816)), "even"),
     ("geglu_mlp", dict(down=torch.ones(2816, 3)), "down"),

@@ -70,6 +70,7 @@ SLOW = {
     "grouped_gemm": ["26b_geglu", "26b_combine"],
     "moe_decode": ["26b_one_token", "26b", "int8_one_token", "int8_odd", "int4"],
     "moe": ["26b_one_token", "26b_prefill"],
+    "moe_feed_forward": ["26b_one_token", "few", "int8"],
     "ple_gate": ["e2b_one_token", "e4b"],
     "embedding": ["e2b_per_layer"],
 }

@@ -14,7 +14,7 @@ from gemma4_fast.ops.cpu_backend import decode_limit, shared_scratch
 from gemma4_fast.ops.cpu_backend import kernels as cpu_kernels
 from gemma4_fast.ops.embedding import EMBEDDING, ROPE_ANGLES
 from gemma4_fast.ops.linear import GEGLU_MLP, LINEAR, LOGITS
-from gemma4_fast.ops.moe import EXPERT_DISPATCH, GROUPED_GEMM, MOE, MOE_DECODE, ROUTE_TOPK
+from gemma4_fast.ops.moe import EXPERT_DISPATCH, GROUPED_GEMM, MOE, MOE_DECODE, MOE_FEED_FORWARD, ROUTE_TOPK
 from gemma4_fast.ops.norms import MOE_NORM_ADD_NORM, NORM_ADD_NORM, PLE_GATE, QKV_NORM_ROPE, RMS_NORM
 from gemma4_fast.ops.table import (
     AUTO_ORDER,
@@ -39,7 +39,8 @@ from gemma4_fast.quant import WeightLike
 __all__ = [
     "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "bound", "cpu_kernels", "decide", "decode_limit",
     "default_backend", "embedding", "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear",
-    "logits", "moe", "moe_decode", "moe_norm_add_norm", "norm_add_norm", "parse_backend", "ple_gate", "qkv_norm_rope",
+    "logits", "moe", "moe_decode", "moe_feed_forward", "moe_norm_add_norm", "norm_add_norm", "parse_backend", "ple_gate",
+    "qkv_norm_rope",
     "recordable", "register", "require", "rms_norm", "rope_angles", "route_topk", "selection", "shared_scratch", "shared_step",
     "use_backend",
 ]  # fmt: skip
@@ -175,6 +176,25 @@ def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike
 def moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
     """Routed experts, x [T, H] -> [T, H]: moe_decode or expert_dispatch + grouped_gemm, by the number of tokens."""
     return MOE(x, topk_weights, ids, gate_up, down)
+
+
+def moe_feed_forward(
+    x: Tensor,
+    h: Tensor,
+    e: Tensor,
+    gate_up: WeightLike,
+    down: WeightLike,
+    router_scale: Tensor,
+    router_proj: Tensor,
+    per_expert_scale: Tensor,
+    experts_gate_up: WeightLike,
+    experts_down: WeightLike,
+    top_k: int,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Both branches of a layer with experts, x and its pre-norms h and e [T, H] -> geglu_mlp(h), moe(e) [T, H]."""
+    router = router_scale, router_proj, per_expert_scale
+    return MOE_FEED_FORWARD(x, h, e, gate_up, down, *router, experts_gate_up, experts_down, top_k, eps)
 
 
 def linear(x: Tensor, weight: WeightLike) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gemma4_fast.ops import checks, cpu_backend, cuda_backend, triton_backend
+from gemma4_fast.ops.linear import GEGLU_MLP, mlp_case
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.quant import WeightLike
 from gemma4_fast.reference import ops as reference
@@ -355,5 +356,118 @@ MOE = register(
         },
         compose=_compose_moe,
         parts=("moe_decode", "expert_dispatch", "grouped_gemm"),
+    )
+)
+
+
+def _check_feed_forward(
+    x: Tensor,
+    h: Tensor,
+    e: Tensor,
+    gate_up: WeightLike,
+    down: WeightLike,
+    router_scale: Tensor,
+    router_proj: Tensor,
+    per_expert_scale: Tensor,
+    experts_gate_up: WeightLike,
+    experts_down: WeightLike,
+    top_k: int,
+    eps: float = 1e-6,
+) -> None:
+    op = "moe_feed_forward"
+    checks.floating(op, "x", x, 2)
+    checks.shaped(op, "h", h, x.shape, x)
+    checks.shaped(op, "e", e, x.shape, x)
+    GEGLU_MLP.check(h, gate_up, down)
+    _check_route(x, router_scale, router_proj, per_expert_scale, top_k, eps)
+    experts, inter = router_proj.shape[0], experts_gate_up.shape[1] // 2
+    checks.weight(op, "experts_gate_up", experts_gate_up, (experts, -1, x.shape[1]), x)
+    checks.weight(op, "experts_down", experts_down, (experts, x.shape[1], inter), x)
+    checks.require(
+        op,
+        experts_gate_up.shape[1] == 2 * inter,
+        f"experts_gate_up has {experts_gate_up.shape[1]} rows, expected an even number",
+    )
+
+
+def _compose_feed_forward(
+    x: Tensor,
+    h: Tensor,
+    e: Tensor,
+    gate_up: WeightLike,
+    down: WeightLike,
+    router_scale: Tensor,
+    router_proj: Tensor,
+    per_expert_scale: Tensor,
+    experts_gate_up: WeightLike,
+    experts_down: WeightLike,
+    top_k: int,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    dense = GEGLU_MLP(h, gate_up, down)
+    weights, ids = ROUTE_TOPK(x, router_scale, router_proj, per_expert_scale, top_k, eps)
+    return dense, MOE(e, weights, ids, experts_gate_up, experts_down)
+
+
+def feed_forward_case(
+    m: Maker, tokens: int, hidden: int, dense: int, inter: int, experts: int, top_k: int, bits: int = 0
+) -> dict[str, Any]:
+    x = m.randn(tokens, hidden, scale=4.0)
+    mlp, route = mlp_case(m, tokens, hidden, dense, bits), _route_case(m, tokens, hidden, experts, top_k)
+    moe = moe_case(m, tokens, hidden, inter, experts, top_k, bits=bits)
+    routing = {"router_scale": route["scale"], "router_proj": route["proj"], "per_expert_scale": route["per_expert_scale"]}
+    weights = {"experts_gate_up": moe["gate_up"], "experts_down": moe["down"]}
+    return dict(
+        x=x, h=mlp["x"], e=moe["x"], gate_up=mlp["gate_up"], down=mlp["down"], **routing, **weights, top_k=top_k, eps=1e-6
+    )
+
+
+def _feed_forward_cost(
+    x: Tensor,
+    h: Tensor,
+    e: Tensor,
+    gate_up: WeightLike,
+    down: WeightLike,
+    router_scale: Tensor,
+    router_proj: Tensor,
+    per_expert_scale: Tensor,
+    experts_gate_up: WeightLike,
+    experts_down: WeightLike,
+    top_k: int,
+    eps: float = 1e-6,
+) -> Cost:
+    weights, ids = reference.route_topk(x, router_scale, router_proj, per_expert_scale, top_k, eps)
+    costs = (
+        GEGLU_MLP.cost(h, gate_up, down),
+        ROUTE_TOPK.cost(x, router_scale, router_proj, per_expert_scale, top_k, eps),
+        _moe_cost(e, weights, ids, experts_gate_up, experts_down),
+    )
+    return Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs))
+
+
+MOE_FEED_FORWARD = register(
+    Op(
+        name="moe_feed_forward",
+        summary="both branches of a layer with experts: the dense MLP, the router and its experts",
+        reference=reference.moe_feed_forward,
+        check=_check_feed_forward,
+        cases={
+            "26b_one_token": lambda m: feed_forward_case(m, 1, 2816, 2112, 704, 8, 8),
+            "few": lambda m: feed_forward_case(m, 5, 256, 192, 96, 16, 4),
+            "many": lambda m: feed_forward_case(m, 40, 96, 128, 32, 16, 4),
+            "odd": lambda m: feed_forward_case(m, 3, 97, 35, 33, 5, 3),
+            "int8": lambda m: feed_forward_case(m, 11, 256, 192, 96, 16, 4, bits=8),
+            "int4_one_token": lambda m: feed_forward_case(m, 1, 256, 192, 96, 16, 4, bits=4),
+        },
+        cost=_feed_forward_cost,
+        bench_cases={
+            "26b_1_token": lambda m: feed_forward_case(m, 1, 2816, 2112, 704, 128, 8),
+            "26b_1_token_int4": lambda m: feed_forward_case(m, 1, 2816, 2112, 704, 128, 8, bits=4),
+        },
+        gpu_cases={
+            "26b_8_tokens": lambda m: feed_forward_case(m, 8, 2816, 2112, 704, 128, 8),
+        },
+        compose=_compose_feed_forward,
+        parts=("geglu_mlp", "route_topk", "moe", *MOE.parts),
     )
 )

@@ -101,7 +101,7 @@ class Op:
     impls: dict[str, Impl] = field(default_factory=dict)
     bench_cases: Mapping[str, Callable[[Maker], dict[str, Any]]] = field(default_factory=dict)  # true shapes, too large to test
     gpu_cases: Mapping[str, Callable[[Maker], dict[str, Any]]] = field(default_factory=dict)  # more of them, too slow on a CPU
-    compose: Callable[..., Any] | None = None  # an op made of other ops: it has no backend of its own
+    compose: Callable[..., Any] | None = None  # an op made of other ops, where no backend of `impls` has it in one
     parts: tuple[str, ...] = ()  # which ones
     mutates: tuple[str, ...] = ()  # arguments that are written in place; outputs, for a test
     slack: float = 2.0
@@ -110,8 +110,23 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         self.check(*args)
         if self.compose is not None:
-            return self.compose(*args)
+            impl = self.fused(args[0].device, args[0].dtype)
+            if impl is None or _refusal(impl, args) is not None:
+                return self.compose(*args)
+            return _on(args[0].device, impl.function)(*args)
         return self.select(args)(*args)
+
+    def fused(self, device: torch.device, dtype: torch.dtype) -> Impl | None:
+        """Of an op made of others: what has it in one, if that is of the backend that would serve its parts. A part for which
+        the caller has chosen a backend is served by that one."""
+        if not self.impls:
+            return None
+        wanted = _SELECTION.get().for_op(self.name)
+        if any(_SELECTION.get().for_op(part) != wanted for part in self.parts):
+            return None
+        serving = (b for b in wanted or AUTO_ORDER if backend_missing(b, device.type, named=bool(wanted)) is None)
+        impl = self.impls.get(next(serving, ""))
+        return impl if impl is not None and dtype in impl.dtypes else None
 
     def select(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """The implementation that serves these arguments under the selection in force."""
@@ -122,12 +137,9 @@ class Op:
             if backend == "reference":
                 return self.reference
             impl = self.impls[backend]
-            reason = _no_gradients(args) if backend != "torch" else None
-            if reason is None and impl.accepts is not None:
-                reason = impl.accepts(*args)
+            reason = _refusal(impl, args, gradients=backend == "torch")
             if reason is None:
-                on_gpu = x.device.type == "cuda" and backend != "torch"
-                return _on(x.device, impl.function) if on_gpu else impl.function
+                return impl.function if backend == "torch" else _on(x.device, impl.function)
             reasons = {**reasons, backend: reason}
             if not wanted:
                 _say_once(f"{self.name} passes over {backend}: {reason}")
@@ -173,8 +185,8 @@ class Op:
 
 
 def _on(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel's launcher, with its tensors' GPU the current one: where Triton and CUDA launch."""
-    if device.index == torch.cuda.current_device():
+    """A kernel's launcher, with its tensors' GPU, if it is one, the current one: where Triton and CUDA launch."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         return function
 
     def there(*args: Any) -> Any:
@@ -184,11 +196,12 @@ def _on(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any
     return there
 
 
-def _no_gradients(args: tuple[Any, ...]) -> str | None:
-    """Why a kernel cannot serve arguments that want a gradient: its outputs would have none, and no one would be told."""
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+def _refusal(impl: Impl, args: tuple[Any, ...], gradients: bool = False) -> str | None:
+    """Why it cannot serve these arguments. gradients: it computes them. A kernel cannot serve arguments that want one: its
+    outputs would have none, and no one would be told."""
+    if not gradients and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
         return "computes no gradients, and an argument requires one"
-    return None
+    return None if impl.accepts is None else impl.accepts(*args)
 
 
 TABLE: dict[str, Op] = {}
@@ -352,7 +365,8 @@ def decide(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, di
     """
     op, reasons = TABLE[name], dict[str, str]()
     if op.compose is not None:
-        return "composed", reasons
+        fused = op.fused(device, dtype)
+        return next((b for b, impl in op.impls.items() if impl is fused), "composed"), reasons
     wanted = _SELECTION.get().for_op(name)
     for backend in wanted or AUTO_ORDER:
         reason = op.why_not(backend, device, dtype, named=bool(wanted))

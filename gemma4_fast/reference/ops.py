@@ -351,6 +351,29 @@ def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, do
     return moe(x, topk_weights, ids, gate_up, down)
 
 
+def moe_feed_forward(
+    x: Tensor,
+    h: Tensor,
+    e: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    router_scale: Tensor,
+    router_proj: Tensor,
+    per_expert_scale: Tensor,
+    experts_gate_up: Tensor,
+    experts_down: Tensor,
+    top_k: int,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Both branches of a layer with experts: geglu_mlp(h), and moe(e) by what route_topk says of x.
+
+    x [T, H], the residual stream; h, e [T, H], its pre-norms for the dense branch and the experts. The rest as in those ops.
+    Returns the branches' outputs [T, H] each, before their norms.
+    """
+    weights, ids = route_topk(x, router_scale, router_proj, per_expert_scale, top_k, eps)
+    return geglu_mlp(h, gate_up, down), moe(e, weights, ids, experts_gate_up, experts_down)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., K] @ weight [N, K]^T -> [..., N]. Gemma 4 has no biases."""
     return F.linear(x, weight)
