@@ -68,7 +68,7 @@ SLOW = {
     "logits": ["26b_slice", "argmax", "int8_argmax"],
     "gqa_decode": ["sliding_ring", "full_v_only", "full_v_only_paged", "full_kv", "sliding_short"],
     "grouped_gemm": ["26b_geglu", "26b_combine"],
-    "moe_decode": ["26b_one_token", "26b", "int8_one_token", "int8_odd", "int4"],
+    "moe_decode": ["26b_one_token", "26b", "int8_one_token", "int8_odd", "int4", "int4_few"],
     "moe": ["26b_one_token", "26b_prefill"],
     "moe_feed_forward": ["26b_one_token", "few", "int8"],
     "ple_gate": ["e2b_one_token", "e4b"],
