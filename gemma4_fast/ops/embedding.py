@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_fast.ops import checks, cpu_backend, triton_backend
+from gemma4_fast.ops import checks, cpu_backend, cuda_backend, triton_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.quant import QuantizedWeight, WeightLike
 from gemma4_fast.reference import ops as reference
@@ -55,6 +55,7 @@ EMBEDDING = register(
             "26b_512_tokens": lambda m: _embedding_case(m, 512, 262144, 2816, 53.0),
         },
         impls={
+            "cuda": Impl("gemma4_fast.ops.cuda_backend:embedding", cuda_backend.DTYPES, accepts=checks.accepts_embedding),
             "cpu": Impl("gemma4_fast.ops.cpu_backend:embedding", cpu_backend.DTYPES, accepts=checks.accepts_embedding),
             "triton": Impl("gemma4_fast.triton.embedding:embedding", triton_backend.DTYPES, accepts=checks.accepts_embedding),
             "torch": Impl("gemma4_fast.ops.torch_backend:embedding"),
@@ -100,6 +101,7 @@ ROPE_ANGLES = register(
             "sliding_512_tokens": lambda m: _angles_case(m, 512, 128, 256, 1e4),
         },
         impls={
+            "cuda": Impl("gemma4_fast.ops.cuda_backend:rope_angles", cuda_backend.DTYPES, accepts=checks.accepts_angles),
             "cpu": Impl("gemma4_fast.ops.cpu_backend:rope_angles", cpu_backend.DTYPES, accepts=checks.accepts_angles),
             "triton": Impl("gemma4_fast.triton.rope_angles:rope_angles", triton_backend.DTYPES, accepts=checks.accepts_angles),
             "torch": Impl("gemma4_fast.ops.torch_backend:rope_angles"),

@@ -64,6 +64,7 @@ ROUTE_TOPK = register(
             "26b_512_tokens": lambda m: _route_case(m, 512, 2816, 128, 8),
         },
         impls={
+            "cuda": Impl("gemma4_fast.ops.cuda_backend:route_topk", cuda_backend.DTYPES, accepts=cuda_backend.accepts_route),
             "cpu": Impl("gemma4_fast.ops.cpu_backend:route_topk", cpu_backend.DTYPES),
             "triton": Impl("gemma4_fast.triton.route_topk:route_topk", triton_backend.DTYPES),
             "torch": Impl("gemma4_fast.ops.torch_backend:route_topk"),

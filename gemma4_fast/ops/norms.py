@@ -323,6 +323,9 @@ QKV_NORM_ROPE = register(
             "26b_sliding_512_tokens": lambda m: _qkv_case(m, 512, 16, 8, 256, 128, 2),
         },
         impls={
+            "cuda": Impl(
+                "gemma4_fast.ops.cuda_backend:qkv_norm_rope", cuda_backend.DTYPES, accepts=cuda_backend.accepts_qkv_norm_rope
+            ),
             "cpu": Impl(
                 "gemma4_fast.ops.cpu_backend:qkv_norm_rope", cpu_backend.DTYPES, accepts=cpu_backend.accepts_qkv_norm_rope
             ),
