@@ -40,12 +40,9 @@ KERNEL(kThreads, 1) qkv_norm_rope_kernel(KERNEL_ARGS(QkvNormRope) a) {
   const bool is_q = head < a.q_heads, is_k = !is_q && head < a.q_heads + a.kv_heads && a.k, is_v = head >= first_v && head < heads;
   const bool turned = is_q || is_k, used = turned || is_v;
 
-  // The two halves of a row of `dim`; zeros if not `real`.
-  const auto weights = [&](const void* row, int from, bool real) {
-    return load_eight<T, kWhole, true>(static_cast<const T*>(row) + from, i, real ? (from ? a.dim - half : half) : 0);
-  };
-  const void* weight = is_k ? a.k_weight : a.q_weight;
-  const Bytes16 first_weight = weights(weight, 0, turned), second_weight = weights(weight, half, turned);
+  const T* weight = static_cast<const T*>(is_k ? a.k_weight : a.q_weight);
+  const Bytes16 first_weight = load_eight<T, kWhole, true>(weight, i, turned ? half : 0);
+  const Bytes16 second_weight = load_eight<T, kWhole, true>(weight + half, i, turned ? a.dim - half : 0);
   wait_for_inputs();
   const T* row = static_cast<const T*>(a.qkv) + (token * heads + head) * a.dim;
   float x[8], y[8], cos[8], sin[8], w[8];

@@ -49,13 +49,21 @@ DEVICE void multiply(float (&low_sum)[4], float (&high_sum)[4], const float (&y)
 template <int kEach>
 DEVICE void pick(const RouteTopk& a, const float* sums, int64_t stride, int parts, const float* gains, int token) {
   const int lane = lane_index();
+  constexpr int kAtOnce = kEach <= 4 ? 6 : 1;  // parts whose loads are on their way together: 6 are all of the 26B's
   float logits[kEach] = {}, squares = 0;
-  for (int part = 0; part < parts; ++part) {
-    const float* row = sums + part * stride;
-    squares += load_fresh(row + a.experts);
-    UNROLL for (int i = 0; i < kEach; ++i) {
-      const int expert = lane + i * kWarp;
-      if (expert < a.experts) logits[i] += load_fresh(row + expert);
+  for (int part = 0; part < parts; part += kAtOnce) {
+    float loaded[kAtOnce][kEach + 1];
+    UNROLL for (int p = 0; p < kAtOnce; ++p) {
+      const float* row = sums + (part + p) * stride;
+      UNROLL for (int i = 0; i <= kEach; ++i) {
+        const int expert = i < kEach ? lane + i * kWarp : a.experts;
+        const bool there = part + p < parts && (i == kEach || expert < a.experts);
+        loaded[p][i] = there ? load_fresh(row + expert) : 0.0f;
+      }
+    }
+    UNROLL for (int p = 0; p < kAtOnce; ++p) {
+      squares += loaded[p][kEach];
+      UNROLL for (int i = 0; i < kEach; ++i) logits[i] += loaded[p][i];
     }
   }
   const float by = reciprocal_sqrt(squares / a.hidden + a.eps) * reciprocal_sqrt(a.hidden);
@@ -102,8 +110,10 @@ KERNEL(kThreads, 1) route_topk_kernel(KERNEL_ARGS(RouteTopk) a) {
       const int token = first_token + g + 8 * i;
       x[s][i] = read(a.x, token < a.tokens ? token : 0, token < a.tokens, first + 32 * s);
     }
-  for (int e = thread_index(); e < a.experts; e += kThreads)
-    shared.gains[e] = to_float(load(static_cast<const T*>(a.per_expert_scale) + e));
+  UNROLL for (int i = 0; i < (kEach * kWarp + kThreads - 1) / kThreads; ++i) {
+    const int e = thread_index() + i * kThreads;
+    if (e < a.experts) shared.gains[e] = to_float(load(static_cast<const T*>(a.per_expert_scale) + e));
+  }
 
   // k of the products is any order of the columns: a lane brings those that it has, two at a time.
   float low[kSteps][4] = {}, high[kSteps][4] = {}, squares[2] = {};
