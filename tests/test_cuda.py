@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import emulated
 import pytest
 import torch
+from torch import Tensor
 
 from gemma4_fast import UnsupportedError, ops
-from gemma4_fast.ops import table
+from gemma4_fast.ops import cuda_backend, table
 from gemma4_fast.ops.accuracy import Judge, converted, outputs
+from gemma4_fast.ops.embedding import angles_case, embedding_case
 from gemma4_fast.ops.linear import linear_case, mlp_case
-from gemma4_fast.ops.moe import moe_case
+from gemma4_fast.ops.moe import moe_case, route_case
+from gemma4_fast.ops.norms import qkv_case
 from gemma4_fast.ops.table import Maker
 from gemma4_fast.quant import QuantizedWeight
 
@@ -139,6 +142,123 @@ def test_the_largest_logit_of_many_blocks() -> None:
     assert ops.bound(ops.TABLE["logits"], "cuda")(x, weight, None, True).tolist() == [700, 4097, -1, 0]
 
 
+# ---- what the table's cases have not ----
+
+
+def judged(op_name: str, args: dict[str, Any]) -> None:
+    op = ops.TABLE[op_name]
+    verdict = Judge(op, args)(on_cuda(op))
+    assert verdict.ok, verdict.message
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same values, contiguous, at an address that is no multiple of 16 bytes."""
+    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_an_id_outside_the_table_gives_nan(bits: int) -> None:
+    m = Maker(torch.bfloat16, DEVICE)
+    weight, ids = m.weight(bits, 31, 104, scale=1.0), m.ints([3, -1, 30, 31, 2**40, -(2**62)], torch.int64)
+    out = on_cuda(ops.TABLE["embedding"])(weight, ids, 2.0)
+    inside = torch.tensor([True, False, True, False, False, False], device=DEVICE)
+    assert out[~inside].isnan().all() and out[inside].isfinite().all()
+
+
+def test_angles_far_out() -> None:
+    """In fp32 the angle itself would be wrong by a hundredth at 2^18."""
+    positions = torch.tensor([0, 1, 7, 8191, 2**18 - 1, 2**18, 2**22 + 5, -3], device=DEVICE)
+    inv_freq = 1e4 ** (-torch.arange(0, 70, device=DEVICE, dtype=torch.float32) / 70)
+    cos, sin = on_cuda(ops.TABLE["rope_angles"])(positions, inv_freq)
+    angles = positions.double()[:, None] * inv_freq.double()
+    assert (cos - angles.cos()).abs().max() < 2e-7 and (sin - angles.sin()).abs().max() < 2e-7
+
+
+@pytest.mark.parametrize("dim, pairs, parts", [(1, 0, 2), (7, 3, 1), (255, 100, 2), (511, 255, 1)])
+@pytest.mark.parametrize("cache", ["", "kv", "v"])
+def test_odd_heads(dim: int, pairs: int, parts: int, cache: str) -> None:
+    judged("qkv_norm_rope", qkv_case(Maker(torch.float16, DEVICE), 3, 3, 2, dim, pairs, parts, cache))
+
+
+def test_slots_outside_of_the_cache_are_not_written() -> None:
+    args = qkv_case(Maker(torch.bfloat16, DEVICE), 6, 4, 2, 256, 128, 2, "kv")
+    rows = args["v_cache"].shape[1]
+    args["slots"] = torch.tensor([4, -1, rows, rows - 1, 2**40, 0], device=DEVICE)
+    op, inside = ops.TABLE["qkv_norm_rope"], torch.tensor([0, 3, 5], device=DEVICE)
+    got = outputs(op, on_cuda(op), args)
+    for name in ("qkv", "cos", "sin", "slots"):
+        args[name] = args[name][inside]
+    fewer = outputs(op, on_cuda(op), args)
+    assert torch.equal(got[0][inside], fewer[0]) and got[0].isfinite().all()
+    assert torch.equal(got[1], fewer[1]) and torch.equal(got[2], fewer[2])
+
+
+def test_addresses_need_no_alignment() -> None:
+    m = Maker(torch.float16, DEVICE)
+    cases = {
+        "embedding": embedding_case(m, 3, 9, 64, 2.0),
+        "qkv_norm_rope": qkv_case(m, 3, 4, 2, 64, 32, 2, "kv"),
+        "route_topk": route_case(m, 3, 128, 16, 4),
+        "rope_angles": angles_case(m, 3, 32, 64, 1e4),
+    }
+    for name, args in cases.items():
+        judged(name, {k: shifted(v) if isinstance(v, Tensor) else v for k, v in args.items()})
+
+
+def route(args: dict[str, Any]) -> list[Tensor]:
+    op = ops.TABLE["route_topk"]
+    return outputs(op, on_cuda(op), args)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "tokens, hidden, experts, top_k", [(16, 2816, 128, 8), (17, 96, 1024, 32), (64, 1040, 129, 1), (2, 8, 1, 1)]
+)
+def test_router_shapes(tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype) -> None:
+    """And a token's are the same bits alone."""
+    args = route_case(Maker(dtype, DEVICE), tokens, hidden, experts, top_k)
+    judged("route_topk", args)
+    weights, ids = route(args)
+    for token in {0, tokens // 2, tokens - 1}:
+        one = route({**args, "x": args["x"][token : token + 1]})
+        assert torch.equal(one[0][0], weights[token]) and torch.equal(one[1][0], ids[token])
+
+
+@pytest.mark.parametrize("bits", [0x7FC0, -0x40, 0x7F80, -0x80], ids=["nan", "negative nan", "inf", "-inf"])
+def test_experts_exist_whatever_x_holds(bits: int) -> None:
+    bad = torch.tensor(bits, dtype=torch.int16, device=DEVICE).view(torch.bfloat16)
+    args = route_case(Maker(torch.bfloat16, DEVICE), 4, 200, 40, 8)
+    args["x"][1, 50] = bad
+    args["x"][2] = bad
+    args["x"][3] = 0
+    weights, ids = route(args)
+    assert ids.min() >= 0 and ids.max() < 40
+    assert all(len(set(row)) == 8 for row in ids.tolist())
+    assert weights[0].isfinite().all() and weights[1:3].isnan().all()
+    assert ids[3].tolist() == list(range(8))  # all equal
+    args["proj"][7, 3] = bad
+    weights, ids = route(args)
+    assert all(len(set(row)) == 8 for row in ids.tolist())
+    if bad.isnan():  # of one expert, it is all experts' weights' by the softmax
+        assert weights.isnan().all()
+
+
+def test_router_takes_the_values_of_its_dtype() -> None:
+    """In fp16 x * scale may be more than 65504, or as small as 1e-13; in bf16 x may be 1e18."""
+    for dtype, size in ((torch.float16, 1e4), (torch.float16, 1e-4), (torch.bfloat16, 1e18), (torch.bfloat16, 1e-3)):
+        args = route_case(Maker(dtype, DEVICE), 3, 200, 40, 8)
+        args["x"] *= size / 4
+        args["scale"] *= 100
+        args["proj"] /= 100
+        judged("route_topk", args)
+
+
+def test_router_serves_few_tokens() -> None:
+    args = route_case(Maker(torch.bfloat16, DEVICE), 65, 32, 4, 2)
+    with pytest.raises(UnsupportedError, match="64"):
+        route(args)
+
+
 # ---- the emulator finds what it should ----
 
 # A mistake one could make: its name; the file of csrc/cuda, the text there and what it becomes; the source that is built anew;
@@ -205,6 +325,140 @@ MUTANTS: list[tuple[str, str, str, str, str, str, str]] = [
         "moe_decode",
         "odd",
     ),
+    ("scale", "embedding.cu", "f[i] *= a.scale", "f[i] *= 1", "embedding.cu", "embedding", "odd"),
+    ("offset", "embedding.cu", "128 : 8", "127 : 7", "embedding.cu", "embedding", "int8_odd"),
+    ("nibbles", "embedding.cu", "low >> 4", "low", "embedding.cu", "embedding", "int4_odd"),
+    (
+        "panels",
+        "embedding.cu",
+        "panel * groups + first / 32",
+        "row / 8 * groups + first / 32",
+        "embedding.cu",
+        "embedding",
+        "int8",
+    ),
+    ("quarter", "device.cuh", "turn % 2 ? sin : cos", "turn % 3 ? sin : cos", "rope_angles.cu", "rope_angles", "full_far"),
+    ("turn", "qkv_norm_rope.cu", "cos[j] - y[j]", "cos[j] + y[j]", "qkv_norm_rope.cu", "qkv_norm_rope", "odd"),
+    (
+        "lanes",
+        "qkv_norm_rope.cu",
+        "warp_sum<kLanes>",
+        "warp_sum<kWarp>",
+        "qkv_norm_rope.cu",
+        "qkv_norm_rope",
+        "sliding_prefill",
+    ),
+    (
+        "weights",
+        "qkv_norm_rope.cu",
+        "is_k ? a.k_weight : a.q_weight",
+        "a.q_weight",
+        "qkv_norm_rope.cu",
+        "qkv_norm_rope",
+        "full_kv_cache",
+    ),
+    (
+        "slots",
+        "qkv_norm_rope.cu",
+        "a.slots ? load(a.slots + token) : token",
+        "token",
+        "qkv_norm_rope.cu",
+        "qkv_norm_rope",
+        "full_v_only_cache",
+    ),
+    ("early_slots", "qkv_norm_rope.cu", "  wait_for_inputs();\n", "", "qkv_norm_rope.cu", "qkv_norm_rope", "shared_q_only"),
+    (
+        "v_of_k",
+        "qkv_norm_rope.cu",
+        "head - first_v",
+        "head - a.q_heads",
+        "qkv_norm_rope.cu",
+        "qkv_norm_rope",
+        "sliding_one_token_cache",
+    ),
+    (
+        "low_half",
+        "route_topk.cu",
+        "mma_tf32(low_sum, low",
+        "if (false) mma_tf32(low_sum, low",
+        "route_topk.cu",
+        "route_topk",
+        "26b",
+    ),
+    (
+        "ties",
+        "route_topk.cu",
+        "warp_min(lowest)",
+        "warp_max(lowest == 0xffffffffu ? 0 : lowest)",
+        "route_topk.cu",
+        "route_topk",
+        "ties",
+    ),
+    ("gains", "route_topk.cu", "* gains[id]", "* gains[lane]", "route_topk.cu", "route_topk", "odd"),
+    (
+        "taken",
+        "route_topk.cu",
+        "== lowest ? 0 : keys[i]",
+        "== lowest ? keys[i] : keys[i]",
+        "route_topk.cu",
+        "route_topk",
+        "all_experts",
+    ),
+    (
+        "arrival",
+        "route_topk.cu",
+        "!last_to_arrive(a.counters + block_index().z, blocks, &shared.flag)",
+        "block_index().x + block_index().y",
+        "route_topk.cu",
+        "route_topk",
+        "26b",
+    ),
+    (
+        "no_reset",
+        "device.cuh",
+        "count_up(counter, count - 1)",
+        "count_up(counter, count)",
+        "route_topk.cu",
+        "route_topk",
+        "26b_one_token",
+    ),
+]
+
+# The same, seen by a test of its own.
+OWN_MUTANTS: list[tuple[str, str, str, str, str, Callable[[], None]]] = [
+    (
+        "ids",
+        "embedding.cu",
+        "row >= 0 && row < a.vocab",
+        "true",
+        "embedding.cu",
+        lambda: test_an_id_outside_the_table_gives_nan(8),
+    ),
+    ("far", "device.cuh", "double(position) * double(freq)", "float(position) * freq", "rope_angles.cu", test_angles_far_out),
+    (
+        "inside",
+        "qkv_norm_rope.cu",
+        "slot >= 0 && slot < a.rows",
+        "slot >= 0",
+        "qkv_norm_rope.cu",
+        test_slots_outside_of_the_cache_are_not_written,
+    ),
+    (
+        "nan",
+        "route_topk.cu",
+        "logit != logit ? 0xffffffffu : ",
+        "",
+        "route_topk.cu",
+        lambda: test_experts_exist_whatever_x_holds(-0x40),
+    ),
+    (
+        "many",
+        "route_topk.cu",
+        "part += kAtOnce",
+        "part += kAtOnce + 1",
+        "route_topk.cu",
+        lambda: test_router_shapes(3, 4096, 16, 4, torch.float16),
+    ),
 ]
 
 
@@ -224,7 +478,20 @@ def test_a_mistake_is_seen(name: str, file: str, before: str, after: str, source
         seen = str(error)
     finally:
         emulated.use()
+        cuda_backend._COUNTERS.clear()  # a launch that failed has not left them zero
     assert seen
+
+
+@pytest.mark.skipif(GPU, reason="kernels with mistakes are for the emulator")
+@pytest.mark.parametrize("name, file, before, after, source, test", OWN_MUTANTS, ids=[m[0] for m in OWN_MUTANTS])
+def test_a_mistake_is_seen_by(name: str, file: str, before: str, after: str, source: str, test: Callable[[], None]) -> None:
+    emulated.use(emulated.mutant(name, file, before, after, source))
+    try:
+        with pytest.raises((AssertionError, RuntimeError)):
+            test()
+    finally:
+        emulated.use()
+        cuda_backend._COUNTERS.clear()
 
 
 def test_the_table_knows_what_runs_here() -> None:

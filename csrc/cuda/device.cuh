@@ -107,43 +107,43 @@ struct alignas(8) Bytes8 {
 extern __shared__ char4 shared_bytes[];
 DEVICE char* shared_memory() { return reinterpret_cast<char*>(shared_bytes); }
 
+// Neither of these is ld.global.nc: the assembler takes such a load for one that may move over the wait, and puts those before
+// it behind, and might put those behind before.
 template <class T>
 DEVICE T load(const T* at) {
-  return __ldg(at);
+  return *at;
 }
 template <>
 DEVICE Bytes16 load(const Bytes16* at) {
-  Bytes16 v;
-  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(at));
-  return v;
+  const uint4 v = *reinterpret_cast<const uint4*>(at);
+  return {{v.x, v.y, v.z, v.w}};
 }
 template <>
 DEVICE Bytes8 load(const Bytes8* at) {
-  Bytes8 v;
-  asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.w[0]), "=r"(v.w[1]) : "l"(at));
-  return v;
+  const uint2 v = *reinterpret_cast<const uint2*>(at);
+  return {{v.x, v.y}};
 }
-// Volatile, so that the compiler leaves it before the wait that it stands before.
+// Volatile, so that the compiler too leaves it before the wait that it stands before.
 DEVICE Bytes16 load_weight(const Bytes16* at) {
   Bytes16 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
                : "l"(at));
   return v;
 }
 DEVICE Bytes8 load_weight(const Bytes8* at) {
   Bytes8 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.w[0]), "=r"(v.w[1]) : "l"(at));
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.w[0]), "=r"(v.w[1]) : "l"(at));
   return v;
 }
 DEVICE uint32_t load_weight(const uint32_t* at) {
   uint32_t v;
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(at));
+  asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(at));
   return v;
 }
 DEVICE uint16_t load_weight(const uint16_t* at) {
   uint16_t v;
-  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(at));
+  asm volatile("ld.global.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(at));
   return v;
 }
 template <class T>
@@ -203,6 +203,8 @@ DEVICE int shuffle(int x, int from) { return __shfl_sync(0xffffffffu, x, from); 
 DEVICE float shuffle(float x, int from) { return __shfl_sync(0xffffffffu, x, from); }
 DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 DEVICE int count_bits(uint32_t x) { return __popc(x); }
+DEVICE uint32_t warp_max(uint32_t x) { return __reduce_max_sync(0xffffffffu, x); }
+DEVICE uint32_t warp_min(uint32_t x) { return __reduce_min_sync(0xffffffffu, x); }
 
 // d [16, 8] += a [16, 16] b [16, 8] in fp32, for the whole warp. Of lane 4 g + c (mma.m16n8k16 in the PTX manual):
 //   a: (row g, columns 2c and 2c + 1), (g + 8, the same), (g, 2c + 8 and + 9), (g + 8, the same)
@@ -220,6 +222,15 @@ DEVICE void mma<half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// d [16, 8] += a [16, 8] b [8, 8]: of a and b the upper 19 bits (tf32: the exponents of fp32, 11 significant bits), products and
+// sums in fp32. Of lane 4 g + c (mma.m16n8k8):
+//   a: (row g, column c), (g + 8, c), (g, c + 4), (g + 8, c + 4)      b: (row c, column g), (c + 4, g)      d: as above
+DEVICE void mma_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 // Four 8 x 8 matrices of 16-bit values from shared memory. Lane 8 i + r names row r of matrix i (16 bytes, aligned); lane 4 g + c
 // gets of each its row g, columns 2c and 2c + 1; transposed: its rows 2c and 2c + 1, column g.
@@ -275,9 +286,10 @@ constexpr int kWarp = 32;
 DEVICE int lane_index() { return thread_index() % kWarp; }
 DEVICE int warp_index() { return thread_index() / kWarp; }
 
-// Of a value of each lane, the sum in one order for every lane.
+// Of a value of each lane, the sum in one order for every lane; or of each group of `lanes`.
+template <int lanes = kWarp>
 DEVICE float warp_sum(float x) {
-  UNROLL for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  UNROLL for (int mask = lanes / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
   return x;
 }
 
@@ -312,6 +324,24 @@ constexpr float kLog2e = 1.4426950408889634f;
 DEVICE float gelu_tanh(float x) {
   const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
   return divide(x, 1.0f + exp2_fast(-2.0f * kLog2e * u));
+}
+
+struct CosSin {
+  float cos, sin;
+};
+
+// Of `position` times `freq`, radians. The product and its reduction to a quarter turn are in fp64, so that positions of 2^18
+// and more lose nothing; then Taylor polynomials on [-pi/4, pi/4]. No branches: a library's cos has one, and a stack for it.
+DEVICE CosSin cos_sin(int64_t position, float freq) {
+  constexpr double kRound = 6755399441055744.0;  // 1.5 2^52: a double of this size has no digits behind the point
+  const double angle = double(position) * double(freq);
+  const double quarter = angle * 0.6366197723675814 + kRound - kRound;
+  const float r = float(angle - quarter * 1.5707963267948966), s = r * r;
+  const int turn = int(int64_t(quarter) & 3);
+  const float sin = r + r * s * (-1.6666667e-1f + s * (8.333333e-3f + s * (-1.9841270e-4f + s * 2.7557319e-6f)));
+  const float cos = 1.0f + s * (-0.5f + s * (4.1666668e-2f + s * (-1.3888889e-3f + s * (2.4801587e-5f + s * -2.7557319e-7f))));
+  const float c = turn % 2 ? sin : cos, d = turn % 2 ? cos : sin;
+  return {turn == 1 || turn == 2 ? -c : c, turn >= 2 ? -d : d};
 }
 
 HOST_DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }

@@ -66,12 +66,60 @@ struct MoeDecode {
   int tokens, top_k, experts, hidden, inter;
 };
 
+// weight: [vocab, hidden]; with bits a QuantizedWeight's bytes, and scales its scales, fp16: see gemma4_fast/quant.py.
+struct Embedding {
+  Dtype dtype;
+  const void *weight, *scales;
+  const int64_t* ids;  // [tokens]
+  void* out;           // [tokens, hidden]
+  int64_t tokens, vocab;
+  int hidden, bits;
+  float scale;
+};
+
+struct RopeAngles {
+  const int64_t* positions;  // [tokens]
+  const float* inv_freq;     // [pairs]
+  float *cos, *sin;          // [tokens, pairs]
+  int64_t tokens;
+  int pairs;
+};
+
+// qkv [tokens, q_heads + n kv_heads, dim]: n = 2 packs q, k, v; n = 1 q and one projection that is K and V, which `k_is_v` says.
+// k, v: [rows, kv_heads, dim], null if not wanted; slots [tokens] names their rows, null: the tokens'.
+struct QkvNormRope {
+  Dtype dtype;
+  const void *qkv, *q_weight, *k_weight;  // weights [dim]
+  const float *cos, *sin;                 // [tokens, pairs]
+  const int64_t* slots;
+  void *q, *k, *v;  // q [tokens, q_heads, dim]
+  int64_t tokens, rows;
+  int q_heads, kv_heads, dim, pairs;
+  bool k_is_v;
+  float eps;
+};
+
+// sums: scratch, fp32 [parts, tokens, experts + 1], a part for every 512 columns. counters: zeros, one for every 16 tokens.
+struct RouteTopk {
+  Dtype dtype;
+  const void *x, *scale, *proj, *per_expert_scale;  // [tokens, hidden], [hidden], [experts, hidden], [experts]
+  float *sums, *weights;                            // weights, ids [tokens, top_k]
+  int32_t* ids;
+  uint32_t* counters;
+  int tokens, hidden, experts, top_k;
+  float eps;
+};
+
 // Each op's launcher `void op(const Stream&, const Args&)`, in its own .cu file.
-#define GEMMA4_CUDA_OPS(OP) \
-  OP(rms_norm, RmsNorm)     \
-  OP(norm_add_norm, NormAddNorm) \
-  OP(linear, Linear)             \
-  OP(moe_decode, MoeDecode)
+#define GEMMA4_CUDA_OPS(OP)       \
+  OP(rms_norm, RmsNorm)           \
+  OP(norm_add_norm, NormAddNorm)  \
+  OP(linear, Linear)              \
+  OP(moe_decode, MoeDecode)       \
+  OP(embedding, Embedding)        \
+  OP(rope_angles, RopeAngles)     \
+  OP(qkv_norm_rope, QkvNormRope)  \
+  OP(route_topk, RouteTopk)
 
 #define GEMMA4_DECLARE(op, Args) void op(const Stream& on, const Args& a);
 GEMMA4_CUDA_OPS(GEMMA4_DECLARE)

@@ -8,17 +8,20 @@ namespace gemma4_fast::cuda {
 using device::Bytes16;
 
 // Columns [first, first + 8) of a row of `size`; zeros behind its end. kWhole: the row is 16-byte aligned, `size` a multiple of 8.
-template <class T, bool kWhole>
+// kWeight: by load_weight.
+template <class T, bool kWhole, bool kWeight = false>
 DEVICE Bytes16 load_eight(const T* row, int first, int size) {
+  const auto read = [](const auto* at) {
+    if constexpr (kWeight) return device::load_weight(at);
+    else return device::load(at);
+  };
   Bytes16 v = {};
   if constexpr (kWhole) {
-    if (first < size) v = device::load(reinterpret_cast<const Bytes16*>(row + first));
+    if (first < size) v = read(reinterpret_cast<const Bytes16*>(row + first));
   } else {
-    UNROLL for (int i = 0; i < 4; ++i) {
-      const int at = first + 2 * i;
-      const float low = at < size ? device::to_float(device::load(row + at)) : 0.0f;
-      const float high = at + 1 < size ? device::to_float(device::load(row + at + 1)) : 0.0f;
-      v.w[i] = device::pack<T>(low, high);
+    const auto* halves = reinterpret_cast<const uint16_t*>(row);
+    UNROLL for (int i = 0; i < 8; ++i) {
+      if (first + i < size) v.w[i / 2] |= uint32_t(read(halves + first + i)) << i % 2 * 16;
     }
   }
   return v;

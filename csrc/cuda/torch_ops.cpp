@@ -131,6 +131,39 @@ void moe_decode(Tensor x, Tensor topk_weights, Tensor ids, Tensor gate_up, Optio
                      (int)ids.size(1), (int)gate_up.size(0), (int)x.size(1), (int)inter});
 }
 
+void embedding(Tensor weight, Optional scales, Tensor ids, Tensor out, int64_t bits, int64_t vocab, double scale, int64_t stream,
+               bool early) {
+  Op op(stream, early);
+  op.run<Embedding>(&Kernels::embedding, {dtype_of(out), op.in(weight), op.in(scales), op.in<int64_t>(ids), op.out(out), out.size(0),
+                                          vocab, (int)out.size(1), (int)bits, (float)scale});
+}
+
+void rope_angles(Tensor positions, Tensor inv_freq, Tensor cos, Tensor sin, int64_t stream, bool early) {
+  Op op(stream, early);
+  op.run<RopeAngles>(&Kernels::rope_angles, {op.in<int64_t>(positions), op.in<float>(inv_freq), op.out<float>(cos),
+                                             op.out<float>(sin), cos.size(0), (int)cos.size(1)});
+}
+
+void qkv_norm_rope(Tensor qkv, Tensor q_weight, Optional k_weight, Tensor cos, Tensor sin, Optional slots, Tensor q, Optional k,
+                   Optional v, int64_t kv_heads, double eps, int64_t stream, bool early) {
+  Op op(stream, early);
+  const int64_t q_heads = q.size(1), dim = q.size(2), rows = v ? v->numel() / (kv_heads * dim) : 0;
+  const bool k_is_v = qkv.size(1) == (q_heads + kv_heads) * dim;
+  op.run<QkvNormRope>(&Kernels::qkv_norm_rope,
+                      {dtype_of(qkv), op.in(qkv), op.in(q_weight), op.in(k_weight), op.in<float>(cos), op.in<float>(sin),
+                       op.in<int64_t>(slots), op.out(q), op.out(k), op.out(v), q.size(0), rows, (int)q_heads, (int)kv_heads,
+                       (int)dim, (int)cos.size(1), k_is_v, (float)eps});
+}
+
+void route_topk(Tensor x, Tensor scale, Tensor proj, Tensor per_expert_scale, Tensor sums, Tensor counters, Tensor weights,
+                Tensor ids, double eps, int64_t stream, bool early) {
+  Op op(stream, early);
+  op.run<RouteTopk>(&Kernels::route_topk,
+                    {dtype_of(x), op.in(x), op.in(scale), op.in(proj), op.in(per_expert_scale), op.out<float>(sums),
+                     op.out<float>(weights), op.out<int32_t>(ids), op.out<uint32_t>(counters), (int)x.size(0), (int)x.size(1),
+                     (int)proj.size(0), (int)ids.size(1), (float)eps});
+}
+
 STABLE_TORCH_LIBRARY(gemma4_fast_cuda, m) {
   m.def("rms_norm(Tensor x, Tensor? weight, Tensor(a!) out, float eps, int stream, bool early) -> ()");
   m.def("norm_add_norm(Tensor x, Tensor? experts, Tensor residual, Tensor? x_weight, Tensor? experts_weight, Tensor weight, "
@@ -140,6 +173,13 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cuda, m) {
         "Tensor(b!)? best_at, Tensor(c!)? counter, Tensor(d!) out, int stream, bool early) -> ()");
   m.def("moe_decode(Tensor x, Tensor topk_weights, Tensor ids, Tensor gate_up, Tensor? gate_up_scale, Tensor down, "
         "Tensor? down_scale, int inter, Tensor(a!) h, Tensor(b!) out, int stream, bool early) -> ()");
+  m.def("embedding(Tensor weight, Tensor? scales, Tensor ids, Tensor(a!) out, int bits, int vocab, float scale, int stream, "
+        "bool early) -> ()");
+  m.def("rope_angles(Tensor positions, Tensor inv_freq, Tensor(a!) cos, Tensor(b!) sin, int stream, bool early) -> ()");
+  m.def("qkv_norm_rope(Tensor qkv, Tensor q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor? slots, Tensor(a!) q, "
+        "Tensor(b!)? k, Tensor(c!)? v, int kv_heads, float eps, int stream, bool early) -> ()");
+  m.def("route_topk(Tensor x, Tensor scale, Tensor proj, Tensor per_expert_scale, Tensor(a!) sums, Tensor(b!) counters, "
+        "Tensor(c!) weights, Tensor(d!) ids, float eps, int stream, bool early) -> ()");
 #if defined(GEMMA4_EMULATED)
   m.def("use(str library, int seed) -> ()");
 #endif
@@ -155,6 +195,10 @@ STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cuda, CUDA, m) {
   m.impl("norm_add_norm", TORCH_BOX(&norm_add_norm));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("moe_decode", TORCH_BOX(&moe_decode));
+  m.impl("embedding", TORCH_BOX(&embedding));
+  m.impl("rope_angles", TORCH_BOX(&rope_angles));
+  m.impl("qkv_norm_rope", TORCH_BOX(&qkv_norm_rope));
+  m.impl("route_topk", TORCH_BOX(&route_topk));
 }
 
 }  // namespace

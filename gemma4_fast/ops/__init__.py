@@ -12,6 +12,7 @@ from torch import Tensor
 from gemma4_fast.ops.attention import GQA_DECODE, GQA_PREFILL
 from gemma4_fast.ops.cpu_backend import decode_limit, shared_scratch
 from gemma4_fast.ops.cpu_backend import kernels as cpu_kernels
+from gemma4_fast.ops.cuda_backend import shared_step
 from gemma4_fast.ops.embedding import EMBEDDING, ROPE_ANGLES
 from gemma4_fast.ops.linear import GEGLU_MLP, LINEAR, LOGITS
 from gemma4_fast.ops.moe import EXPERT_DISPATCH, GROUPED_GEMM, MOE, MOE_DECODE, MOE_FEED_FORWARD, ROUTE_TOPK
@@ -33,7 +34,6 @@ from gemma4_fast.ops.table import (
     selection,
     use_backend,
 )
-from gemma4_fast.ops.triton_backend import shared_step
 from gemma4_fast.quant import WeightLike
 
 __all__ = [

@@ -8,16 +8,22 @@ tensor's values, since that waits for the GPU and no CUDA graph could hold it. S
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemma4_fast.ops import checks
+from gemma4_fast.ops import checks, triton_backend
 from gemma4_fast.quant import QuantizedWeight, WeightLike
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HIDDEN = 6144  # 8 kMost in csrc/cuda/norms.cu
+MAX_HEAD_DIM = 512  # 16 columns a lane in csrc/cuda/qkv_norm_rope.cu
+MAX_ROUTED = 64, 1024, 32  # tokens, experts and top_k of csrc/cuda/route_topk.cu
+ROUTED_TOKENS, ROUTED_COLUMNS = 16, 512  # of a block there
 
 
 def run(name: str, like: Tensor, *args: Any) -> None:
@@ -50,16 +56,32 @@ def _maybe(x: Tensor | None) -> Tensor | None:
 
 
 # Of blocks that have ended, by device and stream: zeros, and zeros again after each launch (`last_to_arrive`). Launches of one
-# stream run one after the other, so that they may share them.
+# stream run one after the other, so that they may share them. A graph has its own, zeroed in it: it may be replayed on any
+# stream, and what is zeroed in one graph is not yet zero for the next.
 _COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+_GRAPHS: ContextVar[dict[tuple[torch.device, int], Tensor] | None] = ContextVar("gemma4_fast_cuda_graph", default=None)
 
 
 def _counters(like: Tensor, count: int) -> Tensor:
-    """At least so many. A captured graph keeps those it was captured with: they live as long as the process."""
-    key = like.device, _stream(like.device)
-    if key not in _COUNTERS or _COUNTERS[key].numel() < count:
-        _COUNTERS[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=like.device)
-    return _COUNTERS[key]
+    """At least so many."""
+    key, kept = (like.device, _stream(like.device)), _GRAPHS.get()
+    if kept is None:
+        theirs = like.device.type == "cuda" and torch.cuda.is_current_stream_capturing()  # a graph that is not ours
+        kept = {} if theirs else _COUNTERS
+    if key not in kept or kept[key].numel() < count:
+        kept[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=like.device)
+    return kept[key]
+
+
+@contextmanager
+def shared_step() -> Iterator[None]:
+    """Inside, while a decode step is captured: what its layers have in common is made by the first that needs it."""
+    token = _GRAPHS.set({})
+    try:
+        with triton_backend.shared_step():
+            yield
+    finally:
+        _GRAPHS.reset(token)
 
 
 # ---- norms ----
@@ -201,6 +223,58 @@ def ple_gate(
     return norm_add_norm(h, x, weight, scale, next_weight, eps)[:2]
 
 
+# ---- what a pass begins with ----
+
+
+def embedding(weight: WeightLike, ids: Tensor, scale: float = 1.0) -> Tensor:
+    out = torch.empty(ids.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
+    if out.numel():
+        values, scales, bits = parts(weight)
+        run("embedding", out, values, scales, _whole(ids), out, bits, weight.shape[0], float(scale))
+    return out
+
+
+def rope_angles(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = (inv_freq.new_empty(positions.shape[0], inv_freq.shape[0]) for _ in range(2))
+    if cos.numel():
+        run("rope_angles", cos, _whole(positions), _whole(inv_freq), cos, sin)
+    return cos, sin
+
+
+# ---- attention ----
+
+
+def qkv_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    slots: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    tokens, dim = qkv.shape[0], q_weight.shape[0]
+    q = qkv.new_empty(tokens, num_q_heads, dim)
+    cached = v_cache is not None
+    k, v = k_cache, v_cache
+    if num_kv_heads and not cached:
+        k, v = (qkv.new_empty(tokens, num_kv_heads, dim) for _ in range(2))
+    if tokens:
+        weights = _whole(q_weight), _maybe(k_weight)
+        tables = _whole(cos.float()), _whole(sin.float())
+        run("qkv_norm_rope", q, _whole(qkv), *weights, *tables, _maybe(slots), q, k, v, num_kv_heads, eps)
+    return (q, None, None) if cached else (q, k, v)
+
+
+def accepts_qkv_norm_rope(qkv: Tensor, q_weight: Tensor, *_: object) -> str | None:
+    dim = q_weight.shape[0]
+    return None if dim <= MAX_HEAD_DIM else f"takes heads of up to {MAX_HEAD_DIM} columns, got {dim}"
+
+
 # ---- experts ----
 
 MAX_PAIRS = 256  # (token, expert) assignments: kMostPairs in csrc/cuda/moe_decode.cu
@@ -224,3 +298,25 @@ def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike
     weights = *parts(gate_up)[:2], *parts(down)[:2]
     run("moe_decode", x, x, _whole(topk_weights.float()), _whole(ids), *weights, inter, h, out)
     return out
+
+
+def route_topk(
+    x: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tensor, top_k: int, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    (tokens, hidden), experts = x.shape, proj.shape[0]
+    weights = x.new_empty(tokens, top_k, dtype=torch.float32)
+    ids = x.new_empty(tokens, top_k, dtype=torch.int32)
+    if tokens:
+        sums = x.new_empty(-(-hidden // ROUTED_COLUMNS), tokens, experts + 1, dtype=torch.float32)
+        params = _whole(scale), _whole(proj), _whole(per_expert_scale)
+        counters = _counters(x, -(-tokens // ROUTED_TOKENS))
+        run("route_topk", x, _whole(x), *params, sums, counters, weights, ids, eps)
+    return weights, ids
+
+
+def accepts_route(x: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tensor, top_k: int, *_: object) -> str | None:
+    got = x.shape[0], proj.shape[0], top_k
+    if all(n <= most for n, most in zip(got, MAX_ROUTED, strict=True)):
+        return None
+    limits, sizes = (", ".join(map(str, n)) for n in (MAX_ROUTED, got))
+    return f"takes up to {limits} tokens, experts and experts of a token, got {sizes}"

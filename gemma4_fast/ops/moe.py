@@ -29,7 +29,7 @@ def _check_route(x: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tenso
     checks.positive(op, "eps", eps)
 
 
-def _route_case(m: Maker, tokens: int, hidden: int, experts: int, top_k: int, ties: bool = False) -> dict[str, Any]:
+def route_case(m: Maker, tokens: int, hidden: int, experts: int, top_k: int, ties: bool = False) -> dict[str, Any]:
     proj = m.randn(experts, hidden)
     if ties:  # equal rows give equal probabilities: the lower id must win
         proj[1::2] = proj[0::2]
@@ -50,20 +50,21 @@ ROUTE_TOPK = register(
         reference=reference.route_topk,
         check=_check_route,
         cases={
-            "26b": lambda m: _route_case(m, 6, 2816, 128, 8),
-            "26b_one_token": lambda m: _route_case(m, 1, 2816, 128, 8),
-            "ties": lambda m: _route_case(m, 5, 64, 16, 4, ties=True),
-            "all_experts": lambda m: _route_case(m, 3, 32, 4, 4),
-            "odd": lambda m: _route_case(m, 7, 97, 13, 3),
+            "26b": lambda m: route_case(m, 6, 2816, 128, 8),
+            "26b_one_token": lambda m: route_case(m, 1, 2816, 128, 8),
+            "ties": lambda m: route_case(m, 5, 64, 16, 4, ties=True),
+            "all_experts": lambda m: route_case(m, 3, 32, 4, 4),
+            "odd": lambda m: route_case(m, 7, 97, 13, 3),
         },
         cost=lambda x, scale, proj, per_expert_scale, top_k, eps=1e-6: Cost(
             2 * x.shape[0] * proj.numel(), x.nbytes + proj.nbytes + 8 * x.shape[0] * top_k
         ),
         bench_cases={
-            "26b_1_token": lambda m: _route_case(m, 1, 2816, 128, 8),
-            "26b_512_tokens": lambda m: _route_case(m, 512, 2816, 128, 8),
+            "26b_1_token": lambda m: route_case(m, 1, 2816, 128, 8),
+            "26b_512_tokens": lambda m: route_case(m, 512, 2816, 128, 8),
         },
         impls={
+            "cuda": Impl("gemma4_fast.ops.cuda_backend:route_topk", cuda_backend.DTYPES, accepts=cuda_backend.accepts_route),
             "cpu": Impl("gemma4_fast.ops.cpu_backend:route_topk", cpu_backend.DTYPES),
             "triton": Impl("gemma4_fast.triton.route_topk:route_topk", triton_backend.DTYPES),
             "torch": Impl("gemma4_fast.ops.torch_backend:route_topk"),
@@ -413,7 +414,7 @@ def feed_forward_case(
     m: Maker, tokens: int, hidden: int, dense: int, inter: int, experts: int, top_k: int, bits: int = 0
 ) -> dict[str, Any]:
     x = m.randn(tokens, hidden, scale=4.0)
-    mlp, route = mlp_case(m, tokens, hidden, dense, bits), _route_case(m, tokens, hidden, experts, top_k)
+    mlp, route = mlp_case(m, tokens, hidden, dense, bits), route_case(m, tokens, hidden, experts, top_k)
     moe = moe_case(m, tokens, hidden, inter, experts, top_k, bits=bits)
     routing = {"router_scale": route["scale"], "router_proj": route["proj"], "per_expert_scale": route["per_expert_scale"]}
     weights = {"experts_gate_up": moe["gate_up"], "experts_down": moe["down"]}

@@ -251,7 +251,7 @@ def _check_qkv_norm_rope(
         checks.require(op, k_cache is None or k_cache.is_contiguous(), "k_cache must be contiguous")
 
 
-def _qkv_case(
+def qkv_case(
     m: Maker,
     tokens: int,
     q_heads: int,
@@ -307,22 +307,25 @@ QKV_NORM_ROPE = register(
         reference=reference.qkv_norm_rope,
         check=_check_qkv_norm_rope,
         cases={
-            "sliding_prefill": lambda m: _qkv_case(m, 6, 16, 8, 256, 128, 2),
-            "sliding_one_token_cache": lambda m: _qkv_case(m, 1, 16, 8, 256, 128, 2, "kv"),
-            "full_k_eq_v_prefill": lambda m: _qkv_case(m, 5, 16, 2, 512, 64, 1),
-            "full_v_only_cache": lambda m: _qkv_case(m, 4, 16, 2, 512, 64, 1, "v"),
-            "full_kv_cache": lambda m: _qkv_case(m, 3, 8, 2, 512, 64, 2, "kv"),
-            "shared_q_only": lambda m: _qkv_case(m, 3, 8, 0, 512, 64, 0),
-            "odd": lambda m: _qkv_case(m, 7, 3, 1, 96, 48, 2, "kv"),
+            "sliding_prefill": lambda m: qkv_case(m, 6, 16, 8, 256, 128, 2),
+            "sliding_one_token_cache": lambda m: qkv_case(m, 1, 16, 8, 256, 128, 2, "kv"),
+            "full_k_eq_v_prefill": lambda m: qkv_case(m, 5, 16, 2, 512, 64, 1),
+            "full_v_only_cache": lambda m: qkv_case(m, 4, 16, 2, 512, 64, 1, "v"),
+            "full_kv_cache": lambda m: qkv_case(m, 3, 8, 2, 512, 64, 2, "kv"),
+            "shared_q_only": lambda m: qkv_case(m, 3, 8, 0, 512, 64, 0),
+            "odd": lambda m: qkv_case(m, 7, 3, 1, 96, 48, 2, "kv"),
         },
         cost=_qkv_cost,
         mutates=("k_cache", "v_cache"),
         bench_cases={
-            "26b_sliding_1_token": lambda m: _qkv_case(m, 1, 16, 8, 256, 128, 2, "kv"),
-            "26b_full_1_token": lambda m: _qkv_case(m, 1, 16, 2, 512, 64, 1, "v"),
-            "26b_sliding_512_tokens": lambda m: _qkv_case(m, 512, 16, 8, 256, 128, 2),
+            "26b_sliding_1_token": lambda m: qkv_case(m, 1, 16, 8, 256, 128, 2, "kv"),
+            "26b_full_1_token": lambda m: qkv_case(m, 1, 16, 2, 512, 64, 1, "v"),
+            "26b_sliding_512_tokens": lambda m: qkv_case(m, 512, 16, 8, 256, 128, 2),
         },
         impls={
+            "cuda": Impl(
+                "gemma4_fast.ops.cuda_backend:qkv_norm_rope", cuda_backend.DTYPES, accepts=cuda_backend.accepts_qkv_norm_rope
+            ),
             "cpu": Impl(
                 "gemma4_fast.ops.cpu_backend:qkv_norm_rope", cpu_backend.DTYPES, accepts=cpu_backend.accepts_qkv_norm_rope
             ),

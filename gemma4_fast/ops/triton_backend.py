@@ -56,7 +56,7 @@ def accepts_gqa_prefill(q: Tensor, *args: Any) -> str | None:
 
 @contextmanager
 def shared_step() -> Iterator[None]:
-    """Inside, while a decode step is captured: what its layers have in common is made by the first that needs it."""
+    """What `cuda_backend.shared_step` says, of these kernels."""
     common = sys.modules.get("gemma4_fast.triton.common")  # there, if a step has run on these kernels
     if common is None:
         yield

@@ -662,6 +662,14 @@ DEVICE uint32_t ballot(bool x) {
   return mine;
 }
 DEVICE int count_bits(uint32_t x) { return __builtin_popcount(x); }
+DEVICE uint32_t warp_max(uint32_t x) {
+  emulator::exchange("warp_max", x, [](uint32_t** lanes) {
+    const uint32_t most = **std::max_element(lanes, lanes + emulator::kWarp, [](auto a, auto b) { return *a < *b; });
+    for (int i = 0; i < emulator::kWarp; ++i) *lanes[i] = most;
+  });
+  return x;
+}
+DEVICE uint32_t warp_min(uint32_t x) { return ~warp_max(~x); }
 
 template <class T>
 void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -689,6 +697,25 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
     for (int lane = 0; lane < emulator::kWarp; ++lane)
       for (int i = 0; i < 4; ++i) lanes[lane]->d[i] += d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+  });
+}
+
+DEVICE void mma_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
+  struct Lane {
+    float* d;
+    const float* a;
+    float b[2];
+  } mine{d, a, {b0, b1}};
+  emulator::exchange("mma_tf32", mine, [](Lane** lanes) {
+    const auto tf32 = [](float x) { return bits_to_float(float_to_bits(x) & 0xffffe000u); };
+    for (int lane = 0; lane < emulator::kWarp; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        float sum = 0;
+        for (int k = 0; k < 8; ++k)
+          sum += tf32(lanes[row % 8 * 4 + k % 4]->a[row / 8 + k / 4 * 2]) * tf32(lanes[column * 4 + k % 4]->b[k / 4]);
+        lanes[lane]->d[i] += sum;
+      }
   });
 }
 
