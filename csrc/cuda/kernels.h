@@ -110,6 +110,13 @@ struct RouteTopk {
   float eps;
 };
 
+// The dense branch's two products, and the router and its experts, whose ids and weights are the router's.
+struct MoeFeedForward {
+  RouteTopk route;
+  Linear gate_up, down;
+  MoeDecode experts;
+};
+
 // Each op's launcher `void op(const Stream&, const Args&)`, in its own .cu file.
 #define GEMMA4_CUDA_OPS(OP)       \
   OP(rms_norm, RmsNorm)           \
@@ -119,7 +126,8 @@ struct RouteTopk {
   OP(embedding, Embedding)        \
   OP(rope_angles, RopeAngles)     \
   OP(qkv_norm_rope, QkvNormRope)  \
-  OP(route_topk, RouteTopk)
+  OP(route_topk, RouteTopk)       \
+  OP(moe_feed_forward, MoeFeedForward)
 
 #define GEMMA4_DECLARE(op, Args) void op(const Stream& on, const Args& a);
 GEMMA4_CUDA_OPS(GEMMA4_DECLARE)

@@ -1,196 +1,32 @@
-// moe_decode: out[t] = sum_k topk_weights[t, k] * down[e] @ (gelu_tanh(gate[e] @ x[t]) * (up[e] @ x[t])),  e = ids[t, k]
-//
-// x [T, H], T <= 16; topk_weights [T, K] fp32; ids [T, K] int32, T K <= 256; gate_up [E, 2 I, H], gate rows first; down [E, H, I];
-// floats or quantized. An id outside [0, E) adds nothing. Source: gemma4_fast.reference.ops.moe.
-//
-// Two kernels, without a sort and without padding: what counts is that an expert's weights cross memory once, in 16-byte loads,
-// with the whole machine at it (weights.cuh).
-//   gate_up  a block for each assignment (t, k) and tile of rows: 8 of gate beside the same 8 of up (quantized: 16), so that GeGLU
-//            is done where the sums are. The first assignment of an expert serves all of them, up to as many as a product has
-//            columns; the others' blocks end at once.
-//   down     a block for each tile of rows of down, over all tokens and experts: each warp takes an expert, whole, for all its
-//            tokens. Every (t, k) has its own sums, which are added in the order of k: a token's bits do not depend on the batch.
+// Routed experts of few tokens: see moe_decode.cuh.
 
-#include "cuda/weights.cuh"
+#include "cuda/moe_decode.cuh"
 
 namespace gemma4_fast::cuda {
 namespace {
 
-using namespace device;
-
-constexpr int kWarps = 8, kThreads = kWarps * kWarp;
-constexpr int kMostPairs = kThreads;
-
-template <int kBits, int kTokenTiles, bool kWhole>
-constexpr int kBlocks = !kWhole ? 1 : kTokenTiles == 2 ? 2 : kBits ? 3 : 4;
-
-// Which assignments are to the same expert. In shared memory, filled by all threads; ends with a barrier.
-struct Pairs {
-  int32_t id[kMostPairs];    // -1: none
-  int32_t rank[kMostPairs];  // how many of the same expert come before
-  DEVICE void fill(const MoeDecode& a) {
-    const int p = thread_index(), pairs = a.tokens * a.top_k;
-    if (p < pairs) {
-      const int e = load(a.ids + p);
-      id[p] = e >= 0 && e < a.experts ? e : -1;
-    }
-    sync_block();
-    if (p < pairs) {
-      int before = 0;
-      for (int q = 0; q < p; ++q) before += id[q] == id[p];
-      rank[p] = before;
-    }
-    sync_block();
-  }
-};
-
-// The assignments of rank [first, first + count) to expert e, into slots [count]; -1 where there are none. By one warp.
-DEVICE void gather(const Pairs& of, int pairs, int e, int first, int count, int32_t* slots) {
-  for (int i = lane_index(); i < count; i += kWarp) slots[i] = -1;
-  sync_warp();
-  for (int p = lane_index(); p < pairs; p += kWarp) {
-    const int at = of.rank[p] - first;
-    if (of.id[p] == e && at >= 0 && at < count) slots[at] = p;
-  }
-  sync_warp();
+template <class T, int kBits, int kTokenTiles, bool kWhole>
+KERNEL(kThreads, (kBlocksAtOnce<kBits, kTokenTiles, kWhole>)) gate_up_kernel(KERNEL_ARGS(MoeDecode) a) {
+  gate_up_block<T, kBits, kTokenTiles, kWhole>(a, block_index().x, block_index().y);
 }
 
 template <class T, int kBits, int kTokenTiles, bool kWhole>
-KERNEL(kThreads, (kBlocks<kBits, kTokenTiles, kWhole>)) gate_up_kernel(KERNEL_ARGS(MoeDecode) a) {
-  constexpr int rows = kTileRows<kBits>, outputs = rows / 2, tokens = 8 * kTokenTiles;
-  struct Shared {
-    float sums[kWarps][rows][tokens];
-    Pairs of;
-    int32_t slots[kWarps][tokens];
-  };
-  auto& s = *reinterpret_cast<Shared*>(shared_memory());
-  const int warp = warp_index(), g = lane_index() / 4, pairs = a.tokens * a.top_k;
-  const int tile = block_index().x, pair = block_index().y, steps = divide_up(a.hidden, kStep);
-  wait_for_inputs();
-  s.of.fill(a);
-  const int e = s.of.id[pair];
-  if (e < 0 || s.of.rank[pair] % tokens) return;  // no expert, or another block's
-  gather(s.of, pairs, e, s.of.rank[pair], tokens, s.slots[warp]);
-
-  float sums[kProducts<kBits>][kTokenTiles][4] = {};
-  const auto with = [&](const auto& weight_rows) {
-    stream_tile<T, kBits, kTokenTiles, kWhole>(
-        sums, weight_rows, a.hidden, warp * steps / kWarps, (warp + 1) * steps / kWarps, [&](const T*(&x)[kTokenTiles]) {
-          UNROLL for (int n = 0; n < kTokenTiles; ++n) {
-            const int p = s.slots[warp][8 * n + g];
-            x[n] = p < 0 ? nullptr : static_cast<const T*>(a.x) + int64_t(p / a.top_k) * a.hidden;
-          }
-        });
-  };
-  if constexpr (kBits == 0) {
-    const int64_t gate = int64_t(e) * 2 * a.inter, up = gate + a.inter, i = tile * outputs;
-    with(WeightRows<T, 0, kWhole>::at(static_cast<const T*>(a.gate_up), gate + i, up, up + i, up + a.inter, a.hidden));
-  } else {
-    const int64_t panels = (a.inter + 15) / 16, gate = e * 2 * panels + tile;
-    with(QuantizedRows<kBits>::at(a.gate_up, a.gate_up_scale, gate, gate + panels, a.experts * 2 * panels, steps));
-  }
-  UNROLL for (int p = 0; p < kProducts<kBits>; ++p) {
-    UNROLL for (int n = 0; n < kTokenTiles; ++n) {
-      UNROLL for (int i = 0; i < 4; ++i) s.sums[warp][tile_row<kBits>(p, i)][tile_token(n, i)] = sums[p][n][i];
-    }
-  }
-  sync_block();
-  const auto total = [&](int row, int token) {
-    float sum = 0;
-    UNROLL for (int w = 0; w < kWarps; ++w) sum += s.sums[w][row][token];
-    return sum;
-  };
-  for (int j = thread_index(); j < outputs * tokens; j += kThreads) {
-    const int row = j % outputs, token = j / outputs, i = tile * outputs + row, p = s.slots[0][token];
-    if (p < 0 || i >= a.inter) continue;
-    const float h = gelu_tanh(total(row, token)) * total(row + outputs, token);
-    store(static_cast<uint16_t*>(a.h) + int64_t(p) * a.inter + i, static_cast<uint16_t>(pack<T>(h, 0)));
-  }
-}
-
-template <class T, int kBits, int kTokenTiles, bool kWhole>
-KERNEL(kThreads, (kBlocks<kBits, kTokenTiles, kWhole>)) down_kernel(KERNEL_ARGS(MoeDecode) a) {
-  constexpr int rows = kTileRows<kBits>, tokens = 8 * kTokenTiles;
-  struct Shared {
-    Pairs of;
-    int32_t slots[kWarps][tokens];
-    float sums[1][rows];  // of each assignment
-  };
-  auto& s = *reinterpret_cast<Shared*>(shared_memory());
-  const int warp = warp_index(), g = lane_index() / 4, pairs = a.tokens * a.top_k;
-  const int tile = block_index().x, steps = divide_up(a.inter, kStep);
-  wait_for_inputs();
-  s.of.fill(a);
-  int turn = 0;
-  for (int p = 0; p < pairs; ++p) {
-    const int e = s.of.id[p];
-    if (e < 0 || s.of.rank[p] % tokens) continue;  // each expert once, and again for more assignments than a product has
-    if (turn++ % kWarps != warp) continue;
-    gather(s.of, pairs, e, s.of.rank[p], tokens, s.slots[warp]);
-    float sums[kProducts<kBits>][kTokenTiles][4] = {};
-    const auto with = [&](const auto& weight_rows) {
-      stream_tile<T, kBits, kTokenTiles, kWhole>(sums, weight_rows, a.inter, 0, steps, [&](const T*(&h)[kTokenTiles]) {
-        UNROLL for (int n = 0; n < kTokenTiles; ++n) {
-          const int q = s.slots[warp][8 * n + g];
-          h[n] = q < 0 ? nullptr : static_cast<const T*>(a.h) + int64_t(q) * a.inter;
-        }
-      });
-    };
-    if constexpr (kBits == 0) {
-      const int64_t first = int64_t(e) * a.hidden, end = first + a.hidden, n = first + tile * rows;
-      with(WeightRows<T, 0, kWhole>::at(static_cast<const T*>(a.down), n, end, n + 8, end, a.inter));
-    } else {
-      const int64_t panels = (a.hidden + 15) / 16, n = e * panels + 2 * tile;
-      with(QuantizedRows<kBits>::at(a.down, a.down_scale, n, n + 1, (e + 1) * panels, steps));
-    }
-    UNROLL for (int q = 0; q < kProducts<kBits>; ++q) {
-      UNROLL for (int n = 0; n < kTokenTiles; ++n) {
-        UNROLL for (int i = 0; i < 4; ++i) {
-          const int slot = s.slots[warp][tile_token(n, i)];
-          if (slot >= 0) s.sums[slot][tile_row<kBits>(q, i)] = sums[q][n][i];
-        }
-      }
-    }
-    sync_warp();
-  }
-  sync_block();
-  for (int j = thread_index(); j < rows * a.tokens; j += kThreads) {
-    const int row = j % rows, t = j / rows;
-    const int64_t n = tile * rows + row;
-    if (n >= a.hidden) continue;
-    float out = 0;
-    for (int p = t * a.top_k; p < (t + 1) * a.top_k; ++p)
-      if (s.of.id[p] >= 0) out = fused_multiply_add(load(a.topk_weights + p), s.sums[p][row], out);
-    store(static_cast<uint16_t*>(a.out) + int64_t(t) * a.hidden + n, static_cast<uint16_t>(pack<T>(out, 0)));
-  }
-}
-
-template <class T, int kBits, int kTokenTiles, bool kWhole>
-void launch_tokens(const Stream& on, const MoeDecode& a) {
-  constexpr int rows = kTileRows<kBits>, tokens = 8 * kTokenTiles;
-  const int pairs = a.tokens * a.top_k;
-  const int own = (int)sizeof(Pairs) + kWarps * tokens * (int)sizeof(int32_t);
-  const int first = kWarps * rows * tokens * (int)sizeof(float) + own, second = own + pairs * rows * (int)sizeof(float);
-  launch(on, {{divide_up(a.inter, rows / 2), pairs}, kThreads, first}, gate_up_kernel<T, kBits, kTokenTiles, kWhole>, a);
-  launch(on, {{divide_up(a.hidden, rows)}, kThreads, second}, down_kernel<T, kBits, kTokenTiles, kWhole>, a);
-}
-
-template <class T, int kBits>
-void launch_bits(const Stream& on, const MoeDecode& a) {
-  bool whole = a.hidden % 8 == 0 && a.inter % 8 == 0;
-  for (const void* p : {a.x, a.gate_up, a.down}) whole = whole && aligned(p);
-  if (a.tokens > 8)
-    whole ? launch_tokens<T, kBits, 2, true>(on, a) : launch_tokens<T, kBits, 2, false>(on, a);
-  else
-    whole ? launch_tokens<T, kBits, 1, true>(on, a) : launch_tokens<T, kBits, 1, false>(on, a);
+KERNEL(kThreads, (kBlocksAtOnce<kBits, kTokenTiles, kWhole>)) down_kernel(KERNEL_ARGS(MoeDecode) a) {
+  down_block<T, kBits, kTokenTiles, kWhole>(a, block_index().x);
 }
 
 }  // namespace
 
+void experts_gate_up(const Stream& on, const MoeDecode& a) {
+  by_shape(a.dtype, a.bits, a.tokens, moe_whole(a), [&](auto type, auto bits, auto token_tiles, auto whole) {
+    launch(on, gate_up_launch(a), gate_up_kernel<decltype(type), bits.value, token_tiles.value, whole.value>, a);
+  });
+}
+
 void moe_decode(const Stream& on, const MoeDecode& a) {
-  by_type(a.dtype, [&](auto type) {
-    using T = decltype(type);
-    a.bits == 0 ? launch_bits<T, 0>(on, a) : a.bits == 8 ? launch_bits<T, 8>(on, a) : launch_bits<T, 4>(on, a);
+  experts_gate_up(on, a);
+  by_shape(a.dtype, a.bits, a.tokens, moe_whole(a), [&](auto type, auto bits, auto token_tiles, auto whole) {
+    launch(on, down_launch(a), down_kernel<decltype(type), bits.value, token_tiles.value, whole.value>, a);
   });
 }
 

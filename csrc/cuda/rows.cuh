@@ -64,6 +64,11 @@ DEVICE float sum_of_squares(const float (&f)[8]) {
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+template <auto v>
+struct Is {
+  static constexpr auto value = v;
+};
+
 // function(T()) for the kernels' type.
 template <class Function>
 void by_type(Dtype dtype, Function function) {

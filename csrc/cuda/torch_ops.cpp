@@ -164,6 +164,32 @@ void route_topk(Tensor x, Tensor scale, Tensor proj, Tensor per_expert_scale, Te
                      (int)proj.size(0), (int)ids.size(1), (float)eps});
 }
 
+// dense: h of the dense branch [tokens, n]; the rest as in those ops.
+void moe_feed_forward(Tensor x, Tensor h, Tensor e, Tensor gate_up, Optional gate_up_scale, Tensor down, Optional down_scale,
+                      Tensor router_scale, Tensor proj, Tensor per_expert_scale, Tensor experts_gate_up,
+                      Optional experts_gate_up_scale, Tensor experts_down, Optional experts_down_scale, int64_t inter, Tensor sums,
+                      Tensor counters, Tensor weights, Tensor ids, Tensor dense_h, Tensor dense, Tensor experts_h, Tensor experts,
+                      double eps, int64_t stream, bool early) {
+  Op op(stream, early);
+  const int tokens = x.size(0), hidden = x.size(1), dense_inter = dense_h.size(1), top_k = ids.size(1);
+  const Dtype dtype = dtype_of(x);
+  const int bits = bits_of(down, down_scale);
+  const auto product = [&](Linear::End end, const Tensor& from, const Tensor& w, const Optional& scale, const Tensor& to) {
+    return Linear{dtype, end, bits, op.in(from), op.in(w), op.in(scale), op.out(to), nullptr, from.stride(0), 0, to.size(1), tokens,
+                  (int)from.size(1), 0, nullptr, nullptr, nullptr};
+  };
+  MoeFeedForward a;
+  a.route = {dtype, op.in(x), op.in(router_scale), op.in(proj), op.in(per_expert_scale), op.out<float>(sums),
+             op.out<float>(weights), op.out<int32_t>(ids), op.out<uint32_t>(counters), tokens, hidden, (int)proj.size(0), top_k,
+             (float)eps};
+  a.gate_up = product(Linear::End::geglu, h, gate_up, gate_up_scale, dense_h);
+  a.down = product(Linear::End::none, dense_h, down, down_scale, dense);
+  a.experts = {dtype, bits, op.in(e), op.in<float>(weights), op.in<int32_t>(ids), op.in(experts_gate_up),
+               op.in(experts_gate_up_scale), op.in(experts_down), op.in(experts_down_scale), op.out(experts_h), op.out(experts),
+               tokens, top_k, (int)proj.size(0), hidden, (int)inter};
+  op.run<MoeFeedForward>(&Kernels::moe_feed_forward, a);
+}
+
 STABLE_TORCH_LIBRARY(gemma4_fast_cuda, m) {
   m.def("rms_norm(Tensor x, Tensor? weight, Tensor(a!) out, float eps, int stream, bool early) -> ()");
   m.def("norm_add_norm(Tensor x, Tensor? experts, Tensor residual, Tensor? x_weight, Tensor? experts_weight, Tensor weight, "
@@ -180,6 +206,11 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cuda, m) {
         "Tensor(b!)? k, Tensor(c!)? v, int kv_heads, float eps, int stream, bool early) -> ()");
   m.def("route_topk(Tensor x, Tensor scale, Tensor proj, Tensor per_expert_scale, Tensor(a!) sums, Tensor(b!) counters, "
         "Tensor(c!) weights, Tensor(d!) ids, float eps, int stream, bool early) -> ()");
+  m.def("moe_feed_forward(Tensor x, Tensor h, Tensor e, Tensor gate_up, Tensor? gate_up_scale, Tensor down, Tensor? down_scale, "
+        "Tensor router_scale, Tensor proj, Tensor per_expert_scale, Tensor experts_gate_up, Tensor? experts_gate_up_scale, "
+        "Tensor experts_down, Tensor? experts_down_scale, int inter, Tensor(a!) sums, Tensor(b!) counters, Tensor(c!) weights, "
+        "Tensor(d!) ids, Tensor(e!) dense_h, Tensor(f!) dense, Tensor(g!) experts_h, Tensor(h!) experts, float eps, int stream, "
+        "bool early) -> ()");
 #if defined(GEMMA4_EMULATED)
   m.def("use(str library, int seed) -> ()");
 #endif
@@ -199,6 +230,7 @@ STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cuda, CUDA, m) {
   m.impl("rope_angles", TORCH_BOX(&rope_angles));
   m.impl("qkv_norm_rope", TORCH_BOX(&qkv_norm_rope));
   m.impl("route_topk", TORCH_BOX(&route_topk));
+  m.impl("moe_feed_forward", TORCH_BOX(&moe_feed_forward));
 }
 
 }  // namespace

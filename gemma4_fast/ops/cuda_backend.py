@@ -277,6 +277,7 @@ def accepts_qkv_norm_rope(qkv: Tensor, q_weight: Tensor, *_: object) -> str | No
 
 # ---- experts ----
 
+FEW_EXPERTS = 128  # of a router whose blocks stand beside others: csrc/cuda/moe_feed_forward.cu
 MAX_PAIRS = 256  # (token, expert) assignments: kMostPairs in csrc/cuda/moe_decode.cu
 
 
@@ -320,3 +321,61 @@ def accepts_route(x: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tens
         return None
     limits, sizes = (", ".join(map(str, n)) for n in (MAX_ROUTED, got))
     return f"takes up to {limits} tokens, experts and experts of a token, got {sizes}"
+
+
+# ---- both branches of a layer with experts ----
+
+
+def accepts_moe_feed_forward(
+    x: Tensor,
+    h: Tensor,
+    e: Tensor,
+    gate_up: WeightLike,
+    down: WeightLike,
+    router_scale: Tensor,
+    router_proj: Tensor,
+    per_expert_scale: Tensor,
+    experts_gate_up: WeightLike,
+    experts_down: WeightLike,
+    top_k: int,
+    *_: object,
+) -> str | None:
+    if len({parts(w)[2] for w in (gate_up, down, experts_gate_up, experts_down)}) > 1:
+        return "takes all weights of the same bits"
+    if router_proj.shape[0] > FEW_EXPERTS:
+        return f"takes up to {FEW_EXPERTS} experts, got {router_proj.shape[0]}"
+    if x.shape[0] * top_k > MAX_PAIRS:
+        return f"takes up to {MAX_PAIRS} assignments, got {x.shape[0] * top_k}"
+    ways = accepts_geglu_mlp(h, gate_up, down), checks.whole_weight(experts_gate_up, 2), checks.whole_weight(experts_down, 1)
+    reasons = *ways, accepts_route(x, router_scale, router_proj, per_expert_scale, top_k)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def moe_feed_forward(
+    x: Tensor,
+    h: Tensor,
+    e: Tensor,
+    gate_up: WeightLike,
+    down: WeightLike,
+    router_scale: Tensor,
+    router_proj: Tensor,
+    per_expert_scale: Tensor,
+    experts_gate_up: WeightLike,
+    experts_down: WeightLike,
+    top_k: int,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    x, h, e = _whole(x), _whole(h), _whole(e)
+    (tokens, hidden), experts = x.shape, router_proj.shape[0]
+    dense_h, experts_h = x.new_empty(tokens, down.shape[1]), x.new_empty(tokens * top_k, experts_down.shape[2])
+    if 0 in (x.numel(), dense_h.numel(), experts_h.numel()):
+        return torch.zeros_like(x), torch.zeros_like(x)
+    weights, ids = (x.new_empty(tokens, top_k, dtype=dtype) for dtype in (torch.float32, torch.int32))
+    sums = x.new_empty(-(-hidden // ROUTED_COLUMNS), tokens, experts + 1, dtype=torch.float32)
+    dense_out, experts_out = torch.empty_like(x), torch.empty_like(x)
+    dense = *parts(gate_up)[:2], *parts(down)[:2]
+    routed = *parts(experts_gate_up)[:2], *parts(experts_down)[:2], experts_down.shape[2]
+    router = _whole(router_scale), _whole(router_proj), _whole(per_expert_scale)
+    made = sums, _counters(x, 1), weights, ids, dense_h, dense_out, experts_h, experts_out
+    run("moe_feed_forward", x, x, h, e, *dense, *router, *routed, *made, eps)
+    return dense_out, experts_out

@@ -468,6 +468,13 @@ MOE_FEED_FORWARD = register(
         gpu_cases={
             "26b_8_tokens": lambda m: feed_forward_case(m, 8, 2816, 2112, 704, 128, 8),
         },
+        impls={
+            "cuda": Impl(
+                "gemma4_fast.ops.cuda_backend:moe_feed_forward",
+                cuda_backend.DTYPES,
+                accepts=cuda_backend.accepts_moe_feed_forward,
+            ),
+        },
         compose=_compose_feed_forward,
         parts=("geglu_mlp", "route_topk", "moe", *MOE.parts),
     )
