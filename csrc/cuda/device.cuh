@@ -27,6 +27,7 @@
 #include <string>
 
 #define DEVICE __device__ __forceinline__
+#define ANYWHERE __host__ __device__ __forceinline__
 #define KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define KERNEL_ARGS(type) const __grid_constant__ type
 #define UNROLL _Pragma("unroll")
@@ -313,6 +314,6 @@ DEVICE float gelu_tanh(float x) {
   return divide(x, 1.0f + exp2_fast(-2.0f * kLog2e * u));
 }
 
-DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
+ANYWHERE int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 }  // namespace gemma4_fast::device
