@@ -166,6 +166,7 @@ cuda_kernels = Extension(
     optional=True,
 )
 
+extensions = [native, kernels, *([cuda_kernels] if has_cuda() else [])]
 ParallelCompile(default=os.cpu_count() or 1).install()
 
 setup(
@@ -181,9 +182,9 @@ setup(
             # The tiny model: weights, configs, tokenizer, chat template, texts, and the script that trained it.
             *(f"tiny/*.{ending}" for ending in ("safetensors", "json", "jinja", "txt", "md", "py")),
             "tiny/LICENSE*",
-        ]
+        ],
     },
     # GEMMA4_FAST_NATIVE=0 leaves the extensions out.
-    ext_modules=[native, kernels, *([cuda_kernels] if has_cuda() else [])] if os.environ.get("GEMMA4_FAST_NATIVE") != "0" else [],
+    ext_modules=extensions if os.environ.get("GEMMA4_FAST_NATIVE") != "0" else [],
     cmdclass={"build_ext": BuildNative},
 )

@@ -1,7 +1,7 @@
 """How csrc/cuda becomes a library that PyTorch loads: which compiler, for which GPUs, with which flags.
 
-Used by setup.py, which builds for every GPU that the kernels are for; by `native.py`, which builds at first use for the GPUs that
-are there; and by tests/cuda_compiled.py, which reads what comes out. So it imports neither PyTorch nor the rest of the package.
+Used by setup.py, which builds for every GPU that the kernels are for; by `native.py`, which builds at first use for the GPUs
+that are there; and by tests/cuda_compiled.py, which reads what comes out. So it imports neither PyTorch nor this package.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 TARGETS = ("sm_80", "sm_90a", "sm_100", "sm_120")  # GPUs of the same first digits run them too; later ones, PTX of the last
 OLDEST_NVCC = (12, 8)  # the first that knows all of TARGETS
@@ -138,12 +139,13 @@ def write_ninja(
     host = f"-ccbin {quoted(tools.cxx)}" if len(shlex.split(tools.cxx)) == 1 else ""  # not `ccache g++`
     torch_include = f"-isystem {quoted(torch / 'include')}"
     map_paths = f"-ffile-prefix-map={quoted(include)}=csrc"
+    compile = "-MD -MF $out.d -c $in -o $out"
     # What nvcc says of each kernel (-Xptxas -v) goes to a file, and to the reader only if it fails.
     lines = [
-        f"rule cuda\n  command = {quoted(tools.nvcc)} {host} {FLAGS} {gencode} -I{quoted(include)} -MD -MF $out.d -c $in -o $out"
+        f"rule cuda\n  command = {quoted(tools.nvcc)} {host} {FLAGS} {gencode} -I{quoted(include)} {compile}"
         " > $out.log 2>&1 || { cat $out.log; exit 1; }\n  depfile = $out.d\n  deps = gcc\n  description = $in",
-        f"rule torch\n  command = {tools.cxx} {TORCH_FLAGS} {map_paths} -I{quoted(include)} {torch_include} -MD -MF $out.d -c $in"
-        " -o $out\n  depfile = $out.d\n  deps = gcc\n  description = $in",
+        f"rule torch\n  command = {tools.cxx} {TORCH_FLAGS} {map_paths} -I{quoted(include)} {torch_include} {compile}"
+        "\n  depfile = $out.d\n  deps = gcc\n  description = $in",
         # CUDA's runtime goes in: the library loads where there is none, and beside whichever PyTorch brings.
         f"rule link\n  command = {quoted(tools.nvcc)} {host} -shared -nodlink -cudart static $in -o $out"
         f" -L{quoted(torch / 'lib')} -Xlinker --no-as-needed -ltorch_cpu\n  description = $out",
@@ -163,16 +165,20 @@ def write_ninja(
 
 
 def run_ninja(
-    folder: Path, tools: Tools, wanted: Iterable[str] = (), *, jobs: int | None = None, tell: Callable[[int, int], None] | None = None
+    folder: Path,
+    tools: Tools,
+    wanted: Iterable[str] = (),
+    *,
+    jobs: int | None = None,
+    tell: Callable[[int, int], None] | None = None,
 ) -> None:
     """Builds what folder/build.ninja says. tell(done, all) after each step. BuildError has the last lines that were said."""
     command = [tools.ninja, "-C", str(folder), *([f"-j{jobs}"] if jobs else []), *wanted]
+    pipes: dict[str, Any] = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     said = deque[str](maxlen=30)
     env = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
     try:
-        with subprocess.Popen(
-            command, env=env, text=True, errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ) as process:
+        with subprocess.Popen(command, env=env, text=True, errors="replace", **pipes) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 if step := re.match(r"\[(\d+)/(\d+)\] ", line):

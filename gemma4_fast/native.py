@@ -183,7 +183,7 @@ def cuda_kernels_missing() -> str | None:
         torch.ops.load_library(str(library))
         _try_out()
     except (OSError, RuntimeError) as error:
-        return f"has kernels in {library} that do not run here: {error}"
+        return f"has kernels in {library} that do not run here: {error.__cause__ or error}"
     return None
 
 
@@ -239,7 +239,7 @@ def _built_for(torch_version: str, torch_folder: Path, capabilities: set[tuple[i
             cuda_build.run_ninja(work, tools, tell=tell)
             (work / library.name).replace(library)
     except cuda_build.BuildError as error:
-        log.warning("gemma4_fast: the CUDA kernels could not be built, and other kernels serve. The last that was said:\n%s", error)
+        log.warning("gemma4_fast: the CUDA kernels could not be built, others serve. The last that was said:\n%s", error)
         raise cuda_build.BuildError(f"could not build its kernels with {tools.nvcc}: the log has what it said") from error
     except OSError as error:
         raise cuda_build.BuildError(

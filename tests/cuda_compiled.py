@@ -248,7 +248,7 @@ def demangled(names: Iterable[str]) -> dict[str, str]:
 def read(file: str, target: str, log: str, sass: str) -> Found:
     """What ptxas says of each kernel (-Xptxas -v), and its code, as cuobjdump shows it."""
     kernels = set(re.findall(r"Compiling entry function '(\w+)'", log))
-    told = {name: said for name, said in re.findall(r"Function properties for (\w+)\n((?:(?!.*Function properties).*\n)*)", log)}
+    told = dict(re.findall(r"Function properties for (\w+)\n((?:(?!.*Function properties).*\n)*)", log))
     codes = dict(re.findall(r"Function : (\w+)\n((?:(?!.*Function : ).*\n)*)", sass))
     found = Found()
     for mangled, name in demangled(told.keys() | codes.keys()).items():
@@ -320,7 +320,7 @@ def prepare(target: str, folder: Path, files: Iterable[Path] | None = None) -> t
 
 
 def compiled(target: str, folder: Path, files: Iterable[Path], jobs: int | None = None) -> tuple[Found, list[str]]:
-    """The kernels of these sources, and what is wrong with the code for the CPU beside them. BuildError: they do not compile."""
+    """The kernels of these sources, and what is wrong with the code for the CPU beside them. BuildError: no code."""
     every = None if folder == BUILD / target else files  # one build.ninja for a folder
     tools, _ = prepare(target, folder, every)
     objects = [folder / f"{file.stem}.o" for file in files]
@@ -357,9 +357,7 @@ def chosen_files(names: Iterable[str] | None) -> list[Path]:
 def main(argv: list[str] | None = None) -> int:
     """0: all is as it should be. 1: faults, which are printed last."""
     p = argparse.ArgumentParser(description="Compile the CUDA kernels for GPUs that are not there, and judge what comes out.")
-    p.add_argument(
-        "--target", action="append", choices=cuda_build.TARGETS, metavar="NAME", help="sm_90a, ...; all if left out"
-    )
+    p.add_argument("--target", action="append", choices=cuda_build.TARGETS, metavar="NAME", help="sm_90a, ...; all if left out")
     p.add_argument("--op", action="append", metavar="NAME", help="an op, or a file without its ending; all if left out")
     p.add_argument("--write", action="store_true", help="write what is found into the file, instead of comparing")
     p.add_argument("--jobs", type=int, metavar="N", help="processes (default: about one for each core)")

@@ -1,9 +1,13 @@
-"""The CUDA kernels: on a GPU if there is one, else compiled for the host and emulated: see emulated.py and emulator/emulator.h."""
+"""The CUDA kernels: on a GPU if there is one, else compiled for the host and emulated: see emulated.py, emulator/emulator.h."""
 
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import emulated
@@ -82,6 +86,7 @@ MUTANTS: list[tuple[str, str, str, str, str, str]] = [
 
 
 @pytest.mark.skipif(GPU, reason="kernels with mistakes are for the emulator")
+@pytest.mark.skipif(emulated.SANITIZED, reason="what a sanitizer sees ends the process")
 @pytest.mark.parametrize("name, source, before, after, op_name, case", MUTANTS, ids=[m[0] for m in MUTANTS])
 def test_a_mistake_is_seen(name: str, source: str, before: str, after: str, op_name: str, case: str) -> None:
     op = ops.TABLE[op_name]
@@ -98,6 +103,25 @@ def test_a_mistake_is_seen(name: str, source: str, before: str, after: str, op_n
     finally:
         emulated.use()
     assert seen
+
+
+# Too little shared memory for rms_norm: its accesses are plain ones, which the emulator does not look at.
+BEYOND_SHARED = """
+import emulated, torch
+from gemma4_fast import ops
+emulated.use(emulated.mutant("beyond_shared", "norms.cu", "launch_rows(on, a, 1, whole", "launch_rows(on, a, 0, whole"))
+with emulated.on_cpu():
+    ops.bound(ops.TABLE["rms_norm"], "cuda")(torch.randn(2, 512).bfloat16())
+"""
+
+
+@pytest.mark.skipif(not emulated.SANITIZED, reason="for `make sanitize`")
+def test_a_sanitizer_sees_plain_accesses() -> None:
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/kernels.so" in line}
+    assert loaded == {str(emulated.BUILD / "kernels.so")}  # the sanitized ones
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", BEYOND_SHARED], env=env, capture_output=True, text=True)
+    assert done.returncode != 0 and "AddressSanitizer: use-after-poison" in done.stderr and "rms_norm_kernel" in done.stderr
 
 
 def test_the_table_knows_what_runs_here() -> None:

@@ -73,8 +73,9 @@ KERNEL(1024, 2) spills(KERNEL_ARGS(RmsNorm) a) {  // in 32 registers
 KERNEL(256, 1) keeps_an_array(KERNEL_ARGS(RmsNorm) a) {
   wait_for_inputs();
   uint32_t x[64];
-  for (int i = 0; i < 64; ++i) x[load(static_cast<const int*>(a.weight) + i) & 63] = load(static_cast<const uint32_t*>(a.x) + i);
-  store(static_cast<uint32_t*>(a.out) + thread_index(), x[load(static_cast<const int*>(a.weight)) & 63]);
+  const auto* at = static_cast<const uint32_t*>(a.x);
+  for (int i = 0; i < 64; ++i) x[load(at + i) & 63] = load(at + i + 1);
+  store(static_cast<uint32_t*>(a.out) + thread_index(), x[load(at) & 63]);
 }
 
 KERNEL(256, 1) narrow(KERNEL_ARGS(RmsNorm) a) {

@@ -228,8 +228,8 @@ def _cuda_missing() -> str | None:
         return "needs a GPU, and PyTorch sees none"
     for i in range(torch.cuda.device_count()):  # each, since a tensor may be on any
         if (capability := torch.cuda.get_device_capability(i)) < OLDEST_GPU:
-            name = torch.cuda.get_device_name(i)
-            return f"needs compute capability 8.0, and {name} has {'.'.join(map(str, capability))}: CUDA_VISIBLE_DEVICES hides it"
+            has = ".".join(map(str, capability))
+            return f"needs compute capability 8.0, and {torch.cuda.get_device_name(i)} has {has}: CUDA_VISIBLE_DEVICES hides it"
     return native.cuda_kernels_missing()
 
 
