@@ -1,8 +1,8 @@
 """The CUDA kernels on a CPU: csrc/cuda compiled for the host over tests/emulator, built by ninja into build/emulator.
 
 `load()` builds and loads torch.ops.gemma4_fast_cuda; `use()` names the kernels that its ops run, and the seed of the order that
-threads run in; `mutant()` builds kernels with a change in one of their sources. With GEMMA4_FAST_SANITIZE=1, as `make sanitize` sets
-it beside what must be loaded first, all of them are built for AddressSanitizer and UndefinedBehaviorSanitizer.
+threads run in; `mutant()` builds kernels with a change in one of their sources. With GEMMA4_FAST_SANITIZE=1, as `make sanitize`
+sets it beside what must be loaded first, all of them are built for AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 if not GPU and (reason := emulated.why_not()):
     pytest.skip(reason, allow_module_level=True)
+if GPU and (reason := table.backend_missing("cuda", "cuda")) and reason.startswith("needs "):  # and not: could not be built
+    pytest.skip(f"the cuda backend {reason}", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
