@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -type f)
 SANITIZE := build/sanitize
-SANITIZE_TESTS := sanitize/loaded test_cpu test_quant test_graph test_ops
+SANITIZE_TESTS := sanitize/loaded test_cpu test_quant test_graph test_ops test_cuda
 
 # Empty files that say "this step is done". Make repeats a step when one of the files it depends on is newer.
 VENV_DONE := $(VENV)/.venv-done
@@ -38,7 +38,7 @@ help:
 	@echo "make test-full the same, and what takes long: the large cases in Triton's interpreter, every kernel compiled for every GPU"
 	@echo "make gpu       all that needs a GPU, in ten minutes at most: tests, memory checker, benchmarks, into bench/results/"
 	@echo "make bench     the standard benchmarks of this machine, in ten minutes at most, into bench/results/"
-	@echo "make sanitize  the CPU kernels under GCC's address, undefined-behaviour and thread sanitizers (Linux)"
+	@echo "make sanitize  the CPU kernels, and the emulated CUDA kernels, under GCC's sanitizers (Linux)"
 	@echo "make lint      ruff and mypy only"
 	@echo "make format    let ruff fix and format the code"
 	@echo "make clean     remove what was built and cached; for a fresh start remove $(VENV) too"
@@ -70,7 +70,7 @@ sanitize: $(SANITIZE)/threads-plain $(SANITIZE)/threads-native $(SANITIZE)/.lib-
 	@# it the report, if pytest holds back what is written to the file descriptor. `pytest` alone, since `python -m` would put
 	@# this folder's package before the one that was built.
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZE)/lib \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZE)/lib GEMMA4_FAST_SANITIZE=1 \
 		$(BIN)/pytest --capture=sys -p no:cacheprovider $(SANITIZE_TESTS:%=tests/%.py) $(PYTEST_ARGS)
 
 lint: $(DEV_DONE)
@@ -84,7 +84,7 @@ format: $(DEV_DONE)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
-	rm -f gemma4_fast/_native*.so gemma4_fast/_cpu*.so $(NATIVE_DONE)
+	rm -f gemma4_fast/_native*.so gemma4_fast/_cpu*.so gemma4_fast/_cuda*.so $(NATIVE_DONE)
 	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up ----------------------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
-import shlex
+import runpy
 import subprocess
 import sys
 from glob import glob
@@ -21,14 +22,30 @@ ISAS = {"plain": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
 
+# By its file: importing the package would need PyTorch, which is not there when a build is isolated.
+spec = importlib.util.spec_from_file_location("cuda_build", "gemma4_fast/cuda_build.py")
+assert spec is not None and spec.loader is not None
+cuda_build = sys.modules["cuda_build"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cuda_build)
+ninja_quoted = cuda_build.quoted
 
-def ninja_quoted(path: str | Path) -> str:
-    """A path as one word of a shell command in a build.ninja."""
-    return shlex.quote(str(path)).replace("$", "$$")
+
+def torch_folder() -> Path | None:
+    found = importlib.util.find_spec("torch")
+    return Path(found.origin).parent if found is not None and found.origin is not None else None
+
+
+def has_cuda() -> bool:
+    """Whether the PyTorch that is there runs on NVIDIA's GPUs, and nvcc is at hand."""
+    folder = torch_folder()
+    version = Path(folder, "version.py") if folder else None
+    if version is None or not version.exists() or isinstance(cuda_build.find_tools(), str):
+        return False
+    return runpy.run_path(str(version)).get("cuda") is not None
 
 
 class BuildNative(build_ext):
-    """Builds the bindings, and with ninja the library of CPU kernels."""
+    """Builds the bindings, and with ninja the libraries of kernels."""
 
     def build_extension(self, ext: Extension) -> None:
         # A failed build is no error (see `optional` below), so what an earlier build left must not pass for its result.
@@ -37,6 +54,9 @@ class BuildNative(build_ext):
             built.unlink(missing_ok=True)
         if ext.name == kernels.name:
             self.build_kernels(ext, built)
+            return
+        if ext.name == cuda_kernels.name:
+            self.build_cuda_kernels(ext, built)
             return
         command = [*getattr(self.compiler, "compiler_so", []), *ext.extra_compile_args]
         # Flags only: include folders and path maps would put this machine's paths into the binary.
@@ -98,6 +118,22 @@ class BuildNative(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             raise CompileError(f"ninja could not build the CPU kernels, see above: {error}") from error
 
+    def build_cuda_kernels(self, ext: Extension, built: Path) -> None:
+        """For all GPUs that the kernels are for. Where this has not been done, native.py builds for those that are there."""
+        folder, torch, tools = Path(self.build_temp, "cuda").resolve(), torch_folder(), cuda_build.find_tools()
+        assert torch is not None and not isinstance(tools, str)
+        built.parent.mkdir(parents=True, exist_ok=True)
+        gencode = cuda_build.gencode(cuda_build.TARGETS, ptx_too=True)
+        cuda_build.write_ninja(folder, built.resolve(), tools, torch, gencode, map(Path, ext.sources), Path("csrc").resolve())
+
+        def tell(done: int, steps: int) -> None:
+            print(f"CUDA kernels: {done} of {steps} files", flush=True)
+
+        try:
+            cuda_build.run_ninja(folder, tools, jobs=self.parallel if isinstance(self.parallel, int) else None, tell=tell)
+        except cuda_build.BuildError as error:
+            raise CompileError(f"nvcc {tools.version} could not build the CUDA kernels: {error}") from error
+
     def copy_extensions_to_source(self) -> None:  # the last step of an editable install and of `build_ext --inplace`
         for ext in self.extensions:
             Path("gemma4_fast", Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
@@ -122,22 +158,33 @@ kernels = Extension(
     optional=True,
 )
 
+# The CUDA kernels, likewise. Without nvcc, or with a PyTorch that knows no CUDA, they are left out.
+cuda_kernels = Extension(
+    "gemma4_fast._cuda",
+    sources=[*sorted(glob("csrc/cuda/*.cu")), "csrc/cuda/torch_ops.cpp"],
+    depends=["setup.py", "gemma4_fast/cuda_build.py", *sorted(glob("csrc/cuda/*.cuh")), *sorted(glob("csrc/cuda/*.h"))],
+    optional=True,
+)
+
+extensions = [native, kernels, *([cuda_kernels] if has_cuda() else [])]
 ParallelCompile(default=os.cpu_count() or 1).install()
 
 setup(
     # kernels/triton is imported as gemma4_fast.triton. The leaf is mapped, and kernels/ has no __init__.py: a top-level
     # package `kernels` would shadow the one that transformers looks for.
-    packages=[*find_packages(include=["gemma4_fast", "gemma4_fast.*"]), "gemma4_fast.triton"],
-    package_dir={"gemma4_fast.triton": "kernels/triton"},
+    # csrc/cuda comes along as data, to be compiled where a GPU is.
+    packages=[*find_packages(include=["gemma4_fast", "gemma4_fast.*"]), "gemma4_fast.triton", "gemma4_fast.csrc.cuda"],
+    package_dir={"gemma4_fast.triton": "kernels/triton", "gemma4_fast.csrc.cuda": "csrc/cuda"},
     package_data={
+        "gemma4_fast.csrc.cuda": ["*.cu", "*.cuh", "*.h", "*.cpp"],
         "gemma4_fast": [
             "py.typed",
             # The tiny model: weights, configs, tokenizer, chat template, texts, and the script that trained it.
             *(f"tiny/*.{ending}" for ending in ("safetensors", "json", "jinja", "txt", "md", "py")),
             "tiny/LICENSE*",
-        ]
+        ],
     },
-    # GEMMA4_FAST_NATIVE=0 leaves the extension out.
-    ext_modules=[native, kernels] if os.environ.get("GEMMA4_FAST_NATIVE") != "0" else [],
+    # GEMMA4_FAST_NATIVE=0 leaves the extensions out.
+    ext_modules=extensions if os.environ.get("GEMMA4_FAST_NATIVE") != "0" else [],
     cmdclass={"build_ext": BuildNative},
 )

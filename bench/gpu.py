@@ -1,7 +1,8 @@
 """All that needs a GPU, in one command that ends within ten minutes: `make gpu`, or `python bench/gpu.py`.
 
-The op table on the device in bf16, fp16 and fp32, the ops at true shapes beside PyTorch's own, 26B-A4B with dummy weights,
-the memory checker over a part of the table, and 26B-A4B beside transformers. Nothing comes from the network. Each part has a
+The op table on the device in bf16, fp16 and fp32, the ops at true shapes on both backends for a GPU beside PyTorch's own,
+26B-A4B with dummy weights, the checkers of memory and of races over a part of the table, 26B-A4B beside transformers, and a
+profile of the CUDA kernels that are furthest from their floor. Nothing comes from the network. Each part has a
 time of its own, and what one part finds does not keep the next from running; rows are written as they are made, into
 bench/results/<machine>/. Exit code 1 if a part failed.
 """
@@ -9,8 +10,10 @@ bench/results/<machine>/. Exit code 1 if a part failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from gemma4_fast import cuda_build
 from gemma4_fast.bench.machine import label, machine
 from gemma4_fast.triton.common import TARGETS
 
@@ -30,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OPS = "moe,moe_decode,gqa_decode,gqa_prefill,linear,logits,geglu_mlp,grouped_gemm,route_topk,qkv_norm_rope,norm_add_norm,"
 OPS += "moe_norm_add_norm"
 CHECKED = "odd or ring or idle or skewed or empty_experts"  # cases small enough for the memory checker
-GRACE = 8  # seconds between asking a part to stop, so that it writes its rows, and ending it
+GRACE = 6  # seconds between asking a part to stop, so that it writes its rows, and ending it
 
 
 @dataclass(frozen=True)
@@ -54,33 +58,53 @@ class Part:
         return self.module if self.module and importlib.util.find_spec(self.module) is None else ""
 
 
+def all_of(*commands: list[str]) -> list[str]:
+    """One command that runs all of them, one after another; it fails at the first that does."""
+    return commands[0] if len(commands) == 1 else ["sh", "-ec", "\n".join(map(shlex.join, commands))]
+
+
 def parts(folder: Path, python: str = sys.executable) -> Iterator[Part]:
     jobs = min(12, os.cpu_count() or 1)
-    major, minor = torch.cuda.get_device_capability() if torch.version.hip is None else (0, 0)
-    if (target := f"sm_{major}{minor}") in TARGETS:  # compiling takes longer than running, and has all cores here
+    nvidia = torch.version.hip is None
+    major, minor = torch.cuda.get_device_capability() if nvidia else (0, 0)
+    compiling = []  # which takes longer than running, and has all cores here
+    if nvidia and cuda_build.find_nvcc():
+        why_not = "from gemma4_fast.ops.table import backend_missing; import sys; sys.exit(backend_missing('cuda', 'cuda'))"
+        compiling.append([python, "-c", why_not])
+    if (target := f"sm_{major}{minor}") in TARGETS:
         command = [python, str(ROOT / "tests/triton_compiled.py"), "--target", target, "--keep-cache", "--jobs", str(jobs)]
-        yield Part("compile", 55, command)
-    test = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", str(ROOT / "tests/test_triton.py")]
+        compiling.append(command)
+    if compiling:
+        yield Part("compile", 55, all_of(*compiling))
+    test = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", ""]
+    cuda, triton = str(ROOT / "tests/test_cuda.py"), str(ROOT / "tests/test_triton.py")
     many = ["-n", str(jobs)] if importlib.util.find_spec("xdist") else []
-    yield Part("tests", 105, [*test, *many])
+    yield Part("tests", 95, [*test, cuda, triton, *many])
     bench = [python, "-m", "gemma4_fast", "bench"]
-    rows = ["--backend", "triton,torch", "--seconds", "0.1", "--append", "-o", str(folder / "gpu-ops.jsonl")]
-    yield Part("ops", 115, [*bench, "ops", "--op", OPS, "--rivals", *rows], may_stop=True)
+    file = folder / "gpu-ops.jsonl"
+    rows = ["--backend", "cuda,triton,torch" if nvidia else "triton,torch", "--seconds", "0.1", "--append", "-o", str(file)]
+    yield Part("ops", 95, [*bench, "ops", "--op", OPS, "--rivals", *rows], may_stop=True)
     model = [*bench, "model", "--config", "26b-a4b", "--backend", "triton", "--append", "-o", str(folder / "gpu-model.jsonl")]
     deep = [*model, "--rounds", "3", "--depth", "1K"]
-    yield Part("model", 50, [*deep, "--decode", "64"], may_stop=True)
-    yield Part("model, batch 64", 40, [*deep, "--decode", "32", "--batch", "64"], may_stop=True)
-    check = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    yield Part("model", 45, [*deep, "--decode", "64"], may_stop=True)
+    yield Part("model, batch 64", 35, [*deep, "--decode", "32", "--batch", "64"], may_stop=True)
+    check = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     small = ["-x", "-k", f"test_matches_reference and ({CHECKED}) and bfloat16"]
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else the checker sees one large allocation
-    yield Part("memory checker", 50, [*check, *test, *small], program="compute-sanitizer", env=uncached)
+    checker = dict(program="compute-sanitizer", env=uncached)
+    yield Part("memory checker", 45, [*check, "memcheck", *test, cuda, triton, *small], **checker)
+    if nvidia:  # Triton's barriers are the compiler's
+        races, barriers = ([*check, tool, *test, cuda, *small] for tool in ("racecheck", "synccheck"))
+        yield Part("race checker", 35, all_of(races, barriers), **checker)
     beside = [*model, "--rounds", "2", "--prompt", "128", "--decode", "16", "--peers"]
     theirs = dict(may_stop=True, module="transformers")
-    yield Part("transformers", 50, [*beside, "transformers"], **theirs)  # cut to what fits twice, if need be
+    yield Part("transformers", 40, [*beside, "transformers"], **theirs)  # cut to what fits twice, if need be
     # By itself, as compiling may take all of its time: nothing is counted before everyone has warmed up. A fifth of the model,
     # since each layer is compiled.
     fifth = ["--layers", "6", "--vocab", "52428"]
-    yield Part("torch.compile", 40, [*beside, "torch.compile", *fifth], **theirs)
+    yield Part("torch.compile", 35, [*beside, "torch.compile", *fifth], **theirs)
+    profile = [python, str(ROOT / "bench/furthest.py"), str(file), "-o", str(folder / "profile.txt")]
+    yield Part("profile", 25, profile, may_stop=True, program="ncu")
 
 
 def run(part: Part) -> str:
@@ -102,11 +126,11 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     """Asks a part that is still running to stop, which ends its own processes too; then makes it."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):  # what it has started and left behind, too
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 def main() -> int:

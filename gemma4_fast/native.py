@@ -1,21 +1,34 @@
-"""The two C++ libraries: `gemma4_fast._native`, what this machine can do, and `gemma4_fast._cpu`, the CPU kernels.
+"""The compiled libraries: `gemma4_fast._native`, what this machine can do, `gemma4_fast._cpu`, the CPU kernels, and
+`gemma4_fast._cuda`, those of NVIDIA's GPUs.
 
-Both are optional: where no compiler was at hand when the package was installed, these functions return None and
-`missing_reason()` or `kernels_missing()` says why. Nothing is loaded before the first call.
+All are optional: where no compiler was at hand when the package was installed, these functions return None and
+`missing_reason()`, `kernels_missing()` or `cuda_kernels_missing()` says why. Nothing is loaded before the first call. The CUDA
+kernels are also built then, if the installation has not: for the GPUs that are there, into a folder of the user's cache.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import logging
+import os
+import platform
+import subprocess
 import sysconfig
+import tempfile
+import time
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from gemma4_fast import cuda_build
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger("gemma4_fast")
 
 _NAME = "gemma4_fast._native"
 
@@ -100,6 +113,11 @@ ISAS: dict[str, tuple[str, ...]] = {
 }
 
 
+def _installed(name: str) -> Path:
+    """Where setup.py puts a library."""
+    return Path(__file__).with_name(name + str(sysconfig.get_config_var("EXT_SUFFIX")))
+
+
 @cache
 def kernels_missing() -> str | None:
     """None once the CPU kernels are loaded, as torch.ops.gemma4_fast_cpu; else one sentence saying why they are not."""
@@ -107,7 +125,7 @@ def kernels_missing() -> str | None:
 
     if (reason := missing_reason()) is not None:
         return reason
-    library = Path(__file__).with_name("_cpu" + str(sysconfig.get_config_var("EXT_SUFFIX")))
+    library = _installed("_cpu")
     if not library.exists():
         return (
             "the CPU kernels were not built: that needs a C++17 compiler, PyTorch and ninja at hand; install those, then "
@@ -140,3 +158,92 @@ def isas() -> tuple[str, ...]:
     x86 = (build_info() or {}).get("arch") == "x86_64"
     usable = [isa for isa, needs in ISAS.items() if all(features.get(f) for f in needs) and (x86 or isa == "plain")]
     return tuple(reversed(usable)) if available() else ()
+
+
+# ---- CUDA kernels ----
+
+SAY_AFTER = 10  # seconds between two words on how far a build is
+
+
+@cache
+def cuda_kernels_missing() -> str | None:
+    """None once the CUDA kernels are loaded, as torch.ops.gemma4_fast_cuda, and run here; else why not: "needs nvcc ...".
+
+    For a process that has GPUs. May build them, which takes a minute, and says so; a build that fails is not tried again.
+    """
+    import torch
+
+    library = _installed("_cuda")
+    if not library.exists():
+        try:
+            library = _built_for(torch.__version__, Path(torch.__file__).parent, _capabilities())
+        except cuda_build.BuildError as error:
+            return str(error)
+    try:
+        torch.ops.load_library(str(library))
+        _try_out()
+    except (OSError, RuntimeError) as error:
+        return f"has kernels in {library} that do not run here: {error.__cause__ or error}"
+    return None
+
+
+def _capabilities() -> set[tuple[int, int]]:
+    import torch
+
+    return {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+
+
+def _try_out() -> None:
+    """A launch on every GPU. RuntimeError: the driver is too old for these kernels, or they are for other GPUs."""
+    import torch
+
+    for i in range(torch.cuda.device_count()):
+        with torch.cuda.device(i):
+            x = torch.zeros(1, 8, dtype=torch.bfloat16, device="cuda")
+            torch.ops.gemma4_fast_cuda.rms_norm(x, None, x, 1e-6, torch.cuda.current_stream().cuda_stream, False)
+
+
+def _built_for(torch_version: str, torch_folder: Path, capabilities: set[tuple[int, int]]) -> Path:
+    """The library for these GPUs, from the cache, or built into it. BuildError: one sentence, what is missing or went wrong."""
+    if os.environ.get("GEMMA4_FAST_NATIVE") == "0":
+        raise cuda_build.BuildError("is not built here: GEMMA4_FAST_NATIVE is 0")
+    tools = cuda_build.find_tools()
+    if isinstance(tools, str):
+        raise cuda_build.BuildError(tools)
+    known = subprocess.run([tools.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
+    targets = [cuda_build.target_for(capability, known) for capability in sorted(capabilities)]
+    gencode = cuda_build.gencode(dict.fromkeys(filter(None, targets)))
+    csrc = cuda_build.csrc()
+    files = cuda_build.sources(csrc)
+    recipe = [torch_version, tools.version, tools.cxx, gencode, cuda_build.FLAGS, cuda_build.TORCH_FLAGS, platform.machine()]
+    key = hashlib.sha256(repr([recipe, [(f.name, f.read_bytes()) for f in files]]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "gemma4_fast" / key
+    library = folder / "_cuda.so"
+    if library.exists():
+        return library
+    log.warning("gemma4_fast: building the CUDA kernels with nvcc %s (%s), once, into %s", tools.version, gencode, folder)
+    start = said = time.perf_counter()
+
+    def tell(done: int, steps: int) -> None:
+        nonlocal said
+        if (now := time.perf_counter()) - said >= SAY_AFTER:
+            said = now
+            log.warning("gemma4_fast: %d of %d files are built after %.0f s", done, steps, now - start)
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # In a folder of its own, and moved when it is whole: another process may be building the same.
+        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as name:
+            work = Path(name)
+            cuda_build.write_ninja(work, work / library.name, tools, torch_folder, gencode, files, csrc)
+            cuda_build.run_ninja(work, tools, tell=tell)
+            (work / library.name).replace(library)
+    except cuda_build.BuildError as error:
+        log.warning("gemma4_fast: the CUDA kernels could not be built, others serve. The last that was said:\n%s", error)
+        raise cuda_build.BuildError(f"could not build its kernels with {tools.nvcc}: the log has what it said") from error
+    except OSError as error:
+        raise cuda_build.BuildError(
+            f"cannot write what it builds ({error}): name a folder that can be written to, XDG_CACHE_HOME=..."
+        ) from error
+    log.warning("gemma4_fast: built in %.0f s", time.perf_counter() - start)
+    return library

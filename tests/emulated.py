@@ -1,7 +1,8 @@
 """The CUDA kernels on a CPU: csrc/cuda compiled for the host over tests/emulator, built by ninja into build/emulator.
 
 `load()` builds and loads torch.ops.gemma4_fast_cuda; `use()` names the kernels that its ops run, and the seed of the order that
-threads run in; `mutant()` builds kernels with a change in one of their sources.
+threads run in; `mutant()` builds kernels with a change in one of their sources. With GEMMA4_FAST_SANITIZE=1, as `make sanitize`
+sets it beside what must be loaded first, all of them are built for AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from gemma4_fast import ops
 from gemma4_fast.ops import table
 
 ROOT = Path(__file__).parents[1]
-BUILD = ROOT / "build" / "emulator"
+SANITIZED = os.environ.get("GEMMA4_FAST_SANITIZE") == "1"
+BUILD = ROOT / "build" / ("sanitize/emulator" if SANITIZED else "emulator")
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 COMPILER = os.environ.get("CXX", "c++")
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-DGEMMA4_EMULATED", f"-I{ROOT}/tests/emulator", f"-I{ROOT}/csrc"]
+FLAGS = ["-std=c++17", "-fPIC", "-Wall", "-DGEMMA4_EMULATED", f"-I{ROOT}/tests/emulator", f"-I{ROOT}/csrc"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
@@ -36,14 +38,14 @@ def why_not() -> str | None:
     return None if shutil.which(COMPILER) else f"there is no {COMPILER}"
 
 
-def build(folder: Path = BUILD, changed: dict[Path, Path] | None = None, *, sanitize: bool = False) -> Path:
+def build(folder: Path = BUILD, changed: dict[Path, Path] | None = None) -> Path:
     """The library of kernels, and beside it that of torch's ops. changed: files of csrc/cuda, by the ones that stand for them;
     then kernels alone, and of the others what `load` has built."""
     from ninja import BIN_DIR, ninja_syntax
     from torch.utils import cpp_extension
 
     folder.mkdir(parents=True, exist_ok=True)
-    extra = SANITIZE if sanitize else []
+    extra = SANITIZE if SANITIZED else ["-O0" if changed else "-O2"]  # a mistake is built once, and run for one case
     with (folder / "build.ninja").open("w") as file:
         n = ninja_syntax.Writer(file)
         n.variable("cxx", COMPILER)

@@ -381,22 +381,66 @@ def test_rivals_are_asked_for_and_can_be_made_again(run: Run) -> None:
     assert code == 0 and row.key in {Row.from_dict(json.loads(line)).key for line in out.splitlines()}
 
 
-def test_all_that_needs_a_gpu_ends_in_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("gpu", Path(__file__).parents[1] / "bench" / "gpu.py")
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A file of the folder bench/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "bench" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    gpu = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu", gpu)  # where dataclasses look for it
-    spec.loader.exec_module(gpu)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_kernels_furthest_from_their_floor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    furthest = script("furthest", monkeypatch)
+
+    def row(name: str, us: float, contender: str = "cuda", mode: str = "graph", dtype: str = "bfloat16") -> Row:
+        time_us, roof = Spread(us, us, us, us, 9), {"gb_s": 1.0}
+        return Row("op", name, contender, time_us=time_us, mode=mode, dtype=dtype, bytes=1000, roofline=roof)
+
+    slow, fast = row("a/x", 100.0), row("a/y", 2.0)
+    old, now = row("b/x", 1000.0), row("b/x", 4.0)  # the later one counts
+    others = [row("c/x", 900.0, "triton"), row("d/x", 900.0, mode="eager"), row("e/x", 900.0, dtype="float16")]
+    measured = [old, slow, fast, now, *others, Row("op", "f/x", "cuda", "failed", mode="graph", dtype="bfloat16")]
+    assert furthest.furthest(measured, 2) == [slow, now]
+    assert furthest.furthest(others, 2) == [others[1]]  # without graphs
+    file, told = tmp_path / "rows.jsonl", tmp_path / "profile.txt"
+    file.write_text("".join(json.dumps(r.to_dict()) + "\n" for r in measured))
+    monkeypatch.setattr(furthest, "profiled", lambda name: (0, f"told of {name}"))
+    assert furthest.main([str(file), "-o", str(told)]) == 0
+    assert told.read_text().splitlines()[0:2] == ["==== a/x: 1% of the roofline (graph)", "told of a/x"]
+    assert "told of b/x" in told.read_text()
+    monkeypatch.setattr(furthest, "profiled", lambda name: (1, "==ERROR== ERR_NVGPUCTRPERM"))
+    assert furthest.main([str(file), "-o", str(told)]) == 0 and "nothing is profiled" in capsys.readouterr().out
+    monkeypatch.setattr(furthest, "profiled", lambda name: (1, "something else"))
+    assert furthest.main([str(file), "-o", str(told)]) == 1
+    assert furthest.main([str(tmp_path / "none"), "-o", str(told)]) == 0
+
+
+def test_all_that_needs_a_gpu_ends_in_ten_minutes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu = script("gpu", monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     parts = {part.name: part for part in gpu.parts(Path("results"))}
     assert sum(part.seconds + gpu.GRACE for part in parts.values()) < 575
-    assert {name for name, part in parts.items() if not part.may_stop} == {"compile", "tests", "memory checker"}
+    must = {"compile", "tests", "memory checker", "race checker"}
+    assert {name for name, part in parts.items() if not part.may_stop} == must
+    assert sum("test_cuda.py" in " ".join(part.command) for part in parts.values()) == 3
+    assert parts["ops"].command.index("cuda,triton,torch") and "racecheck" in parts["race checker"].command[-1]
     parsed = {}
     for name, part in parts.items():
         if "bench" in part.command:
             parsed[name] = parser(COMMANDS).parse_args(part.command[part.command.index("bench") :])
     assert parsed["ops"].rivals and set(parsed["ops"].op) <= set(ops.TABLE)
     assert parsed["transformers"].peers == ["transformers"] and parsed["torch.compile"].peers == ["torch.compile"]
+    assert gpu.run(gpu.Part("all", 9, gpu.all_of(["true"], ["true"]))) == "ok"
+    assert gpu.run(gpu.Part("all", 9, gpu.all_of(["false"], ["true"]))) == "exit code 1"
+    start, mark = time.perf_counter(), tmp_path / "not stopped"
+    late = ["sh", "-c", f"sleep 3; touch {mark}"]
+    assert gpu.run(gpu.Part("all", 1, gpu.all_of(late, ["true"]))) == "stopped after 1 s"
+    time.sleep(max(0.0, 4 - (time.perf_counter() - start)))
+    assert not mark.exists()  # what the shell has started is stopped too
     for kind in ("program", "module"):
         lost = gpu.run(dataclasses.replace(parts["transformers"], **{kind: "nothing_of_this_name"}))
         assert lost == "left out: there is no nothing_of_this_name here"

@@ -14,9 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 import gemma4_fast
-from gemma4_fast import native
+from gemma4_fast import cuda_build, native
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
@@ -68,7 +69,7 @@ def members(wheel: Path) -> set[str]:
 
 
 def native_members(wheel: Path) -> list[str]:
-    return [name for name in members(wheel) if name.startswith(("gemma4_fast/_native", "gemma4_fast/_cpu"))]
+    return [name for name in members(wheel) if re.match(r"gemma4_fast/_(native|cpu|cuda)\.", name)]
 
 
 def python_files() -> set[str]:
@@ -114,6 +115,18 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_kernels_can_be_compiled_where_they_are_installed(installed: Path, tmp_path: Path) -> None:
+    code = "from gemma4_fast import cuda_build as b; print(*b.sources(b.csrc()))"
+    sources = [Path(name) for name in run(sys.executable, "-I", "-c", ONLY_UNPACKED + code, installed, cwd=tmp_path).split()]
+    assert {path.parent for path in sources} == {installed / "gemma4_fast" / "csrc" / "cuda"}
+    texts = {path.name: path.read_text() for path in sources}
+    included = {name for text in texts.values() for name in re.findall(r'^#include "cuda/(.+)"', text, re.M)}
+    assert "device.cuh" in included and included <= set(texts)  # so -I gemma4_fast/csrc finds all
+    code = "import importlib.util as u; print([u.find_spec(name) for name in ('csrc', 'kernels')])"
+    said = run(sys.executable, "-I", "-c", ONLY_UNPACKED + code, installed, cwd=tmp_path)
+    assert str(installed) not in said
+
+
 def test_transformers_imports_from_the_repository_root() -> None:
     # `python -c` puts the current folder first on sys.path. With a kernels/__init__.py this import breaks.
     code = "import transformers; from transformers import Gemma4ForCausalLM as G; print(G.__module__)"
@@ -154,11 +167,15 @@ def test_wheel_holds_everything(wheel: Path) -> None:
     assert {f"gemma4_fast/tiny/{name}" for name in TINY} <= names
     assert "gemma4_fast/py.typed" in names
     built = [native.available(), native.available() and native.kernels_missing() is None]
-    assert [any(part in name for name in native_members(wheel)) for part in ("/_native", "/_cpu")] == built
+    built.append(torch.version.cuda is not None and not isinstance(cuda_build.find_tools(), str))
+    assert [any(part in name for name in native_members(wheel)) for part in ("/_native.", "/_cpu.", "/_cuda.")] == built
+    # The CUDA kernels' sources, to be compiled where the GPU is.
+    cuda = {f"gemma4_fast/csrc/cuda/{path.name}" for path in (ROOT / "csrc" / "cuda").iterdir()}
+    assert cuda == {name for name in names if name.startswith("gemma4_fast/csrc/")} and len(cuda) >= 5
     # Nothing else: no tests, sources or leftovers. The licence lies in the dist-info folder.
     info = f"gemma4_fast-{version('gemma4-fast')}.dist-info/"
     assert not [name for name in names if not name.startswith(("gemma4_fast/", info))]
-    assert not [name for name in names if name.endswith((".pyc", ".cpp", ".h"))]
+    assert not [name for name in names - cuda if name.endswith((".pyc", ".cpp", ".h", ".cu", ".cuh"))]
     assert f"{info}licenses/LICENSE" in names
     assert (ROOT / "gemma4_fast/tiny/model.safetensors").stat().st_size < 12e6
 

@@ -27,7 +27,7 @@
 #include <string>
 
 #define DEVICE __device__ __forceinline__
-#define HOST_DEVICE __host__ __device__ __forceinline__
+#define ANYWHERE __host__ __device__ __forceinline__
 #define KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define KERNEL_ARGS(type) const __grid_constant__ type
 #define UNROLL _Pragma("unroll")
@@ -107,8 +107,8 @@ struct alignas(8) Bytes8 {
 extern __shared__ char4 shared_bytes[];
 DEVICE char* shared_memory() { return reinterpret_cast<char*>(shared_bytes); }
 
-// Neither of these is ld.global.nc: the assembler takes such a load for one that may move over the wait, and puts those before
-// it behind, and might put those behind before.
+// None of these is `nc`: that promises memory which nobody writes while this launch is there, and the launch before may; and it
+// lets the compiler move a load to either side of wait_for_inputs(), as it does.
 template <class T>
 DEVICE T load(const T* at) {
   return *at;
@@ -344,6 +344,6 @@ DEVICE CosSin cos_sin(int64_t position, float freq) {
   return {turn == 1 || turn == 2 ? -c : c, turn >= 2 ? -d : d};
 }
 
-HOST_DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
+ANYWHERE int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 }  // namespace gemma4_fast::device

@@ -159,7 +159,7 @@ DEVICE void route_block(const RouteTopk& a, Dim block, Dim grid) {
 // ---- on the host ----
 
 inline bool whole(const RouteTopk& a) { return a.hidden % 8 == 0 && aligned(a.x) && aligned(a.scale) && aligned(a.proj); }
-HOST_DEVICE Dim grid_of(const RouteTopk& a) {
+ANYWHERE Dim grid_of(const RouteTopk& a) {
   return {divide_up(a.hidden, kColumns), divide_up(a.experts, kExperts), divide_up(a.tokens, kTokens)};
 }
 

@@ -33,6 +33,7 @@ log = logging.getLogger("gemma4_fast")
 AUTO_ORDER = ("cuda", "triton", "cpu", "torch")
 BACKENDS = (*AUTO_ORDER, "reference")
 RECORDABLE = "gemma4_fast.ops.cpu_backend:"
+OLDEST_GPU = (8, 0)  # for the cuda backend
 HALF_AND_UP = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -226,11 +227,23 @@ def backend_missing(backend: str, device_type: str, *, named: bool = True) -> st
     interpreted = backend == "triton" and device_type == "cpu" and named and _triton_interprets()
     if device_type != "cuda" and not interpreted:
         return f"needs a GPU, and the tensors are on {device_type}"
-    if backend == "cuda" and torch.version.hip is not None:
-        return "needs an NVIDIA GPU"
+    if backend == "cuda":
+        return _cuda_missing()
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "the triton package is not installed"
     return None
+
+
+def _cuda_missing() -> str | None:
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU"
+    if not torch.cuda.is_available():
+        return "needs a GPU, and PyTorch sees none"
+    for i in range(torch.cuda.device_count()):  # each, since a tensor may be on any
+        if (capability := torch.cuda.get_device_capability(i)) < OLDEST_GPU:
+            has = ".".join(map(str, capability))
+            return f"needs compute capability 8.0, and {torch.cuda.get_device_name(i)} has {has}: CUDA_VISIBLE_DEVICES hides it"
+    return native.cuda_kernels_missing()
 
 
 def _triton_interprets() -> bool:

@@ -35,7 +35,7 @@
 #endif
 
 #define DEVICE inline
-#define HOST_DEVICE inline
+#define ANYWHERE inline
 #define KERNEL(threads, blocks) void
 #define KERNEL_ARGS(type) const type
 #define UNROLL
