@@ -110,9 +110,9 @@ DEVICE void down_block(const MoeDecode& a, int tile) {
   struct Shared {
     Pairs of;
     int32_t slots[kWarps][tokens];
-    float sums[1][rows];  // of each assignment
   };
   auto& s = *reinterpret_cast<Shared*>(shared_memory());
+  auto* sums_of = reinterpret_cast<float(*)[rows]>(&s + 1);  // each assignment's
   const int warp = warp_index(), g = lane_index() / 4, pairs = a.tokens * a.top_k;
   const int steps = divide_up(a.inter, kStep);
   wait_for_inputs();
@@ -143,7 +143,7 @@ DEVICE void down_block(const MoeDecode& a, int tile) {
       UNROLL for (int n = 0; n < kTokenTiles; ++n) {
         UNROLL for (int i = 0; i < 4; ++i) {
           const int slot = s.slots[warp][tile_token(n, i)];
-          if (slot >= 0) s.sums[slot][tile_row<kBits>(q, i)] = sums[q][n][i];
+          if (slot >= 0) sums_of[slot][tile_row<kBits>(q, i)] = sums[q][n][i];
         }
       }
     }
@@ -156,7 +156,7 @@ DEVICE void down_block(const MoeDecode& a, int tile) {
     if (n >= a.hidden) continue;
     float out = 0;
     for (int p = t * a.top_k; p < (t + 1) * a.top_k; ++p)
-      if (s.of.id[p] >= 0) out = fused_multiply_add(load(a.topk_weights + p), s.sums[p][row], out);
+      if (s.of.id[p] >= 0) out = fused_multiply_add(load(a.topk_weights + p), sums_of[p][row], out);
     store(static_cast<uint16_t*>(a.out) + int64_t(t) * a.hidden + n, static_cast<uint16_t>(pack<T>(out, 0)));
   }
 }
