@@ -231,7 +231,7 @@ KERNEL(kThreads, 2) gqa_decode_kernel(KERNEL_ARGS(GqaDecode) a) {
     } else if constexpr (kMergesItself<D, kRebuilt>) {
       uint32_t* counter = a.counters + r.row.b * rows_of_sequence(a) + r.row.number;
       if (a.counters && last_to_arrive(counter, blocks_of(r.work, r.row, r.seen), flag))
-        merge_row<T, D>(a, r.work, r.row, 0, 1, reinterpret_cast<Part*>(ring));
+        merge_row<T, D, 4>(a, r.work, r.row, 0, 1, reinterpret_cast<Part*>(ring));
     }
     sync_block();  // the ring and the range are free
     if (thread_index() == 0) r.pass(a), r.advance(a);
@@ -253,7 +253,7 @@ KERNEL(kThreads, 2) merge_kernel(KERNEL_ARGS(GqaDecode) a) {
   const Row row = numbered(a, work, block_index().x / rows, block_index().x % rows);
   const Seen s = seen(a, row.b);
   if (s.length == 0 || (s.units(4) == 1 && blocks_of(work, row, s) == 1)) return;  // it is written
-  merge_row<T, D>(a, work, row, block_index().y, grid_size().y, reinterpret_cast<Part*>(shared_memory()));
+  merge_row<T, D, 8>(a, work, row, block_index().y, grid_size().y, reinterpret_cast<Part*>(shared_memory()));
 }
 
 template <class T, int D, bool kRebuilt>

@@ -112,10 +112,10 @@ DEVICE void write(const GqaDecode& a, const Row& row, int half, int i, int pair,
 }
 
 // The row's pieces into the output: slices of 32 of its places, from the `first` of every `stride` on. All of the block. Each
-// warp has a slice and every eighth node (every second or fourth if there are no more). shared: kThreads Parts.
-template <class T, int D>
+// warp has a slice and every eighth node (every second or fourth if there are no more). kAtOnce: loads
+// on their way. shared: kThreads Parts.
+template <class T, int D, int kAtOnce>
 DEVICE void merge_row(const GqaDecode& a, const Cut& cut, const Row& row, int first, int stride, Part* shared) {
-  constexpr int kAtOnce = 4;
   const Seen s = seen(a, row.b);
   const int unit0 = s.first(cut.shift), units = s.units(cut.shift), node0 = s.first(4), nodes = s.units(4);
   const int sums = nodes > 4 ? 8 : nodes > 2 ? 4 : nodes;  // of nodes, each a warp's
@@ -125,30 +125,36 @@ DEVICE void merge_row(const GqaDecode& a, const Cut& cut, const Row& row, int fi
   const auto* all_pieces = static_cast<const Bytes16*>(a.pieces) + int64_t(row.base) * places;
   for (int slice = first * at_once; slice * kWarp < places; slice += stride * at_once) {
     const int place = (slice + warp / sums) * kWarp + lane, pair = place / 8 % pairs;
-    Part total = nothing();
-    for (int node = warp % sums; node < nodes && place < places; node += sums) {
-      Part of_node = nothing(), of_leaf = nothing();
-      int u = ((node0 + node) * kNode >> cut.shift) - unit0, end = ((node0 + node + 1) * kNode >> cut.shift) - unit0;
-      u = u < 0 ? 0 : u, end = end < units ? end : units;
-      for (; u < end; u += kAtOnce) {
-        Part parts[kAtOnce];
-        UNROLL for (int i = 0; i < kAtOnce; ++i) {  // where there is no piece its acc too, so that no load waits for another
-          parts[i] = nothing();
-          if (u + i >= end) continue;
-          const Bytes16 ml = load_fresh(all_sums + (u + i) * (kHeads / 2) + pair);
-          const Bytes16 acc = load_fresh(all_pieces + int64_t(u + i) * places + place);
-          UNROLL for (int h = 0; h < 2; ++h) parts[i].m[h] = bits_to_float(ml.w[2 * h]), parts[i].l[h] = bits_to_float(ml.w[2 * h + 1]);
-          UNROLL for (int j = 0; j < 4; ++j) parts[i].acc[j] = bits_to_float(acc.w[j]);
-        }
-        UNROLL for (int i = 0; i < kAtOnce; ++i) {
-          if (u + i >= end) continue;
-          merge(of_leaf, parts[i]);
-          if (((unit0 + u + i + 1) << cut.shift) % kLeaf != 0 && u + i + 1 < units) continue;
-          merge(of_node, of_leaf);
-          of_leaf = nothing();
-        }
+    Part total = nothing(), of_node = nothing(), of_leaf = nothing();
+    int node = warp % sums, unit = 0, end = 0;  // the row's; units [unit, end) of the node are left
+    const auto enter = [&] {
+      unit = max(((node0 + node) * kNode >> cut.shift) - unit0, 0);
+      end = min(((node0 + node + 1) * kNode >> cut.shift) - unit0, units);
+    };
+    enter();
+    while (node < nodes && place < places) {
+      Part parts[kAtOnce];
+      int ends[kAtOnce];  // 1: with this unit its leaf, 2: its node too
+      UNROLL for (int i = 0; i < kAtOnce; ++i) {  // acc where there is no piece too, so that no load waits for another
+        parts[i] = nothing(), ends[i] = 0;
+        if (node >= nodes) continue;
+        const Bytes16 ml = load_fresh(all_sums + unit * (kHeads / 2) + pair);
+        const Bytes16 acc = load_fresh(all_pieces + int64_t(unit) * places + place);
+        UNROLL for (int h = 0; h < 2; ++h) parts[i].m[h] = bits_to_float(ml.w[2 * h]), parts[i].l[h] = bits_to_float(ml.w[2 * h + 1]);
+        UNROLL for (int j = 0; j < 4; ++j) parts[i].acc[j] = bits_to_float(acc.w[j]);
+        ++unit;
+        ends[i] = unit == end ? 2 : ((unit0 + unit) << cut.shift) % kLeaf == 0;
+        if (unit == end) node += sums, enter();
       }
-      merge(total, of_node);
+      UNROLL for (int i = 0; i < kAtOnce; ++i) {
+        merge(of_leaf, parts[i]);
+        if (ends[i] == 0) continue;
+        merge(of_node, of_leaf);
+        of_leaf = nothing();
+        if (ends[i] == 1) continue;
+        merge(total, of_node);
+        of_node = nothing();
+      }
     }
     if (sums > 1) {
       shared[thread_index()] = total;

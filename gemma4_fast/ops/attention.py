@@ -169,7 +169,9 @@ GQA_DECODE = register(
             "e4b_full_8k": lambda m: decode_case(m, [8192], 8, 2, 512, 8192),
         },
         impls={
-            "cuda": Impl("gemma4_fast.ops.cuda_backend:gqa_decode", cuda_backend.DTYPES, accepts=cuda_backend.accepts_gqa_decode),
+            "cuda": Impl(
+                "gemma4_fast.ops.cuda_backend:gqa_decode", cuda_backend.DTYPES, accepts=cuda_backend.accepts_gqa_decode
+            ),
             "cpu": Impl("gemma4_fast.ops.cpu_backend:gqa_decode", cpu_backend.DTYPES, accepts=cpu_backend.accepts_gqa_decode),
             "triton": Impl(
                 "gemma4_fast.triton.gqa_decode:gqa_decode", triton_backend.DTYPES, accepts=triton_backend.accepts_gqa_decode

@@ -459,7 +459,12 @@ def gqa_decode(
         return out
     v_cache, block_table = _in_chunks(v_cache), _maybe(block_table)
     slots = v_cache.shape[1] if block_table is None else v_cache.shape[1] * block_table.shape[1]
-    seen, rows, group, m = min(window or slots, slots), _rows(q, v_cache), q.shape[1] // v_cache.shape[2], on or machine(q.device)
+    seen, rows, group, m = (
+        min(window or slots, slots),
+        _rows(q, v_cache),
+        q.shape[1] // v_cache.shape[2],
+        on or machine(q.device),
+    )
     padded = next(d for d in (128, 256, 512) if q.shape[2] <= d)
     per_piece = padded * min(-(-group // 2), HEADS // 2) * 2  # fp32 values
     tiles, nodes = -(-seen // TILE) + 1, -(-seen // NODE) + 1
