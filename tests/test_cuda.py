@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from gemma4_fast import UnsupportedError, ops
 from gemma4_fast.ops import cuda_backend, table
-from gemma4_fast.ops.accuracy import Judge, converted, outputs
+from gemma4_fast.ops.accuracy import Judge, converted, nan_poison, outputs
+from gemma4_fast.ops.attention import decode_case
 from gemma4_fast.ops.embedding import angles_case, embedding_case
 from gemma4_fast.ops.linear import linear_case, mlp_case
 from gemma4_fast.ops.moe import moe_case, route_case
@@ -265,6 +267,113 @@ def test_router_serves_few_tokens() -> None:
         route(args)
 
 
+# ---- gqa_decode: one sequence's bits, however the work is cut ----
+
+DECODE = ops.TABLE["gqa_decode"]
+
+
+def decode_args(lens: list[int], dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> dict[str, Any]:
+    """As a case of the table: query heads, KV heads, dim, slots, and window, v_only, block."""
+    return decode_case(Maker(dtype, torch.device(DEVICE)), lens, **sizes)
+
+
+def decode(args: dict[str, Any], cores: int | None = None, launches: int | None = None) -> torch.Tensor:
+    machine = cuda_backend.machine(args["q"].device)
+    on = machine if cores is None else replace(machine, cores=cores)
+    with nan_poison():
+        return cuda_backend.gqa_decode(**args, on=on, launches=launches)
+
+
+# Nine nodes and more, so that sums of nodes have several; windows that begin anywhere; sequences of all lengths.
+CUT = {
+    "long": dict(lens=[5300, 4609], q_heads=2, kv_heads=1, dim=64, slots=5312),
+    "long_v_only": dict(lens=[5300, 700], q_heads=2, kv_heads=1, dim=64, slots=5312, v_only=True),
+    "window": dict(lens=[5000, 37, 0, 1100, 1, 1024], q_heads=4, kv_heads=2, dim=128, slots=1024, window=1000),
+    "window_256": dict(lens=[900, 100], q_heads=4, kv_heads=2, dim=256, slots=320, window=300),
+    "v_only_512": dict(lens=[600, 0, 161], q_heads=8, kv_heads=1, dim=512, slots=640, v_only=True),
+    "paged": dict(lens=[1500, 640, 3], q_heads=3, kv_heads=1, dim=96, slots=1536, block=16),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_decode_has_the_same_bits_however_it_is_cut(name: str) -> None:
+    args = decode_args(**CUT[name])
+    first = decode(args)
+    verdict = Judge(DECODE, args).of([first])
+    assert verdict.ok, verdict.message
+    for cores, launches in itertools.product((1, 2, 3, 5, 11, 40), (1, 2)):
+        assert torch.equal(decode(args, cores, launches), first), (cores, launches)
+    of_one = ["q", "kv_lens", *(["k_cache", "v_cache"] if args["block_table"] is None else ["block_table"])]
+    for b in range(len(args["kv_lens"])):
+        alone = {**args, **{k: args[k][b : b + 1] for k in of_one if args[k] is not None}}
+        assert torch.equal(decode(alone), first[b : b + 1]), b
+    assert all(not c.any() for c in cuda_backend._COUNTERS.values())
+
+
+@pytest.mark.parametrize("v_only", [False, True])
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_decode_of_blocks_is_that_of_the_cache(block: int, v_only: bool) -> None:
+    args = decode_args([300, 64, 1], q_heads=4, kv_heads=2, dim=64, slots=192, v_only=v_only, block=block)
+    whole = dict(args, block_table=None)
+    for name in ("k_cache", "v_cache"):
+        if args[name] is not None:
+            whole[name] = args[name][args["block_table"].long()].flatten(1, 2)
+    assert torch.equal(decode(args), decode(whole))
+
+
+@pytest.mark.parametrize("v_only", [False, True])
+def test_decode_reads_no_slot_that_is_not_seen(v_only: bool) -> None:
+    args = decode_args([70, 5, 0, 33], q_heads=2, kv_heads=1, dim=64, slots=96, window=40, v_only=v_only)
+    first = decode(args)
+    for b, length in enumerate(args["kv_lens"].tolist()):
+        unseen = [s for s in range(96) if not max(0, length - 40) <= s < length]
+        for name in ("k_cache", "v_cache"):
+            if args[name] is not None:
+                args[name][b, unseen] = float("nan")
+    assert torch.equal(decode(args), first)
+
+
+def test_decode_takes_views_and_any_lengths() -> None:
+    args = decode_args([90, 40], q_heads=4, kv_heads=2, dim=64, slots=128)
+    both = torch.stack((args["k_cache"], args["v_cache"]), 3)  # [B, S, Hkv, 2, D]
+    views = dict(args, k_cache=both[:, :96, :, 0], v_cache=both[:, :96, :, 1], kv_lens=args["kv_lens"].long())
+    assert torch.equal(decode(views), decode(args))
+    odd = torch.zeros(2, 128, 2, 65, dtype=args["q"].dtype, device=DEVICE)[..., 1:].copy_(args["v_cache"])
+    assert torch.equal(decode(dict(args, v_cache=odd)), decode(args))
+
+
+@pytest.mark.parametrize("v_only", [False, True])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(12, 1, 64), (20, 2, 48), (7, 1, 272), (1, 1, 16), (16, 1, 512)])
+def test_decode_shapes(heads: int, kv_heads: int, dim: int, v_only: bool) -> None:
+    args = decode_args([70, 9], q_heads=heads, kv_heads=kv_heads, dim=dim, slots=80, v_only=v_only)
+    judge = Judge(DECODE, dict(args, scale=0.7))
+    verdict = judge(on_cuda(DECODE))
+    assert verdict.ok, verdict.message
+
+
+def test_decode_far_out() -> None:
+    """Angles of position 262144, in windows that few slots hold."""
+    args = decode_args([262144, 131071], q_heads=2, kv_heads=1, dim=256, slots=64, v_only=True)
+    verdict = Judge(DECODE, args)(on_cuda(DECODE))
+    assert verdict.ok, verdict.message
+
+
+@pytest.mark.parametrize("cores, shared", [(108, 167936), (188, 102400)])
+def test_decode_with_less_shared_memory(cores: int, shared: int) -> None:
+    on = cuda_backend.Machine(cores, shared, shared - 1024)
+    for sizes in CUT["window_256"], CUT["v_only_512"]:
+        args = decode_args(**sizes)
+        assert torch.equal(cuda_backend.gqa_decode(**args, on=on), decode(args))
+
+
+def test_decode_refuses() -> None:
+    args = decode_args([9], q_heads=2, kv_heads=1, dim=64, slots=16, v_only=True)
+    with pytest.raises(UnsupportedError, match="multiples of 16"):
+        on_cuda(DECODE)(*decode_args([9], q_heads=2, kv_heads=1, dim=24, slots=16).values())
+    with pytest.raises(UnsupportedError, match="float32"):
+        on_cuda(DECODE)(*dict(args, inv_freq=args["inv_freq"].double()).values())
+
+
 # ---- the emulator finds what it should ----
 
 # A mistake one could make: its name; the file of csrc/cuda, the text there and what it becomes; the source that is built anew;
@@ -436,6 +545,106 @@ MUTANTS: list[tuple[str, str, str, str, str, str, str]] = [
         "route_topk.cu",
         "route_topk",
         "26b_one_token",
+    ),
+    (
+        "tile_not_waited_for",
+        "gqa_decode.cu",
+        "      wait_for_all_but(a.buffers - 2);\n",
+        "",
+        "gqa_decode.cu",
+        "gqa_decode",
+        "full_kv",
+    ),
+    (
+        "tile_too_early",
+        "gqa_decode.cu",
+        "      wait_for_all_but(a.buffers - 2);\n      sync_block();\n",
+        "      wait_for_all_but(a.buffers - 2);\n",
+        "gqa_decode.cu",
+        "gqa_decode",
+        "full_kv",
+    ),
+    (
+        "scores_too_early",
+        "gqa_decode.cu",
+        "      if constexpr (kRebuilt)\n        sync_block();\n      else\n",
+        "      if constexpr (!kRebuilt)\n",
+        "gqa_decode.cu",
+        "gqa_decode",
+        "full_v_only",
+    ),
+    (
+        "q_not_turned_back",
+        "gqa_decode.cu",
+        "keys.turn_back(of_q.w, tile * kTile), ",
+        "",
+        "gqa_decode.cu",
+        "gqa_decode",
+        "full_v_only",
+    ),
+    ("keys_not_turned", "gqa_decode.cu", ", keys.rotate(x, y)", "", "gqa_decode.cu", "gqa_decode", "full_v_only"),
+    (
+        "one_too_many",
+        "split_kv.cuh",
+        "position < seen.length",
+        "position <= seen.length",
+        "gqa_decode.cu",
+        "gqa_decode",
+        "full_kv",
+    ),
+    (
+        "one_too_few",
+        "split_kv.cuh",
+        "position >= seen.lo",
+        "position > seen.lo",
+        "gqa_decode.cu",
+        "gqa_decode",
+        "sliding_ring_paged",
+    ),
+    (
+        "no_ring",
+        "gqa_decode.cu",
+        "uint32_t(position) % uint32_t(a.slots)",
+        "uint32_t(position)",
+        "gqa_decode.cu",
+        "gqa_decode",
+        "odd",
+    ),
+    (
+        "early_lengths",
+        "gqa_decode.cu",
+        "  wait_for_inputs();\n  if (warp == 0) {",
+        "  if (warp == 0) {",
+        "gqa_decode.cu",
+        "gqa_decode",
+        "odd",
+    ),
+    (
+        "early_merge",
+        "gqa_decode.cu",
+        "  wait_for_inputs();\n  const int rows",
+        "  const int rows",
+        "gqa_decode.cu",
+        "gqa_decode",
+        "full_v_only",
+    ),
+    (
+        "pieces_not_fenced",
+        "device.cuh",
+        "    fence();\n    *flag",
+        "    *flag",
+        "gqa_decode.cu",
+        "gqa_decode",
+        "sliding_ring_paged",
+    ),
+    (
+        "other_row",
+        "split_kv.cuh",
+        "row.number / eights, head0",
+        "row.number % 1, head0",
+        "gqa_decode.cu",
+        "gqa_decode",
+        "sliding_ring",
     ),
 ]
 

@@ -42,6 +42,11 @@ struct Dim {
 };
 
 DEVICE int thread_index() { return threadIdx.x; }
+// x, but what follows from it is computed behind this, not kept in registers from before.
+DEVICE int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 DEVICE Dim block_index() { return {(int)blockIdx.x, (int)blockIdx.y, (int)blockIdx.z}; }
 DEVICE Dim grid_size() { return {(int)gridDim.x, (int)gridDim.y, (int)gridDim.z}; }
 
@@ -95,6 +100,8 @@ DEVICE float exp2_fast(float x) {  // 2^x to 2 ulp; 0 for -inf
   return y;
 }
 DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
+DEVICE float sin_fast(float x) { return __sinf(x); }  // these two: |x| <= pi, to 2^-21
+DEVICE float cos_fast(float x) { return __cosf(x); }
 DEVICE float divide(float a, float b) { return __fdividef(a, b); }  // 2 ulp, |b| < 2^126
 
 // ---- memory ----

@@ -117,6 +117,27 @@ struct MoeFeedForward {
   MoeDecode experts;
 };
 
+// k null: a V-only cache, of which keys are rebuilt by freq and k_weight. counters: one for each sequence and KV head (and each
+// eight of its query heads), 0 as every launch leaves them; null: a second launch merges.
+struct GqaDecode {
+  Dtype dtype;
+  const void *q, *k, *v;                             // [B, Hq, D]; [B, S, Hkv, D], or [blocks, block_size, Hkv, D] with table
+  uint32_t k_batch, k_slot, k_head, v_batch, v_slot, v_head;  // the caches' strides but the last, which is 1: in 16 bytes
+  const void* lens;                                  // [B] int32 or int64
+  const int* table;                                  // [B, S / block_size] or null
+  const float* freq;                                 // [pairs]
+  const void* k_weight;                              // [D]
+  void* out;                                         // [B, Hq, D]
+  void *pieces, *sums;                               // scratch: see merge_kv.cuh
+  uint32_t* counters;
+  int capacity;                                      // pieces that the scratch has room for
+  int batch, heads, kv_heads, dim, slots, block_size, table_stride, window, pairs;
+  float scale;
+  bool wide_lens;                                    // int64
+  int cores, shared, shared_block;                   // multiprocessors, bytes of shared memory of one, and that a block may have
+  int buffers, blocks;                               // the launcher's: of the ring, of the first launch
+};
+
 // Each op's launcher `void op(const Stream&, const Args&)`, in its own .cu file.
 #define GEMMA4_CUDA_OPS(OP)       \
   OP(rms_norm, RmsNorm)           \
@@ -127,7 +148,8 @@ struct MoeFeedForward {
   OP(rope_angles, RopeAngles)     \
   OP(qkv_norm_rope, QkvNormRope)  \
   OP(route_topk, RouteTopk)       \
-  OP(moe_feed_forward, MoeFeedForward)
+  OP(moe_feed_forward, MoeFeedForward) \
+  OP(gqa_decode, GqaDecode)
 
 #define GEMMA4_DECLARE(op, Args) void op(const Stream& on, const Args& a);
 GEMMA4_CUDA_OPS(GEMMA4_DECLARE)

@@ -190,6 +190,34 @@ void moe_feed_forward(Tensor x, Tensor h, Tensor e, Tensor gate_up, Optional gat
   op.run<MoeFeedForward>(&Kernels::moe_feed_forward, a);
 }
 
+void gqa_decode(Tensor q, Optional k_cache, Tensor v_cache, Tensor kv_lens, Optional block_table, Optional inv_freq,
+                Optional k_weight, Tensor out, Tensor pieces, Tensor sums, Optional counters, int64_t window, double scale,
+                int64_t cores, int64_t shared, int64_t shared_block, int64_t stream, bool early) {
+  Op op(stream, early);
+  const auto stride = [&](const Tensor& x, int i) { return static_cast<uint32_t>(x.stride(i) / 8); };
+  GqaDecode a{};
+  a.dtype = dtype_of(q);
+  a.q = op.in(q), a.v = op.in(v_cache), a.lens = op.in(kv_lens), a.out = op.out(out);
+  a.v_batch = stride(v_cache, 0), a.v_slot = stride(v_cache, 1), a.v_head = stride(v_cache, 2);
+  if (k_cache) {
+    a.k = op.in(*k_cache);
+    a.k_batch = stride(*k_cache, 0), a.k_slot = stride(*k_cache, 1), a.k_head = stride(*k_cache, 2);
+  } else {
+    a.freq = op.in<float>(inv_freq), a.k_weight = op.in(k_weight), a.pairs = (int)inv_freq->size(0);
+  }
+  a.pieces = op.out(pieces), a.sums = op.out(sums), a.counters = op.out<uint32_t>(counters), a.capacity = (int)sums.size(0);
+  a.batch = (int)q.size(0), a.heads = (int)q.size(1), a.kv_heads = (int)v_cache.size(2), a.dim = (int)q.size(2);
+  a.slots = a.block_size = (int)v_cache.size(1);
+  if (block_table) {
+    a.table = op.in<int>(*block_table), a.table_stride = (int)block_table->stride(0);
+    a.slots = a.block_size * (int)block_table->size(1);
+  }
+  a.window = window > 0 && window < a.slots ? (int)window : a.slots;
+  a.scale = (float)scale, a.wide_lens = kv_lens.scalar_type() == torch::headeronly::ScalarType::Long;
+  a.cores = (int)cores, a.shared = (int)shared, a.shared_block = (int)shared_block;
+  op.run<GqaDecode>(&Kernels::gqa_decode, a);
+}
+
 STABLE_TORCH_LIBRARY(gemma4_fast_cuda, m) {
   m.def("rms_norm(Tensor x, Tensor? weight, Tensor(a!) out, float eps, int stream, bool early) -> ()");
   m.def("norm_add_norm(Tensor x, Tensor? experts, Tensor residual, Tensor? x_weight, Tensor? experts_weight, Tensor weight, "
@@ -211,6 +239,9 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cuda, m) {
         "Tensor experts_down, Tensor? experts_down_scale, int inter, Tensor(a!) sums, Tensor(b!) counters, Tensor(c!) weights, "
         "Tensor(d!) ids, Tensor(e!) dense_h, Tensor(f!) dense, Tensor(g!) experts_h, Tensor(h!) experts, float eps, int stream, "
         "bool early) -> ()");
+  m.def("gqa_decode(Tensor q, Tensor? k_cache, Tensor v_cache, Tensor kv_lens, Tensor? block_table, Tensor? inv_freq, "
+        "Tensor? k_weight, Tensor(a!) out, Tensor(b!) pieces, Tensor(c!) sums, Tensor(d!)? counters, int window, float scale, "
+        "int cores, int shared, int shared_block, int stream, bool early) -> ()");
 #if defined(GEMMA4_EMULATED)
   m.def("use(str library, int seed) -> ()");
 #endif
@@ -231,6 +262,7 @@ STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cuda, CUDA, m) {
   m.impl("qkv_norm_rope", TORCH_BOX(&qkv_norm_rope));
   m.impl("route_topk", TORCH_BOX(&route_topk));
   m.impl("moe_feed_forward", TORCH_BOX(&moe_feed_forward));
+  m.impl("gqa_decode", TORCH_BOX(&gqa_decode));
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gemma4_fast.ops import checks, cpu_backend, triton_backend
+from gemma4_fast.ops import checks, cpu_backend, cuda_backend, triton_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.reference import ops as reference
 
@@ -169,6 +169,9 @@ GQA_DECODE = register(
             "e4b_full_8k": lambda m: decode_case(m, [8192], 8, 2, 512, 8192),
         },
         impls={
+            "cuda": Impl(
+                "gemma4_fast.ops.cuda_backend:gqa_decode", cuda_backend.DTYPES, accepts=cuda_backend.accepts_gqa_decode
+            ),
             "cpu": Impl("gemma4_fast.ops.cpu_backend:gqa_decode", cpu_backend.DTYPES, accepts=cpu_backend.accepts_gqa_decode),
             "triton": Impl(
                 "gemma4_fast.triton.gqa_decode:gqa_decode", triton_backend.DTYPES, accepts=triton_backend.accepts_gqa_decode

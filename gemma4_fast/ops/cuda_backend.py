@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -379,3 +380,115 @@ def moe_feed_forward(
     made = sums, _counters(x, 1), weights, ids, dense_h, dense_out, experts_h, experts_out
     run("moe_feed_forward", x, x, h, e, *dense, *router, *routed, *made, eps)
     return dense_out, experts_out
+
+
+# ---- attention ----
+
+# csrc/cuda/split_kv.cuh and rebuilt_keys.cuh: positions of a tile and of a node, heads of a row, pairs that rotate.
+TILE, NODE, HEADS, MAX_PAIRS = 32, 512, 8, 64
+MAX_HEAD_DIM = 512
+SCRATCH = 64 << 20  # bytes that pieces may have beyond one for each node
+ONE_LAUNCH = 160 << 10  # bytes of a row's pieces, all of single tiles, that the last block merges in the launch itself
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Multiprocessors, and bytes of shared memory: of one, and that a block may have."""
+
+    cores: int = 132
+    shared: int = 233472
+    shared_block: int = 232448
+
+
+@functools.cache
+def machine(device: torch.device) -> Machine:
+    """Of an emulated device, an H200."""
+    if device.type != "cuda":
+        return Machine()
+    p = torch.cuda.get_device_properties(device)
+    return Machine(p.multi_processor_count, p.shared_memory_per_multiprocessor, p.shared_memory_per_block_optin)
+
+
+def _rows(q: Tensor, v_cache: Tensor) -> int:
+    """Of csrc/cuda/split_kv.cuh."""
+    group = q.shape[1] // v_cache.shape[2]
+    return q.shape[0] * v_cache.shape[2] * -(-group // HEADS)
+
+
+def _reach(cache: Tensor) -> int:
+    return sum((size - 1) * stride for size, stride in zip(cache.shape, cache.stride(), strict=True)) + 1
+
+
+def _in_chunks(cache: Tensor) -> Tensor:
+    """A cache whose heads are aligned to 16 bytes; it may be a view."""
+    aligned = cache.stride(-1) == 1 and cache.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in cache.stride()[:-1])
+    return cache if aligned else cache.clone(memory_format=torch.contiguous_format)
+
+
+def accepts_gqa_decode(q: Tensor, k_cache: Tensor | None, v_cache: Tensor, *args: Any) -> str | None:
+    dim, inv_freq = q.shape[2], args[3] if len(args) > 3 else None
+    if dim % 16 or dim > MAX_HEAD_DIM:
+        return f"takes head dims that are multiples of 16, up to {MAX_HEAD_DIM}, got {dim}"
+    if max(_reach(c) for c in (k_cache, v_cache) if c is not None) > 1 << 35:
+        return "takes caches of up to 64 GiB"
+    if k_cache is not None or inv_freq is None:
+        return None
+    if inv_freq.dtype != torch.float32:
+        return "takes frequencies in float32"
+    return None if inv_freq.shape[0] <= MAX_PAIRS else f"takes up to {MAX_PAIRS} rotary pairs, got {inv_freq.shape[0]}"
+
+
+def gqa_decode(
+    q: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor,
+    kv_lens: Tensor,
+    window: int | None = None,
+    block_table: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    on: Machine | None = None,
+    launches: int | None = None,
+) -> Tensor:
+    """on, launches: for tests, which give bits that depend on neither."""
+    q = _whole(q)
+    out = torch.empty_like(q)
+    if not q.numel():
+        return out
+    v_cache, block_table = _in_chunks(v_cache), _maybe(block_table)
+    slots = v_cache.shape[1] if block_table is None else v_cache.shape[1] * block_table.shape[1]
+    seen, rows, group, m = (
+        min(window or slots, slots),
+        _rows(q, v_cache),
+        q.shape[1] // v_cache.shape[2],
+        on or machine(q.device),
+    )
+    padded = next(d for d in (128, 256, 512) if q.shape[2] <= d)
+    per_piece = padded * min(-(-group // 2), HEADS // 2) * 2  # fp32 values
+    tiles, nodes = -(-seen // TILE) + 1, -(-seen // NODE) + 1
+    pieces = max(rows * nodes, min(rows * tiles, SCRATCH // (4 * per_piece)))
+    small = tiles * per_piece * 4 <= ONE_LAUNCH if launches is None else launches == 1
+    small = small and k_cache is not None and padded <= 256  # of the others no kernel merges itself
+    run(
+        "gqa_decode",
+        q,
+        q,
+        None if k_cache is None else _in_chunks(k_cache),
+        v_cache,
+        _whole(kv_lens),
+        block_table,
+        _maybe(inv_freq),
+        _maybe(k_weight),
+        out,
+        q.new_empty(pieces, per_piece, dtype=torch.float32),
+        q.new_empty(pieces, HEADS, 2, dtype=torch.float32),
+        _counters(q, rows) if small else None,
+        seen,
+        scale,
+        m.cores,
+        m.shared,
+        m.shared_block,
+    )
+    return out

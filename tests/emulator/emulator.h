@@ -484,8 +484,10 @@ inline void forget() { machine().allowed.clear(); }
 namespace gemma4_fast::device {
 
 using emulator::machine;
+using std::max, std::min;  // CUDA's own
 
 DEVICE int thread_index() { return machine().current; }
+DEVICE int anew(int x) { return x; }
 DEVICE Dim block_index() { return machine().block; }
 DEVICE Dim grid_size() { return machine().grid; }
 
@@ -551,6 +553,8 @@ DEVICE uint32_t choose_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 DEVICE float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 DEVICE float exp2_fast(float x) { return std::exp2(x); }
 DEVICE float reciprocal_sqrt(float x) { return 1.0f / std::sqrt(x); }
+DEVICE float sin_fast(float x) { return std::sin(x); }
+DEVICE float cos_fast(float x) { return std::cos(x); }
 DEVICE float divide(float a, float b) { return a / b; }
 
 // ---- memory ----
