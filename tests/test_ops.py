@@ -16,7 +16,7 @@ ROWS = [
     pytest.param(op, backend, case, dtype, id=f"{op.name}-{backend}-{case}-{str(dtype)[6:]}")
     for op in ops.TABLE.values()
     for backend in (op.impls if op.compose is None else ["torch"])
-    if backend not in ("cpu", "triton")  # once per instruction set: test_cpu.py; on a GPU or interpreted: test_triton.py
+    if backend not in ("cpu", "triton", "cuda")  # see test_cpu.py, test_triton.py, test_cuda.py
     for case in op.cases
     for dtype in DTYPES
     if op.compose is not None or dtype in op.impls[backend].dtypes

@@ -13,10 +13,10 @@ KERNEL(kWarps* kWarp, (kBlocksAtOnce<kBits, kTokenTiles, kWhole>)) linear_kernel
 }  // namespace
 
 void linear(const Stream& on, const Linear& args) {
-  const Linear a = cut(args);
+  const Linear a = tiled(args);
   by_shape(a.dtype, a.bits, a.m, linear_whole(a), [&](auto type, auto bits, auto token_tiles, auto whole) {
     const auto kernel = linear_kernel<decltype(type), bits.value, token_tiles.value, whole.value>;
-    launch(on, {{(int)linear_blocks(a)}, kWarps * kWarp, linear_shared(a)}, kernel, a);
+    launch(on, {{(int)linear_blocks(a)}, kWarps * kWarp, linear_shared(a, token_tiles.value)}, kernel, a);
   });
 }
 

@@ -151,7 +151,7 @@ DEVICE void linear_block(const Linear& a, int block, int blocks) {
 // ---- on the host ----
 
 // How the kernel cuts it: what `a` says of tiles is set here.
-inline Linear cut(const Linear& args) {
+inline Linear tiled(const Linear& args) {
   Linear a = args;
   const int outputs = (a.bits ? 32 : 16) / (a.end == End::geglu ? 2 : 1);
   a.tiles = (a.n + outputs - 1) / outputs;
@@ -159,8 +159,8 @@ inline Linear cut(const Linear& args) {
   return a;
 }
 inline int64_t linear_blocks(const Linear& a) { return a.shared ? a.tiles : (a.tiles + kWarps - 1) / kWarps; }
-inline int linear_shared(const Linear& a) {
-  const int rows = a.bits ? 32 : 16, tokens = a.m > 8 ? 16 : 8;
+inline int linear_shared(const Linear& a, int token_tiles) {
+  const int rows = a.bits ? 32 : 16, tokens = 8 * token_tiles;
   const int sums = kWarps * rows * tokens * (int)sizeof(float), bests = kWarps * tokens * (int)sizeof(Best);
   return sums + (a.end == End::argmax ? bests : 0);
 }
@@ -172,10 +172,10 @@ inline bool linear_whole(const Linear& a) {
 template <class Function>
 void by_shape(Dtype dtype, int bits, int tokens, bool whole, Function function) {
   const auto with = [&](auto type, auto b) {
-    if (tokens > 8)
-      whole ? function(type, b, Is<2>(), Is<true>()) : function(type, b, Is<2>(), Is<false>());
+    if (!whole)  // rare: one kernel for all
+      function(type, b, Is<2>(), Is<false>());
     else
-      whole ? function(type, b, Is<1>(), Is<true>()) : function(type, b, Is<1>(), Is<false>());
+      tokens > 8 ? function(type, b, Is<2>(), Is<true>()) : function(type, b, Is<1>(), Is<true>());
   };
   by_type(dtype, [&](auto type) { bits == 0 ? with(type, Is<0>()) : bits == 8 ? with(type, Is<8>()) : with(type, Is<4>()); });
 }

@@ -11,7 +11,7 @@ KERNEL(kThreads, (kBlocksAtOnce<kBits, kTokenTiles, kWhole>)) gate_up_kernel(KER
 }
 
 template <class T, int kBits, int kTokenTiles, bool kWhole>
-KERNEL(kThreads, (kBlocksAtOnce<kBits, kTokenTiles, kWhole>)) down_kernel(KERNEL_ARGS(MoeDecode) a) {
+KERNEL(kThreads, kWhole ? 2 : 1) down_kernel(KERNEL_ARGS(MoeDecode) a) {
   down_block<T, kBits, kTokenTiles, kWhole>(a, block_index().x);
 }
 
@@ -19,14 +19,14 @@ KERNEL(kThreads, (kBlocksAtOnce<kBits, kTokenTiles, kWhole>)) down_kernel(KERNEL
 
 void experts_gate_up(const Stream& on, const MoeDecode& a) {
   by_shape(a.dtype, a.bits, a.tokens, moe_whole(a), [&](auto type, auto bits, auto token_tiles, auto whole) {
-    launch(on, gate_up_launch(a), gate_up_kernel<decltype(type), bits.value, token_tiles.value, whole.value>, a);
+    launch(on, gate_up_launch(a, token_tiles.value), gate_up_kernel<decltype(type), bits.value, token_tiles.value, whole.value>, a);
   });
 }
 
 void moe_decode(const Stream& on, const MoeDecode& a) {
   experts_gate_up(on, a);
   by_shape(a.dtype, a.bits, a.tokens, moe_whole(a), [&](auto type, auto bits, auto token_tiles, auto whole) {
-    launch(on, down_launch(a), down_kernel<decltype(type), bits.value, token_tiles.value, whole.value>, a);
+    launch(on, down_launch(a, token_tiles.value), down_kernel<decltype(type), bits.value, token_tiles.value, whole.value>, a);
   });
 }
 

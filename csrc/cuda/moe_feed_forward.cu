@@ -25,7 +25,7 @@ KERNEL(kThreads, kWhole ? 2 : 1) first_kernel(KERNEL_ARGS(MoeFeedForward) a) {
 }
 
 template <class T, int kBits, int kTokenTiles, bool kWhole>
-KERNEL(kThreads, !kWhole ? 1 : kBits == 0 && kTokenTiles == 1 ? 3 : 2) third_kernel(KERNEL_ARGS(MoeFeedForward) a) {
+KERNEL(kThreads, kWhole ? 2 : 1) third_kernel(KERNEL_ARGS(MoeFeedForward) a) {
   const int experts = divide_up(a.experts.hidden, kTileRows<kBits>), block = block_index().x;
   if (block < experts)
     down_block<T, kBits, kTokenTiles, kWhole>(a.experts, block);
@@ -37,18 +37,20 @@ KERNEL(kThreads, !kWhole ? 1 : kBits == 0 && kTokenTiles == 1 ? 3 : 2) third_ker
 
 void moe_feed_forward(const Stream& on, const MoeFeedForward& args) {
   MoeFeedForward a = args;
-  a.gate_up = cut(a.gate_up), a.down = cut(a.down);
+  a.gate_up = tiled(a.gate_up), a.down = tiled(a.down);
   const bool all_whole = linear_whole(a.gate_up) && linear_whole(a.down) && moe_whole(a.experts) && route::whole(a.route);
   const auto more = [](int x, int y) { return x > y ? x : y; };
   by_shape(a.experts.dtype, a.experts.bits, a.experts.tokens, all_whole, [&](auto type, auto bits, auto token_tiles, auto whole) {
     using T = decltype(type);
     const Dim grid = route::grid_of(a.route);
     const int routers = grid.x * grid.y * grid.z;
-    const Launch first = {{routers + (int)linear_blocks(a.gate_up)}, kThreads, more(sizeof(route::Shared), linear_shared(a.gate_up))};
+    const int shared = more(sizeof(route::Shared), linear_shared(a.gate_up, token_tiles.value));
+    const Launch first = {{routers + (int)linear_blocks(a.gate_up)}, kThreads, shared};
     launch(on, first, first_kernel<T, bits.value, token_tiles.value, whole.value>, a);
     experts_gate_up(on, a.experts);
-    const Launch down = down_launch(a.experts);
-    const Launch third = {{down.grid.x + (int)linear_blocks(a.down)}, kThreads, more(down.shared, linear_shared(a.down))};
+    const Launch down = down_launch(a.experts, token_tiles.value);
+    const int most = more(down.shared, linear_shared(a.down, token_tiles.value));
+    const Launch third = {{down.grid.x + (int)linear_blocks(a.down)}, kThreads, most};
     launch(on, third, third_kernel<T, bits.value, token_tiles.value, whole.value>, a);
   });
 }

@@ -22,7 +22,7 @@ constexpr int kTileRows = kBits ? 32 : 16;
 template <int kBits>
 constexpr int kProducts = kTileRows<kBits> / 16;  // of 16 rows each
 template <int kBits>
-constexpr int kDepth = kBits == 4 ? 6 : kBits == 8 ? 3 : 4;
+constexpr int kDepth = kBits == 4 ? 5 : kBits == 8 ? 3 : 4;
 
 // A lane's share of a step, as loaded.
 template <int kBits>

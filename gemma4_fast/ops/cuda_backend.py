@@ -279,7 +279,7 @@ def accepts_qkv_norm_rope(qkv: Tensor, q_weight: Tensor, *_: object) -> str | No
 # ---- experts ----
 
 FEW_EXPERTS = 128  # of a router whose blocks stand beside others: csrc/cuda/moe_feed_forward.cu
-MAX_PAIRS = 256  # (token, expert) assignments: kMostPairs in csrc/cuda/moe_decode.cu
+MAX_ASSIGNMENTS = 256  # (token, expert) assignments: kMostPairs in csrc/cuda/moe_decode.cu
 
 
 def accepts_moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:
@@ -287,8 +287,8 @@ def accepts_moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: We
         return "takes gate_up and down both quantized, or neither"
     if isinstance(gate_up, QuantizedWeight) and isinstance(down, QuantizedWeight) and gate_up.bits != down.bits:
         return "takes gate_up and down quantized to the same bits"
-    if ids.numel() > MAX_PAIRS:
-        return f"takes up to {MAX_PAIRS} assignments, got {ids.numel()}"
+    if ids.numel() > MAX_ASSIGNMENTS:
+        return f"takes up to {MAX_ASSIGNMENTS} assignments, got {ids.numel()}"
     return few_rows(x) or checks.whole_weight(gate_up, 2) or checks.whole_weight(down, 1)
 
 
@@ -345,8 +345,8 @@ def accepts_moe_feed_forward(
         return "takes all weights of the same bits"
     if router_proj.shape[0] > FEW_EXPERTS:
         return f"takes up to {FEW_EXPERTS} experts, got {router_proj.shape[0]}"
-    if x.shape[0] * top_k > MAX_PAIRS:
-        return f"takes up to {MAX_PAIRS} assignments, got {x.shape[0] * top_k}"
+    if x.shape[0] * top_k > MAX_ASSIGNMENTS:
+        return f"takes up to {MAX_ASSIGNMENTS} assignments, got {x.shape[0] * top_k}"
     ways = accepts_geglu_mlp(h, gate_up, down), checks.whole_weight(experts_gate_up, 2), checks.whole_weight(experts_down, 1)
     reasons = *ways, accepts_route(x, router_scale, router_proj, per_expert_scale, top_k)
     return next((reason for reason in reasons if reason is not None), None)
@@ -386,7 +386,6 @@ def moe_feed_forward(
 
 # csrc/cuda/split_kv.cuh and rebuilt_keys.cuh: positions of a tile and of a node, heads of a row, pairs that rotate.
 TILE, NODE, HEADS, MAX_PAIRS = 32, 512, 8, 64
-MAX_HEAD_DIM = 512
 SCRATCH = 64 << 20  # bytes that pieces may have beyond one for each node
 ONE_LAUNCH = 160 << 10  # bytes of a row's pieces, all of single tiles, that the last block merges in the launch itself
 
@@ -406,7 +405,8 @@ def machine(device: torch.device) -> Machine:
     if device.type != "cuda":
         return Machine()
     p = torch.cuda.get_device_properties(device)
-    return Machine(p.multi_processor_count, p.shared_memory_per_multiprocessor, p.shared_memory_per_block_optin)
+    optin = getattr(p, "shared_memory_per_block_optin", 101376)  # the least that any has
+    return Machine(p.multi_processor_count, p.shared_memory_per_multiprocessor, optin)
 
 
 def _rows(q: Tensor, v_cache: Tensor) -> int:
