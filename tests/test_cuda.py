@@ -15,9 +15,10 @@ from typing import Any
 import emulated
 import pytest
 import torch
+from family import MEMBERS
 from torch import Tensor
 
-from gemma4_fast import UnsupportedError, ops
+from gemma4_fast import Gemma4, Gemma4Config, UnsupportedError, ops, verify
 from gemma4_fast.ops import cuda_backend, table
 from gemma4_fast.ops.accuracy import Judge, converted, nan_poison, outputs
 from gemma4_fast.ops.attention import decode_case
@@ -372,6 +373,36 @@ def test_decode_refuses() -> None:
         on_cuda(DECODE)(*decode_args([9], q_heads=2, kv_heads=1, dim=24, slots=16).values())
     with pytest.raises(UnsupportedError, match="float32"):
         on_cuda(DECODE)(*dict(args, inv_freq=args["inv_freq"].double()).values())
+
+
+# ---- a whole model ----
+
+
+@pytest.mark.skipif(GPU, reason="counts the emulator's launches")
+def test_the_launches_of_a_layer_s_decode_step() -> None:
+    """Of the 26B's kind: qkv; norms, RoPE and cache; attention; o_proj; norms; the feed-forward's three; norms. A bench on a
+    GPU counts those that there are."""
+
+    def launches(layers: int) -> int:
+        types = ["sliding_attention"] * (layers - 1) + ["full_attention"]
+        config = {**MEMBERS["26b-a4b"], "num_hidden_layers": layers, "layer_types": types}
+        config = Gemma4Config.from_dict({"model_type": "gemma4_text", **config})
+        model = Gemma4.dummy(config, dtype=torch.bfloat16, device="cpu", backend="cuda,torch")
+        cache = model.new_cache(1, 64)
+        with model.running():
+            model.model(torch.tensor([5, 6]), model.model.step([2], cache), cache)
+            before = torch.ops.gemma4_fast_cuda.launches()
+            model.model(torch.tensor([7]), model.model.step([1], cache, decode=True), cache)
+        return torch.ops.gemma4_fast_cuda.launches() - before
+
+    assert launches(3) - launches(2) == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_whole_model_passes_its_self_check(dtype: torch.dtype) -> None:
+    backend = f"cuda,{'triton' if GPU else 'torch'}"  # which serves what this one has no kernel for: prefill
+    report = verify(Gemma4.from_pretrained("tiny", dtype, DEVICE, backend, check=False))
+    assert report.ok, str(report)
 
 
 # ---- the emulator finds what it should ----

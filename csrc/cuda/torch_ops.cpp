@@ -244,11 +244,15 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cuda, m) {
         "int cores, int shared, int shared_block, int stream, bool early) -> ()");
 #if defined(GEMMA4_EMULATED)
   m.def("use(str library, int seed) -> ()");
+  m.def("launches() -> int");
 #endif
 }
 
 #if defined(GEMMA4_EMULATED)
-STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cuda, CompositeExplicitAutograd, m) { m.impl("use", TORCH_BOX(&use)); }
+STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cuda, CompositeExplicitAutograd, m) {
+  m.impl("use", TORCH_BOX(&use));
+  m.impl("launches", TORCH_BOX(&launches));
+}
 STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cuda, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cuda, CUDA, m) {

@@ -399,6 +399,10 @@ class ModelBench:
                     row.time_us = Spread.of([s * 1e6 for s in answer["steps_s"]])
                     parts = {op: Spread.of([s * 1e6 for s in took]).median for op, took in answer["parts_s"].items()}
                     row.parts = {op: round(parts[op], 2) for op in sorted(parts, key=lambda op: -parts[op])}
+                    if (launches := answer["launches"]) is not None:
+                        row.params["launches"] = launches
+                        each = launches / self.plan.config.num_hidden_layers
+                        row.message = f"{launches} kernels, {each:.1f} a layer with what is before and behind them"
                 else:
                     row.status, row.message = answer["status"], answer["message"]
                 self.add(row, self._command(w))

@@ -185,7 +185,11 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "prompt": {"first_s": _is_time, "steps_s": _are_times, "tokens": _are_tokens},
     "depth": {"steps_s": _some_times, "tokens": _are_tokens},
     "score": {"top": _are_scores},
-    "step": {"steps_s": _some_times, "parts_s": lambda x: isinstance(x, dict) and all(map(_some_times, x.values()))},
+    "step": {
+        "steps_s": _some_times,
+        "parts_s": lambda x: isinstance(x, dict) and all(map(_some_times, x.values())),
+        "launches": lambda x: x is None or isinstance(x, int),
+    },
     "check": {"right": lambda x: isinstance(x, bool), "verdict": _is_text},
 }
 _FAULT: dict[str, Callable[[Any], bool]] = {"status": _is_text, "message": _is_text}

@@ -99,6 +99,7 @@ struct Warp {
 // One for each thread of the host.
 struct Machine {
   uint64_t seed = 0;
+  int64_t launches = 0;
   std::vector<Range> allowed;
   std::string error;
 
@@ -443,6 +444,7 @@ inline void run(Dim grid, int threads, size_t shared, std::function<void()> kern
   Machine& m = machine();
   if (threads % kWarp || threads < 1 || threads > 1024) throw std::runtime_error("a block has whole warps, 32 at most");
   if (shared > kMostShared) throw std::runtime_error("more shared memory than any GPU's block has");
+  ++m.launches;
   m.grid = grid, m.threads = threads, m.kernel = std::move(kernel);
   m.error.clear(), m.written.clear();
   m.random.seed(m.seed);

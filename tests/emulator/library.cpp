@@ -9,6 +9,7 @@ namespace gemma4_fast::cuda {
 const Kernels kernels = GEMMA4_ALL_KERNELS;
 
 extern "C" __attribute__((visibility("default"))) const Emulated gemma4_fast_emulated{
-    &kernels, &emulator::allow, &emulator::forget, [](uint64_t seed) { emulator::machine().seed = seed; }};
+    &kernels, &emulator::allow, &emulator::forget, [](uint64_t seed) { emulator::machine().seed = seed; },
+    [] { return emulator::machine().launches; }};
 
 }  // namespace gemma4_fast::cuda

@@ -15,6 +15,7 @@ struct Emulated {
   void (*allow)(const void* begin, size_t bytes, bool writable);  // see emulator.h
   void (*forget)();
   void (*set_seed)(uint64_t seed);
+  int64_t (*launches)();  // so far
 };
 
 // The library in use.
@@ -29,5 +30,7 @@ inline void use(std::string library, int64_t seed) {
   emulated() = *static_cast<const Emulated*>(dlsym(handle, "gemma4_fast_emulated"));
   emulated().set_seed(seed);
 }
+
+inline int64_t launches() { return emulated().launches(); }
 
 }  // namespace gemma4_fast::cuda

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,15 +89,16 @@ class Peer:
         values, tokens = logits.log_softmax(-1).topk(top)
         return list(zip(tokens.tolist(), values.tolist(), strict=True))
 
-    def step(self, variant: str, ids: list[list[int]], new: int) -> tuple[list[float], dict[str, list[float]]]:
+    def step(self, variant: str, ids: list[list[int]], new: int) -> tuple[list[float], dict[str, list[float]], int | None]:
         """Seconds of each decode step after this prompt; and in as many further steps, of the ops by name. Those of a recorded
         step take their own times; of one that is not, each op is called by itself and waited for. The rest of those steps is
-        "between ops"."""
+        "between ops". Then how many kernels a step launches, on a GPU."""
         _, steps, _ = self.prompt(variant, ids, new + 1)
-        session = Session(self.model, ids, max_new_tokens=new + 3, stop_token_ids=())
+        session = Session(self.model, ids, max_new_tokens=new + 4, stop_token_ids=())
         run = session.run()
         for _ in range(3):  # the prompt, and if nothing is left of an earlier one a first step, and one to record
             next(run)
+        launches = _kernels_of(lambda: next(run)) if self.model.device.type == "cuda" else None
         parts: dict[str, list[float]] = {}
         assert session.graph is not None
         for _ in range(new):
@@ -108,7 +110,16 @@ class Peer:
             by_op["between ops"] = took - sum(by_op.values())
             for name, seconds in by_op.items():
                 parts.setdefault(name, []).append(seconds)
-        return steps, parts
+        return steps, parts, launches
+
+
+def _kernels_of(run: Callable[[], object]) -> int:
+    """How many kernels of the GPU it runs: those of a replayed graph are counted one by one."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    on_gpu = [e for e in profile.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in on_gpu)
 
 
 class _timed_ops:

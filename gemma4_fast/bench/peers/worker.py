@@ -8,7 +8,8 @@ as a peer may be installed for another interpreter than this package.
      "ids": [[...], ...], "new": 64}          -> {"ok": true, "first_s": 0.2, "steps_s": [...], "tokens": [[...], ...]}
     {"do": "depth", ...the same...}           -> {"ok": true, "steps_s": [...], "tokens": [[...], ...]}
     {"do": "score", ...the same...}           -> {"ok": true, "top": [[id, logprob], ...]}
-    {"do": "step", ...the same...}            -> {"ok": true, "steps_s": [...], "parts_s": {"linear": [...], ...}}
+    {"do": "step", ...the same...}            -> {"ok": true, "steps_s": [...], "parts_s": {"linear": [...], ...},
+                                                  "launches": 200}
     {"do": "check", "variant": ""}            -> {"ok": true, "right": true, "verdict": "..."}
     {"do": "quit"}
     anything that fails                       -> {"ok": false, "status": "out of memory", "message": "..."}
@@ -84,8 +85,8 @@ def answer(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
             return {"ok": False, "status": "unsupported", "message": "tells no log-probabilities"}
         found = {"top": peer.score(variant, request["ids"], request["new"])}
     elif what == "step":
-        steps, parts = peer.step(variant, request["ids"], request["new"])
-        found = {"steps_s": steps, "parts_s": parts}
+        steps, parts, launches = peer.step(variant, request["ids"], request["new"])
+        found = {"steps_s": steps, "parts_s": parts, "launches": launches}
     elif what == "check":
         right, verdict = peer.check(variant)
         found = {"right": right, "verdict": verdict}
