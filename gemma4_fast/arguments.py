@@ -195,7 +195,7 @@ def _bench(command: Callable[..., Parser]) -> None:
     p.add_argument("--rounds", metavar="R", type=count, default=5, help="times that each contender's turn comes (default 5)")
     p.add_argument("--check", choices=("quick", "off"), default="quick", help="self-check before anything is timed")
     _where(p)
-    p.add_argument("--backend", metavar="B", help="backends of this package, a contender each (default: the automatic choice)")
+    p.add_argument("--backend", metavar="B", help="backends of this package, a contender each: auto,triton (default: auto)")
     _peers(p)
     _targets(p)
 

@@ -858,6 +858,14 @@ def test_whatever_happens_to_a_peer_is_a_row(run: Run, fakes: None, tmp_path: Pa
     assert step.parts is not None and {"moe", "linear", "gqa_decode", "between ops"} <= set(step.parts)
 
 
+def test_the_automatic_choice_may_stand_beside_named_backends() -> None:
+    assert command.own_contenders(None) == command.own_contenders("auto") == ()
+    assert command.own_contenders("auto, torch") == ("", "torch") and command.own_contenders("cpu") == ("cpu",)
+    for bad in ("auto,fast", "", "cpu,"):
+        with pytest.raises(ValueError, match="unknown backend"):
+            command.own_contenders(bad or " ")
+
+
 def test_a_slow_contender_has_fewer_turns(run: Run, fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "PATIENCE", 0.3)
     _, out, _ = run("model", "--model", "tiny", "--prompt", "8", "--depth", "16", "--decode", "3", "--rounds", "4", "--check",

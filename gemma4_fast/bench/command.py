@@ -212,9 +212,16 @@ def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> Pla
             limit = config.max_position_embeddings
             raise ValueError(f"{w.length} tokens and {args.rounds} rounds of {w.new} exceed this model's {limit} positions")
     return Plan(
-        config, name, dtype, device, asked, peers, ops.parse_backend(args.backend), path, args.quantize, args.rounds,
+        config, name, dtype, device, asked, peers, own_contenders(args.backend), path, args.quantize, args.rounds,
         args.check != "off", args.seed, pythons,
     )  # fmt: skip
+
+
+def own_contenders(backend: str | None) -> tuple[str, ...]:
+    """ "auto,triton" -> ("", "triton"): each a contender of its own, and the automatic choice may be one of them."""
+    names = [name.strip() for name in (backend or "auto").split(",")]
+    ops.parse_backend([name for name in names if name != "auto"] or "auto")
+    return () if names == ["auto"] else tuple("" if name == "auto" else name for name in names)
 
 
 def model_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:
@@ -225,7 +232,7 @@ def model_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Wor
         what = f"--config {plan.label} --layers {plan.config.num_hidden_layers} --vocab {plan.config.vocab_size}"
     options = f"{what} {_common(args, device, dtype)} --rounds {args.rounds} --seed {args.seed}"
     options += f" --quantize {plan.quantize}" if plan.quantize else ""
-    options += f" --backend {','.join(plan.backends)}" if plan.backends else ""
+    options += f" --backend {','.join(b or 'auto' for b in plan.backends)}" if plan.backends else ""
     options += "" if plan.check else " --check off"
     return _between_rooflines(
         args, device, dtype, lambda roofline, say, add: model.ModelBench(plan, roofline, add, options, say).run()
