@@ -305,6 +305,19 @@ def test_decode_has_the_same_bits_however_it_is_cut(name: str) -> None:
 
 
 @pytest.mark.parametrize("v_only", [False, True])
+def test_decode_merges_in_one_order(v_only: bool) -> None:
+    """Leaves that cancel each other leave of the output little but what rounding left: another order would show in it."""
+    args = decode_args([2560, 64, 1024], q_heads=8, kv_heads=2, dim=128, slots=2560, v_only=v_only, block=32)
+    args["scale"] = 1e-7  # the same weight for all, nearly
+    for table in args["block_table"].long():
+        some, others = table.view(-1, 2, 4).unbind(1)  # of four tiles
+        args["v_cache"][others] = -args["v_cache"][some]
+    first = decode(args)
+    for cores in (1, 3, 5, 7, 9, 17, 20, 25, 35, 45, 60, 132):  # whole nodes, parts of them in leaves and in tiles
+        assert torch.equal(decode(args, cores), first), cores
+
+
+@pytest.mark.parametrize("v_only", [False, True])
 @pytest.mark.parametrize("block", [16, 32, 64])
 def test_decode_of_blocks_is_that_of_the_cache(block: int, v_only: bool) -> None:
     args = decode_args([300, 64, 1], q_heads=4, kv_heads=2, dim=64, slots=192, v_only=v_only, block=block)
@@ -667,6 +680,38 @@ OWN_MUTANTS: list[tuple[str, str, str, str, str, Callable[[], None]]] = [
         "part += kAtOnce + 1",
         "route_topk.cu",
         lambda: test_router_shapes(3, 4096, 16, 4, torch.float16),
+    ),
+    (
+        "part_of_a_leaf",
+        "split_kv.cuh",
+        "tiles_apart = skip && begin % kLeaf",
+        "tiles_apart = false",
+        "gqa_decode.cu",
+        lambda: test_decode_merges_in_one_order(False),
+    ),
+    (
+        "part_of_a_node",
+        "split_kv.cuh",
+        "leaves_apart = skip && begin % kNode",
+        "leaves_apart = false",
+        "gqa_decode.cu",
+        lambda: test_decode_merges_in_one_order(True),
+    ),
+    (
+        "no_mark",
+        "gqa_decode.cu",
+        "else if (!to_node && r.work.shift == 0)",
+        "else if (false)",
+        "gqa_decode.cu",
+        lambda: test_decode_merges_in_one_order(True),
+    ),
+    (
+        "nan_of_a_slot",
+        "gqa_decode.cu",
+        "mine >> k * kStep & 1",
+        "true",
+        "gqa_decode.cu",
+        lambda: test_decode_reads_no_slot_that_is_not_seen(False),
     ),
 ]
 
