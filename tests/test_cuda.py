@@ -278,11 +278,10 @@ def decode_args(lens: list[int], dtype: torch.dtype = torch.bfloat16, **sizes: A
     return decode_case(Maker(dtype, torch.device(DEVICE)), lens, **sizes)
 
 
-def decode(args: dict[str, Any], cores: int | None = None, launches: int | None = None) -> torch.Tensor:
+def decode(args: dict[str, Any], cores: int | None = None, one_launch: bool = True) -> torch.Tensor:
     machine = cuda_backend.machine(args["q"].device)
-    on = machine if cores is None else replace(machine, cores=cores)
     with nan_poison():
-        return cuda_backend.gqa_decode(**args, on=on, launches=launches)
+        return cuda_backend.decode_on(machine if cores is None else replace(machine, cores=cores), one_launch, **args)
 
 
 # Nine nodes and more, so that sums of nodes have several; windows that begin anywhere; sequences of all lengths.
@@ -302,13 +301,26 @@ def test_decode_has_the_same_bits_however_it_is_cut(name: str) -> None:
     first = decode(args)
     verdict = Judge(DECODE, args).of([first])
     assert verdict.ok, verdict.message
-    for cores, launches in itertools.product((1, 2, 3, 5, 11, 40), (1, 2)):
-        assert torch.equal(decode(args, cores, launches), first), (cores, launches)
+    for cores, one_launch in itertools.product((1, 2, 3, 5, 11, 40), (True, False)):
+        assert torch.equal(decode(args, cores, one_launch), first), (cores, one_launch)
     of_one = ["q", "kv_lens", *(["k_cache", "v_cache"] if args["block_table"] is None else ["block_table"])]
     for b in range(len(args["kv_lens"])):
         alone = {**args, **{k: args[k][b : b + 1] for k in of_one if args[k] is not None}}
         assert torch.equal(decode(alone), first[b : b + 1]), b
     assert all(not c.any() for c in cuda_backend._COUNTERS.values())
+
+
+@pytest.mark.parametrize("v_only", [False, True])
+def test_decode_merges_in_one_order(v_only: bool) -> None:
+    """Leaves that cancel each other leave of the output little but what rounding left: another order would show in it."""
+    args = decode_args([2560, 64, 1024], q_heads=8, kv_heads=2, dim=128, slots=2560, v_only=v_only, block=32)
+    args["scale"] = 1e-7  # the same weight for all, nearly
+    for blocks in args["block_table"].long():
+        some, others = blocks.view(-1, 2, 4).unbind(1)  # of four tiles
+        args["v_cache"][others] = -args["v_cache"][some]
+    first = decode(args)
+    for cores in (1, 3, 5, 7, 9, 17, 20, 25, 35, 45, 60, 132):  # whole nodes, parts of them in leaves and in tiles
+        assert torch.equal(decode(args, cores), first), cores
 
 
 @pytest.mark.parametrize("v_only", [False, True])
@@ -364,7 +376,7 @@ def test_decode_with_less_shared_memory(cores: int, shared: int) -> None:
     on = cuda_backend.Machine(cores, shared, shared - 1024)
     for sizes in CUT["window_256"], CUT["v_only_512"]:
         args = decode_args(**sizes)
-        assert torch.equal(cuda_backend.gqa_decode(**args, on=on), decode(args))
+        assert torch.equal(cuda_backend.decode_on(on, True, **args), decode(args))
 
 
 def test_decode_refuses() -> None:
@@ -659,6 +671,7 @@ MUTANTS: list[tuple[str, str, str, str, str, str, str]] = [
         "gqa_decode",
         "full_v_only",
     ),
+    ("pieces_not_there", "merge_kv.cuh", "  wait_for_copies<0>();\n", "", "gqa_decode.cu", "gqa_decode", "sliding_ring_paged"),
     (
         "pieces_not_fenced",
         "device.cuh",
@@ -713,6 +726,38 @@ OWN_MUTANTS: list[tuple[str, str, str, str, str, Callable[[], None]]] = [
         "part += kAtOnce + 1",
         "route_topk.cu",
         lambda: test_router_shapes(3, 4096, 16, 4, torch.float16),
+    ),
+    (
+        "part_of_a_leaf",
+        "split_kv.cuh",
+        "tiles_apart = skip && begin % kLeaf",
+        "tiles_apart = false",
+        "gqa_decode.cu",
+        lambda: test_decode_merges_in_one_order(False),
+    ),
+    (
+        "part_of_a_node",
+        "split_kv.cuh",
+        "leaves_apart = skip && begin % kNode",
+        "leaves_apart = false",
+        "gqa_decode.cu",
+        lambda: test_decode_merges_in_one_order(True),
+    ),
+    (
+        "no_mark",
+        "gqa_decode.cu",
+        "else if (!to_node && r.work.shift == 0)",
+        "else if (false)",
+        "gqa_decode.cu",
+        lambda: test_decode_merges_in_one_order(True),
+    ),
+    (
+        "nan_of_a_slot",
+        "gqa_decode.cu",
+        "mine >> k * kStep & 1",
+        "true",
+        "gqa_decode.cu",
+        lambda: test_decode_reads_no_slot_that_is_not_seen(False),
     ),
 ]
 

@@ -181,8 +181,8 @@ DEVICE void fence() { __threadfence(); }
 // The counter before: it goes up by one, from `last` back to 0.
 DEVICE uint32_t count_up(uint32_t* counter, uint32_t last) { return atomicInc(counter, last); }
 
-// 16 bytes from global to shared memory, without a register; zeros if not `real`. Arrived after commit_copies, wait_for_copies
-// and, for other threads' copies, a barrier.
+// 16 bytes from global to shared memory, past the L1 cache and without a register: of what load and load_fresh may read; zeros if
+// not `real`. Arrived after commit_copies, wait_for_copies and, for other threads' copies, a barrier.
 DEVICE void copy_async(void* shared, const void* global, bool real) {
   const uint32_t to = __cvta_generic_to_shared(shared);
   const int bytes = real ? 16 : 0;

@@ -89,6 +89,7 @@ KERNEL(kThreads, 2) gqa_decode_kernel(KERNEL_ARGS(GqaDecode) a) {
   const int quarter = warp / 2, mt = warp % 2;
   auto& r = *reinterpret_cast<Range*>(shared_memory());
   auto* flag = reinterpret_cast<uint32_t*>(shared_memory() + sizeof(Range));
+  static_assert(sizeof(Range) + 4 <= kRangeBytes);
   auto* scores = reinterpret_cast<float*>(shared_memory() + kRangeBytes);  // [4 quarters][8 heads][kScores]
   // b's of Q^T [D, 8], of the quarter's sixteens: two of each, of two at once.
   auto* q = reinterpret_cast<Bytes16*>(shared_memory() + kRangeBytes + kScoresBytes) + quarter * (kSixteens / 2) * kWarp + lane;
@@ -230,8 +231,12 @@ KERNEL(kThreads, 2) gqa_decode_kernel(KERNEL_ARGS(GqaDecode) a) {
         write<T, D>(a, r.row, r.half, thread / kWarp + kWarps * i, thread % 4, thread % kWarp / 4, node.acc[i], l);
     } else if constexpr (kMergesItself<D, kRebuilt>) {
       uint32_t* counter = a.counters + r.row.b * rows_of_sequence(a) + r.row.number;
-      if (a.counters && last_to_arrive(counter, blocks_of(r.work, r.row, r.seen), flag))
-        merge_row<T, D, 4>(a, r.work, r.row, 0, 1, reinterpret_cast<Part*>(ring));
+      if (a.counters && last_to_arrive(counter, blocks_of(r.work, r.row, r.seen), flag)) {
+        auto* exchange = reinterpret_cast<Part*>(ring);
+        const int places = places_of<D>(a), units = r.seen.units(r.work.shift);
+        const InShared pieces = bring(in_scratch(a, r.row, places), units, places, reinterpret_cast<Bytes16*>(exchange + kThreads));
+        merge_row<T, D, 2>(a, r.work, r.row, pieces, 0, 1, exchange);
+      }
     }
     sync_block();  // the ring and the range are free
     if (thread_index() == 0) r.pass(a), r.advance(a);
@@ -253,7 +258,7 @@ KERNEL(kThreads, 2) merge_kernel(KERNEL_ARGS(GqaDecode) a) {
   const Row row = numbered(a, work, block_index().x / rows, block_index().x % rows);
   const Seen s = seen(a, row.b);
   if (s.length == 0 || (s.units(4) == 1 && blocks_of(work, row, s) == 1)) return;  // it is written
-  merge_row<T, D, 8>(a, work, row, block_index().y, grid_size().y, reinterpret_cast<Part*>(shared_memory()));
+  merge_row<T, D, 6>(a, work, row, in_scratch(a, row, places_of<D>(a)), block_index().y, grid_size().y, reinterpret_cast<Part*>(shared_memory()));
 }
 
 template <class T, int D, bool kRebuilt>
@@ -265,11 +270,12 @@ void launch_decode(const Stream& on, GqaDecode a) {
   a.buffers = std::min(a.buffers, 6);
   const int rows = a.batch * a.kv_heads * divide_up(a.heads / a.kv_heads, kHeads);
   a.blocks = (int)std::min<int64_t>(2 * a.cores, int64_t(rows) * (divide_up(a.window, kTile) + 1));
-  if (!kMergesItself<D, kRebuilt>) a.counters = nullptr;
+  const int pairs = std::min(divide_up(a.heads / a.kv_heads, 2), kHeads / 2), places = D / 16 * pairs * 8;
+  const int64_t of_row = (divide_up(a.window, kTile) + 1) * int64_t(places + kHeads / 2) * 16 + kThreads * sizeof(Part);
+  if (!kMergesItself<D, kRebuilt> || of_row > a.buffers * kBuffer) a.counters = nullptr;
   launch(on, {{a.blocks}, kThreads, kRest + a.buffers * kBuffer}, gqa_decode_kernel<T, D, kRebuilt>, a);
   if (a.counters) return;
-  const int pairs = std::min(divide_up(a.heads / a.kv_heads, 2), kHeads / 2);
-  launch(on, {{rows, divide_up(D / 16 * pairs * 8, kWarp)}, kThreads, kThreads * (int)sizeof(Part)}, merge_kernel<T, D>, a);
+  launch(on, {{rows, divide_up(places, kWarp)}, kThreads, kThreads * (int)sizeof(Part)}, merge_kernel<T, D>, a);
 }
 
 }  // namespace

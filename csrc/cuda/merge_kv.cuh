@@ -111,18 +111,48 @@ DEVICE void write(const GqaDecode& a, const Row& row, int half, int i, int pair,
   }
 }
 
+// 16 bytes each.
+template <int D>
+DEVICE int places_of(const GqaDecode& a) {
+  return D / 16 * pairs_of_heads(a) * 8;
+}
+
+// Where a row's pieces lie: in scratch, written by other launches or blocks.
+struct InScratch {
+  const Bytes16 *sums, *pieces;
+  DEVICE Bytes16 sum(int64_t at) const { return load_fresh(sums + at); }
+  DEVICE Bytes16 piece(int64_t at) const { return load_fresh(pieces + at); }
+};
+DEVICE InScratch in_scratch(const GqaDecode& a, const Row& row, int places) {
+  return {static_cast<const Bytes16*>(a.sums) + int64_t(row.base) * (kHeads / 2),
+          static_cast<const Bytes16*>(a.pieces) + int64_t(row.base) * places};
+}
+// The same, all brought into shared memory at once: one block's loads would wait for one another.
+struct InShared {
+  const Bytes16 *sums, *pieces;
+  DEVICE Bytes16 sum(int at) const { return sums[at]; }
+  DEVICE Bytes16 piece(int at) const { return pieces[at]; }
+};
+DEVICE InShared bring(const InScratch& from, int units, int places, Bytes16* shared) {
+  const int sums = units * (kHeads / 2);
+  for (int i = thread_index(); i < sums + units * places; i += kThreads)
+    copy_async(shared + i, i < sums ? from.sums + i : from.pieces + i - sums, true);
+  commit_copies();
+  wait_for_copies<0>();
+  sync_block();
+  return {shared, shared + sums};
+}
+
 // The row's pieces into the output: slices of 32 of its places, from the `first` of every `stride` on. All of the block. Each
-// warp has a slice and every eighth node (every second or fourth if there are no more). kAtOnce: loads
-// on their way. shared: kThreads Parts.
-template <class T, int D, int kAtOnce>
-DEVICE void merge_row(const GqaDecode& a, const Cut& cut, const Row& row, int first, int stride, Part* shared) {
+// warp has a slice and every eighth node (every second or fourth if there are no more). kAtOnce: loads on their way. shared:
+// kThreads Parts.
+template <class T, int D, int kAtOnce, class From>
+DEVICE void merge_row(const GqaDecode& a, const Cut& cut, const Row& row, const From& from, int first, int stride, Part* shared) {
   const Seen s = seen(a, row.b);
   const int unit0 = s.first(cut.shift), units = s.units(cut.shift), node0 = s.first(4), nodes = s.units(4);
   const int sums = nodes > 4 ? 8 : nodes > 2 ? 4 : nodes;  // of nodes, each a warp's
   const int at_once = kWarps / sums, warp = warp_index(), lane = lane_index();
-  const int pairs = pairs_of_heads(a), places = D / 16 * pairs * 8;
-  const auto* all_sums = static_cast<const Bytes16*>(a.sums) + int64_t(row.base) * (kHeads / 2);
-  const auto* all_pieces = static_cast<const Bytes16*>(a.pieces) + int64_t(row.base) * places;
+  const int pairs = pairs_of_heads(a), places = places_of<D>(a);
   for (int slice = first * at_once; slice * kWarp < places; slice += stride * at_once) {
     const int place = (slice + warp / sums) * kWarp + lane, pair = place / 8 % pairs;
     Part total = nothing(), of_node = nothing(), of_leaf = nothing();
@@ -138,8 +168,8 @@ DEVICE void merge_row(const GqaDecode& a, const Cut& cut, const Row& row, int fi
       UNROLL for (int i = 0; i < kAtOnce; ++i) {  // acc where there is no piece too, so that no load waits for another
         parts[i] = nothing(), ends[i] = 0;
         if (node >= nodes) continue;
-        const Bytes16 ml = load_fresh(all_sums + unit * (kHeads / 2) + pair);
-        const Bytes16 acc = load_fresh(all_pieces + int64_t(unit) * places + place);
+        const Bytes16 ml = from.sum(unit * (kHeads / 2) + pair);
+        const Bytes16 acc = from.piece(int64_t(unit) * places + place);
         UNROLL for (int h = 0; h < 2; ++h) parts[i].m[h] = bits_to_float(ml.w[2 * h]), parts[i].l[h] = bits_to_float(ml.w[2 * h + 1]);
         UNROLL for (int j = 0; j < 4; ++j) parts[i].acc[j] = bits_to_float(acc.w[j]);
         ++unit;

@@ -387,7 +387,6 @@ def moe_feed_forward(
 # csrc/cuda/split_kv.cuh and rebuilt_keys.cuh: positions of a tile and of a node, heads of a row, pairs that rotate.
 TILE, NODE, HEADS, MAX_PAIRS = 32, 512, 8, 64
 SCRATCH = 64 << 20  # bytes that pieces may have beyond one for each node
-ONE_LAUNCH = 160 << 10  # bytes of a row's pieces, all of single tiles, that the last block merges in the launch itself
 
 
 @dataclass(frozen=True)
@@ -448,29 +447,36 @@ def gqa_decode(
     inv_freq: Tensor | None = None,
     k_weight: Tensor | None = None,
     scale: float = 1.0,
-    *,
-    on: Machine | None = None,
-    launches: int | None = None,
 ) -> Tensor:
-    """on, launches: for tests, which give bits that depend on neither."""
+    return decode_on(machine(q.device), True, q, k_cache, v_cache, kv_lens, window, block_table, inv_freq, k_weight, scale)
+
+
+def decode_on(
+    m: Machine,
+    one_launch: bool,
+    q: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor,
+    kv_lens: Tensor,
+    window: int | None,
+    block_table: Tensor | None,
+    inv_freq: Tensor | None,
+    k_weight: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """m decides how the work is cut, one_launch whether a row's last block may merge it; neither changes a bit."""
     q = _whole(q)
     out = torch.empty_like(q)
     if not q.numel():
         return out
     v_cache, block_table = _in_chunks(v_cache), _maybe(block_table)
     slots = v_cache.shape[1] if block_table is None else v_cache.shape[1] * block_table.shape[1]
-    seen, rows, group, m = (
-        min(window or slots, slots),
-        _rows(q, v_cache),
-        q.shape[1] // v_cache.shape[2],
-        on or machine(q.device),
-    )
+    seen, rows, group = min(window or slots, slots), _rows(q, v_cache), q.shape[1] // v_cache.shape[2]
     padded = next(d for d in (128, 256, 512) if q.shape[2] <= d)
     per_piece = padded * min(-(-group // 2), HEADS // 2) * 2  # fp32 values
     tiles, nodes = -(-seen // TILE) + 1, -(-seen // NODE) + 1
     pieces = max(rows * nodes, min(rows * tiles, SCRATCH // (4 * per_piece)))
-    small = tiles * per_piece * 4 <= ONE_LAUNCH if launches is None else launches == 1
-    small = small and k_cache is not None and padded <= 256  # of the others no kernel merges itself
+    itself = one_launch and k_cache is not None and padded <= 256  # and if shared memory suffices
     run(
         "gqa_decode",
         q,
@@ -484,7 +490,7 @@ def gqa_decode(
         out,
         q.new_empty(pieces, per_piece, dtype=torch.float32),
         q.new_empty(pieces, HEADS, 2, dtype=torch.float32),
-        _counters(q, rows) if small else None,
+        _counters(q, rows) if itself else None,
         seen,
         scale,
         m.cores,
