@@ -182,6 +182,8 @@ def cuda_kernels_missing() -> str | None:
     try:
         torch.ops.load_library(str(library))
         _try_out()
+    except torch.OutOfMemoryError:  # says nothing of the kernels
+        raise
     except (OSError, RuntimeError) as error:
         return f"has kernels in {library} that do not run here: {error.__cause__ or error}"
     return None
@@ -194,13 +196,19 @@ def _capabilities() -> set[tuple[int, int]]:
 
 
 def _try_out() -> None:
-    """A launch on every GPU. RuntimeError: the driver is too old for these kernels, or they are for other GPUs."""
+    """A launch on the current GPU. RuntimeError: the driver is too old for these kernels, or they are for other GPUs."""
     import torch
 
-    for i in range(torch.cuda.device_count()):
-        with torch.cuda.device(i):
-            x = torch.zeros(1, 8, dtype=torch.bfloat16, device="cuda")
-            torch.ops.gemma4_fast_cuda.rms_norm(x, None, x, 1e-6, torch.cuda.current_stream().cuda_stream, False)
+    x = torch.zeros(1, 8, dtype=torch.bfloat16, device="cuda")
+    torch.ops.gemma4_fast_cuda.rms_norm(x, None, x, 1e-6, torch.cuda.current_stream().cuda_stream, False)
+
+
+def _refuse_others(*paths: Path) -> None:
+    """BuildError for what someone else could have put there, or can change."""
+    for path in paths:
+        found = path.stat()
+        if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
+            raise cuda_build.BuildError(f"does not load {path}, which others may write to: remove it, or its rights to that")
 
 
 def _built_for(torch_version: str, torch_folder: Path, capabilities: set[tuple[int, int]]) -> Path:
@@ -217,9 +225,14 @@ def _built_for(torch_version: str, torch_folder: Path, capabilities: set[tuple[i
     files = cuda_build.sources(csrc)
     recipe = [torch_version, tools.version, tools.cxx, gencode, cuda_build.FLAGS, cuda_build.TORCH_FLAGS, platform.machine()]
     key = hashlib.sha256(repr([recipe, [(f.name, f.read_bytes()) for f in files]]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "gemma4_fast" / key
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "gemma4_fast"
+    except RuntimeError:
+        raise cuda_build.BuildError("has no folder to build in: there is no home; name one, XDG_CACHE_HOME=...") from None
+    folder = cache / key
     library = folder / "_cuda.so"
     if library.exists():
+        _refuse_others(folder, library)
         return library
     log.warning("gemma4_fast: building the CUDA kernels with nvcc %s (%s), once, into %s", tools.version, gencode, folder)
     start = said = time.perf_counter()
@@ -231,7 +244,9 @@ def _built_for(torch_version: str, torch_folder: Path, capabilities: set[tuple[i
             log.warning("gemma4_fast: %d of %d files are built after %.0f s", done, steps, now - start)
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(exist_ok=True, mode=0o700)
+        _refuse_others(folder)
         # In a folder of its own, and moved when it is whole: another process may be building the same.
         with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as name:
             work = Path(name)

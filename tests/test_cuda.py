@@ -422,6 +422,15 @@ def test_a_whole_model_passes_its_self_check(dtype: torch.dtype) -> None:
 # A mistake one could make: its name; the file of csrc/cuda, the text there and what it becomes; the source that is built anew;
 # and the op and case that see it.
 MUTANTS: list[tuple[str, str, str, str, str, str, str]] = [
+    (
+        "no_weight",
+        "norms.cu",
+        "  wait_for_inputs();\n  float x[8], w[8];\n  to_floats<T>(x, load_eight<T, kWhole>(",
+        "  float x[8], w[8];\n  to_floats<T>(x, load_eight<T, kWhole, true>(",
+        "norms.cu",
+        "rms_norm",
+        "26b",
+    ),
     ("no_wait", "norms.cu", "  wait_for_inputs();\n  float x[8], w[8];", "  float x[8], w[8];", "norms.cu", "rms_norm", "26b"),
     (
         "no_barrier",
@@ -770,12 +779,14 @@ def test_a_mistake_is_seen(name: str, file: str, before: str, after: str, source
     args = op.inputs(case, torch.bfloat16)
     judge = Judge(op, args)
     kernels = emulated.mutant(name, file, before, after, source)
+    emulated.use(kernels)
     seen = ""
     try:
         for seed in range(4):
             emulated.use(kernels, seed)
             seen = seen or judge(on_cuda(op)).message
     except RuntimeError as error:
+        assert "emulator: " in str(error)
         seen = str(error)
     finally:
         emulated.use()

@@ -170,7 +170,7 @@ def test_wheel_holds_everything(wheel: Path) -> None:
     built.append(torch.version.cuda is not None and not isinstance(cuda_build.find_tools(), str))
     assert [any(part in name for name in native_members(wheel)) for part in ("/_native.", "/_cpu.", "/_cuda.")] == built
     # The CUDA kernels' sources, to be compiled where the GPU is.
-    cuda = {f"gemma4_fast/csrc/cuda/{path.name}" for path in (ROOT / "csrc" / "cuda").iterdir()}
+    cuda = {f"gemma4_fast/csrc/cuda/{path.name}" for path in (ROOT / "csrc" / "cuda").iterdir() if path.suffix != ".md"}
     assert cuda == {name for name in names if name.startswith("gemma4_fast/csrc/")} and len(cuda) >= 5
     # Nothing else: no tests, sources or leftovers. The licence lies in the dist-info folder.
     info = f"gemma4_fast-{version('gemma4-fast')}.dist-info/"

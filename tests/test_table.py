@@ -44,7 +44,7 @@ def fake_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delitem(op.impls, "cpu", raising=False)
     monkeypatch.setitem(ops.TABLE["rms_norm"].impls, "cpu", impl)
     monkeypatch.setattr(native, "kernels_missing", lambda: None)
-    table._say_once.cache_clear()
+    table._SAID.clear()
     table.backend_missing.cache_clear()
     yield
     table.backend_missing.cache_clear()

@@ -5,7 +5,7 @@
 // A kernel is `template <...> KERNEL(threads, blocks) name(KERNEL_ARGS(Args) a)`: at most `threads` in a block, `blocks` of
 // them at once on a multiprocessor. What it may assume of memory:
 //   load        of what earlier launches wrote; never of what this launch writes. Only after wait_for_inputs().
-//   load_weight of what no launch on the stream writes: allowed before wait_for_inputs(), past the L1 cache.
+//   load_weight of what the launch before did not write, a weight: allowed before wait_for_inputs(), past the L1 cache.
 //   load_fresh  of what other blocks of this launch wrote, after `last_to_arrive` said so.
 //   store       seen by the block after a barrier, by other blocks after `fence`, by the next launch at the end.
 #pragma once
@@ -124,11 +124,6 @@ template <>
 DEVICE Bytes16 load(const Bytes16* at) {
   const uint4 v = *reinterpret_cast<const uint4*>(at);
   return {{v.x, v.y, v.z, v.w}};
-}
-template <>
-DEVICE Bytes8 load(const Bytes8* at) {
-  const uint2 v = *reinterpret_cast<const uint2*>(at);
-  return {{v.x, v.y}};
 }
 // Volatile, so that the compiler too leaves it before the wait that it stands before.
 DEVICE Bytes16 load_weight(const Bytes16* at) {

@@ -60,7 +60,7 @@ DEVICE void copy_tile(const GqaDecode& a, const Range& r, int tile, bool of_v, c
   // A thread has one chunk of every kStep-th row; first < kStep, so that their places differ by constants.
   constexpr int kStep = kThreads / kChunks;
   const int first = thread_index() / kChunks, chunk = thread_index() % kChunks, column = column_of<D>(8 * chunk, r.half);
-  const char* from = static_cast<const char*>(of_v ? a.v : a.k) + 2 * column;
+  const char* from = static_cast<const char*>(of_v ? a.v : a.k) + 2 * max(column, 0);
   const uint32_t mine = column >= 0 ? rows >> first : 0;
   UNROLL for (int k = 0; k < kTile / kStep; ++k) {
     const auto of_row = (uint32_t)shuffle((int)offset, first + k * kStep);
@@ -195,6 +195,7 @@ KERNEL(kThreads, 2) gqa_decode_kernel(KERNEL_ARGS(GqaDecode) a) {
       UNROLL for (int by = 1; by < 4; by *= 2) most = max(most, shuffle_xor(most, by));
       UNROLL for (int i = 0; i < 8; ++i) p[i] = exp2_fast(p[i] - most), l += p[i];
       UNROLL for (int by = 1; by < 4; by *= 2) l += shuffle_xor(l, by);
+      if (l != l) most = l;  // max leaves NaN out
       uint32_t b[2][2];
       UNROLL for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = pack<T>(p[2 * i], p[2 * i + 1]);
       leaf.merge(most, l, [&](float (&x)[4], int i) {
@@ -268,6 +269,7 @@ void launch_decode(const Stream& on, GqaDecode a) {
   a.buffers = (a.shared / 2 - 1024 - kRest) / kBuffer;
   if (a.buffers < 2) a.buffers = (std::min(a.shared - 1024, a.shared_block) - kRest) / kBuffer;
   a.buffers = std::min(a.buffers, 6);
+  if (a.buffers < 2) throw std::runtime_error("gqa_decode: a block has too little shared memory here for two tiles");
   const int rows = a.batch * a.kv_heads * divide_up(a.heads / a.kv_heads, kHeads);
   a.blocks = (int)std::min<int64_t>(2 * a.cores, int64_t(rows) * (divide_up(a.window, kTile) + 1));
   const int pairs = std::min(divide_up(a.heads / a.kv_heads, 2), kHeads / 2), places = D / 16 * pairs * 8;

@@ -34,7 +34,7 @@ struct NormAddNorm {
   float eps;
 };
 
-// x [m, k] with rows x_stride apart, m <= 16, times weight [n, k] (geglu: [2 n, k]) -> out [m, n]; see linear.cu.
+// x [m, k] with rows x_stride apart, m <= 16, times weight [n, k] (geglu: [2 n, k]) -> out [m, n]; see linear.cuh.
 struct Linear {
   enum class End { none, softcap, geglu, gate, argmax };
   Dtype dtype;

@@ -72,7 +72,7 @@ DEVICE void pick_largest(const Linear& a, int blocks) {
     }
     for (int mask = 16; mask > 0; mask /= 2) best = better_of_lanes(best, mask);
     const bool all = ballot(finite) == 0xffffffffu;
-    if (lane == 0) store(static_cast<int64_t*>(a.out) + m, all ? int64_t(best.at) : int64_t(-1));
+    if (lane == 0) store(static_cast<int64_t*>(a.out) + m, all && best.at != INT32_MAX ? int64_t(best.at) : int64_t(-1));
   }
 }
 
@@ -165,7 +165,7 @@ inline int linear_shared(const Linear& a, int token_tiles) {
   return sums + (a.end == End::argmax ? bests : 0);
 }
 inline bool linear_whole(const Linear& a) {
-  return a.k % 8 == 0 && a.x_stride % 8 == 0 && aligned(a.x) && aligned(a.weight);
+  return a.k % 8 == 0 && (a.m == 1 || a.x_stride % 8 == 0) && aligned(a.x) && aligned(a.weight);
 }
 
 // function(T(), bits, tiles of tokens, whole), all of them types: what a kernel is made for.

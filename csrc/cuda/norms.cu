@@ -23,10 +23,12 @@ KERNEL(kMost, 1) rms_norm_kernel(KERNEL_ARGS(RmsNorm) a) {
   auto* scratch = reinterpret_cast<float*>(shared_memory());
   const int h = 8 * thread_index(), warps = divide_up(divide_up(a.hidden, 8), kWarp);
   const int64_t row = block_index().x * int64_t(a.hidden);
+  Bytes16 weight = {};
+  if (a.weight) weight = load_eight<T, kWhole, true>(static_cast<const T*>(a.weight), h, a.hidden);
   wait_for_inputs();
   float x[8], w[8];
   to_floats<T>(x, load_eight<T, kWhole>(static_cast<const T*>(a.x) + row, h, a.hidden));
-  if (a.weight) to_floats<T>(w, load_eight<T, kWhole>(static_cast<const T*>(a.weight), h, a.hidden));
+  to_floats<T>(w, weight);
   const float by = inverse_rms(sum_of_squares(x), a.hidden, a.eps, scratch, warps);
   UNROLL for (int i = 0; i < 8; ++i) x[i] *= a.weight ? by * w[i] : by;
   store_eight<T, kWhole>(static_cast<T*>(a.out) + row, h, a.hidden, from_floats<T>(x));
@@ -46,19 +48,20 @@ KERNEL(kMost, 1) norm_add_norm_kernel(KERNEL_ARGS(NormAddNorm) a) {
   const int h = 8 * thread_index(), hidden = a.hidden, warps = divide_up(divide_up(hidden, 8), kWarp);
   auto* scratch = reinterpret_cast<float*>(shared_memory());  // [4][warps]: each sum its own, so that none waits for another
   const int64_t row = block_index().x * int64_t(hidden);
-  const auto read = [&](const void* p, int64_t at) { return load_eight<T, kWhole>(static_cast<const T*>(p) + at, h, hidden); };
+  const auto read = [&](const void* p) { return load_eight<T, kWhole>(static_cast<const T*>(p) + row, h, hidden); };
+  const auto read_weight = [&](const void* p) {
+    return p ? load_eight<T, kWhole, true>(static_cast<const T*>(p), h, hidden) : Bytes16{};
+  };
   const auto write = [&](void* p, const Bytes16& v) { store_eight<T, kWhole>(static_cast<T*>(p) + row, h, hidden, v); };
+  const Bytes16 weight = read_weight(a.weight), next = read_weight(a.next_weight), other = read_weight(a.other_weight);
+  const Bytes16 x_weight = read_weight(a.x_weight), experts_weight = read_weight(a.experts_weight);
   wait_for_inputs();
   float x[8], y[8];
-  to_floats<T>(x, read(a.x, row));
-  const Bytes16 residual = read(a.residual, row), weight = read(a.weight, 0);
-  Bytes16 next = {}, other = {};  // on their way while the row is summed
-  if (a.next_weight) next = read(a.next_weight, 0);
-  if (a.other_weight) other = read(a.other_weight, 0);
+  to_floats<T>(x, read(a.x));
+  const Bytes16 residual = read(a.residual);
   if (a.experts) {
     float experts[8];
-    to_floats<T>(experts, read(a.experts, row));
-    const Bytes16 x_weight = read(a.x_weight, 0), experts_weight = read(a.experts_weight, 0);
+    to_floats<T>(experts, read(a.experts));
     normed<T>(x, x_weight, hidden, a.eps, scratch, warps);
     normed<T>(experts, experts_weight, hidden, a.eps, scratch + warps, warps);
     UNROLL for (int i = 0; i < 8; ++i) x[i] += experts[i];

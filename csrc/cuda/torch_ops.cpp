@@ -31,10 +31,10 @@ using Optional = std::optional<Tensor>;
 struct Call {
   Call() { emulated().forget(); }
   template <class T>
-  T* note(const Tensor& x, bool writable) {
+  T* note(const Tensor& x, bool writable, bool weight) {
     int64_t last = 0;
     for (int64_t i = 0; i < x.dim(); ++i) last += x.size(i) ? (x.size(i) - 1) * x.stride(i) : 0;
-    if (x.numel()) emulated().allow(x.data_ptr(), (last + 1) * x.element_size(), writable);
+    if (x.numel()) emulated().allow(x.data_ptr(), (last + 1) * x.element_size(), writable, weight);
     return static_cast<T*>(x.data_ptr());
   }
   const Kernels& kernels() const { return *emulated().kernels; }
@@ -46,7 +46,7 @@ const Kernels all_kernels = GEMMA4_ALL_KERNELS;
 
 struct Call {
   template <class T>
-  T* note(const Tensor& x, bool) {
+  T* note(const Tensor& x, bool, bool) {
     return static_cast<T*>(x.data_ptr());
   }
   const Kernels& kernels() const { return all_kernels; }
@@ -54,26 +54,35 @@ struct Call {
 
 #endif
 
-// Of an op's call: `in` and `out` give its tensors' memory, `run` its kernels.
+// Of an op's call: `in` and `out` give its tensors' memory, `weight` that of what the launch before did not write and kernels may
+// therefore read before their wait; `run` runs its kernels.
 class Op : Call {
  public:
   Op(int64_t stream, bool early) : on_{reinterpret_cast<void*>(stream), early} {}
 
   template <class T = void>
   const T* in(const Tensor& x) {
-    return note<T>(x, false);
+    return note<T>(x, false, false);
   }
   template <class T = void>
   const T* in(const Optional& x) {
-    return x ? note<T>(*x, false) : nullptr;
+    return x ? note<T>(*x, false, false) : nullptr;
+  }
+  template <class T = void>
+  const T* weight(const Tensor& x) {
+    return note<T>(x, false, true);
+  }
+  template <class T = void>
+  const T* weight(const Optional& x) {
+    return x ? note<T>(*x, false, true) : nullptr;
   }
   template <class T = void>
   T* out(const Tensor& x) {
-    return note<T>(x, true);
+    return note<T>(x, true, false);
   }
   template <class T = void>
   T* out(const Optional& x) {
-    return x ? note<T>(*x, true) : nullptr;
+    return x ? note<T>(*x, true, false) : nullptr;
   }
   template <class Args>
   void run(void (*Kernels::*kernel)(const Stream&, const Args&), const Args& args) {
@@ -94,7 +103,7 @@ Dtype dtype_of(const Tensor& x) {
 void rms_norm(Tensor x, Optional weight, Tensor out, double eps, int64_t stream, bool early) {
   Op op(stream, early);
   const int64_t hidden = x.size(-1);
-  op.run<RmsNorm>(&Kernels::rms_norm, {dtype_of(x), op.in(x), op.in(weight), op.out(out), x.numel() / hidden, (int)hidden, (float)eps});
+  op.run<RmsNorm>(&Kernels::rms_norm, {dtype_of(x), op.in(x), op.weight(weight), op.out(out), x.numel() / hidden, (int)hidden, (float)eps});
 }
 
 void norm_add_norm(Tensor x, Optional experts, Tensor residual, Optional x_weight, Optional experts_weight, Tensor weight,
@@ -102,8 +111,8 @@ void norm_add_norm(Tensor x, Optional experts, Tensor residual, Optional x_weigh
                    int64_t stream, bool early) {
   Op op(stream, early);
   op.run<NormAddNorm>(&Kernels::norm_add_norm,
-                      {dtype_of(x), op.in(x), op.in(experts), op.in(residual), op.in(x_weight), op.in(experts_weight), op.in(weight),
-                       op.in(scale), op.in(next_weight), op.in(other_weight), op.out(y), op.out(z), op.out(other_z), x.size(0),
+                      {dtype_of(x), op.in(x), op.in(experts), op.in(residual), op.weight(x_weight), op.weight(experts_weight), op.weight(weight),
+                       op.weight(scale), op.weight(next_weight), op.weight(other_weight), op.out(y), op.out(z), op.out(other_z), x.size(0),
                        (int)x.size(1), (float)eps});
 }
 
@@ -117,7 +126,7 @@ void linear(Tensor x, Tensor weight, Optional scale, int64_t n, int64_t end, dou
             Optional best_at, Optional counter, Tensor out, int64_t stream, bool early) {
   Op op(stream, early);
   op.run<Linear>(&Kernels::linear,
-                 {dtype_of(x), (Linear::End)end, bits_of(weight, scale), op.in(x), op.in(weight), op.in(scale), op.out(out),
+                 {dtype_of(x), (Linear::End)end, bits_of(weight, scale), op.in(x), op.weight(weight), op.weight(scale), op.out(out),
                   op.in(other), x.stride(0), other ? other->stride(0) : 0, n, (int)x.size(0), (int)x.size(1), (float)cap,
                   op.out<float>(best), op.out<int32_t>(best_at), op.out<uint32_t>(counter)});
 }
@@ -127,20 +136,20 @@ void moe_decode(Tensor x, Tensor topk_weights, Tensor ids, Tensor gate_up, Optio
   Op op(stream, early);
   op.run<MoeDecode>(&Kernels::moe_decode,
                     {dtype_of(x), bits_of(down, down_scale), op.in(x), op.in<float>(topk_weights), op.in<int32_t>(ids),
-                     op.in(gate_up), op.in(gate_up_scale), op.in(down), op.in(down_scale), op.out(h), op.out(out), (int)x.size(0),
+                     op.weight(gate_up), op.weight(gate_up_scale), op.weight(down), op.weight(down_scale), op.out(h), op.out(out), (int)x.size(0),
                      (int)ids.size(1), (int)gate_up.size(0), (int)x.size(1), (int)inter});
 }
 
 void embedding(Tensor weight, Optional scales, Tensor ids, Tensor out, int64_t bits, int64_t vocab, double scale, int64_t stream,
                bool early) {
   Op op(stream, early);
-  op.run<Embedding>(&Kernels::embedding, {dtype_of(out), op.in(weight), op.in(scales), op.in<int64_t>(ids), op.out(out), out.size(0),
+  op.run<Embedding>(&Kernels::embedding, {dtype_of(out), op.weight(weight), op.in(scales), op.in<int64_t>(ids), op.out(out), out.size(0),
                                           vocab, (int)out.size(1), (int)bits, (float)scale});
 }
 
 void rope_angles(Tensor positions, Tensor inv_freq, Tensor cos, Tensor sin, int64_t stream, bool early) {
   Op op(stream, early);
-  op.run<RopeAngles>(&Kernels::rope_angles, {op.in<int64_t>(positions), op.in<float>(inv_freq), op.out<float>(cos),
+  op.run<RopeAngles>(&Kernels::rope_angles, {op.in<int64_t>(positions), op.weight<float>(inv_freq), op.out<float>(cos),
                                              op.out<float>(sin), cos.size(0), (int)cos.size(1)});
 }
 
@@ -150,7 +159,7 @@ void qkv_norm_rope(Tensor qkv, Tensor q_weight, Optional k_weight, Tensor cos, T
   const int64_t q_heads = q.size(1), dim = q.size(2), rows = v ? v->numel() / (kv_heads * dim) : 0;
   const bool k_is_v = qkv.size(1) == (q_heads + kv_heads) * dim;
   op.run<QkvNormRope>(&Kernels::qkv_norm_rope,
-                      {dtype_of(qkv), op.in(qkv), op.in(q_weight), op.in(k_weight), op.in<float>(cos), op.in<float>(sin),
+                      {dtype_of(qkv), op.in(qkv), op.weight(q_weight), op.weight(k_weight), op.in<float>(cos), op.in<float>(sin),
                        op.in<int64_t>(slots), op.out(q), op.out(k), op.out(v), q.size(0), rows, (int)q_heads, (int)kv_heads,
                        (int)dim, (int)cos.size(1), k_is_v, (float)eps});
 }
@@ -159,7 +168,7 @@ void route_topk(Tensor x, Tensor scale, Tensor proj, Tensor per_expert_scale, Te
                 Tensor ids, double eps, int64_t stream, bool early) {
   Op op(stream, early);
   op.run<RouteTopk>(&Kernels::route_topk,
-                    {dtype_of(x), op.in(x), op.in(scale), op.in(proj), op.in(per_expert_scale), op.out<float>(sums),
+                    {dtype_of(x), op.in(x), op.weight(scale), op.weight(proj), op.in(per_expert_scale), op.out<float>(sums),
                      op.out<float>(weights), op.out<int32_t>(ids), op.out<uint32_t>(counters), (int)x.size(0), (int)x.size(1),
                      (int)proj.size(0), (int)ids.size(1), (float)eps});
 }
@@ -175,17 +184,17 @@ void moe_feed_forward(Tensor x, Tensor h, Tensor e, Tensor gate_up, Optional gat
   const Dtype dtype = dtype_of(x);
   const int bits = bits_of(down, down_scale);
   const auto product = [&](Linear::End end, const Tensor& from, const Tensor& w, const Optional& scale, const Tensor& to) {
-    return Linear{dtype, end, bits, op.in(from), op.in(w), op.in(scale), op.out(to), nullptr, from.stride(0), 0, to.size(1), tokens,
+    return Linear{dtype, end, bits, op.in(from), op.weight(w), op.weight(scale), op.out(to), nullptr, from.stride(0), 0, to.size(1), tokens,
                   (int)from.size(1), 0, nullptr, nullptr, nullptr};
   };
   MoeFeedForward a;
-  a.route = {dtype, op.in(x), op.in(router_scale), op.in(proj), op.in(per_expert_scale), op.out<float>(sums),
+  a.route = {dtype, op.in(x), op.weight(router_scale), op.weight(proj), op.in(per_expert_scale), op.out<float>(sums),
              op.out<float>(weights), op.out<int32_t>(ids), op.out<uint32_t>(counters), tokens, hidden, (int)proj.size(0), top_k,
              (float)eps};
   a.gate_up = product(Linear::End::geglu, h, gate_up, gate_up_scale, dense_h);
   a.down = product(Linear::End::none, dense_h, down, down_scale, dense);
-  a.experts = {dtype, bits, op.in(e), op.in<float>(weights), op.in<int32_t>(ids), op.in(experts_gate_up),
-               op.in(experts_gate_up_scale), op.in(experts_down), op.in(experts_down_scale), op.out(experts_h), op.out(experts),
+  a.experts = {dtype, bits, op.in(e), op.in<float>(weights), op.in<int32_t>(ids), op.weight(experts_gate_up),
+               op.weight(experts_gate_up_scale), op.weight(experts_down), op.weight(experts_down_scale), op.out(experts_h), op.out(experts),
                tokens, top_k, (int)proj.size(0), hidden, (int)inter};
   op.run<MoeFeedForward>(&Kernels::moe_feed_forward, a);
 }
@@ -203,7 +212,7 @@ void gqa_decode(Tensor q, Optional k_cache, Tensor v_cache, Tensor kv_lens, Opti
     a.k = op.in(*k_cache);
     a.k_batch = stride(*k_cache, 0), a.k_slot = stride(*k_cache, 1), a.k_head = stride(*k_cache, 2);
   } else {
-    a.freq = op.in<float>(inv_freq), a.k_weight = op.in(k_weight), a.pairs = (int)inv_freq->size(0);
+    a.freq = op.weight<float>(inv_freq), a.k_weight = op.weight(k_weight), a.pairs = (int)inv_freq->size(0);
   }
   a.pieces = op.out(pieces), a.sums = op.out(sums), a.counters = op.out<uint32_t>(counters), a.capacity = (int)sums.size(0);
   a.batch = (int)q.size(0), a.heads = (int)q.size(1), a.kv_heads = (int)v_cache.size(2), a.dim = (int)q.size(2);

@@ -58,15 +58,7 @@ struct WeightRows {
     const int first = step * kStep + device::lane_index() % 4 * 8;
     Words<0> w = {};
     UNROLL for (int i = 0; i < 2; ++i) {
-      if (!row[i]) continue;
-      if constexpr (kWhole) {
-        if (first < columns) w.row[i] = device::load_weight(reinterpret_cast<const Bytes16*>(row[i] + first));
-      } else {
-        const auto* halves = reinterpret_cast<const uint16_t*>(row[i]);
-        UNROLL for (int j = 0; j < 8; ++j) {
-          if (first + j < columns) w.row[i].w[j / 2] |= uint32_t(device::load_weight(halves + first + j)) << j % 2 * 16;
-        }
-      }
+      if (row[i]) w.row[i] = load_eight<T, kWhole, true>(row[i], first, columns);
     }
     return w;
   }

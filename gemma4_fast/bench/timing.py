@@ -21,6 +21,7 @@ from torch import Tensor
 from gemma4_fast.bench.machine import free_bytes
 from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.errors import UnsupportedError
+from gemma4_fast.ops import shared_step
 from gemma4_fast.quant import QuantizedWeight
 
 Call = Callable[[], Any]
@@ -120,7 +121,10 @@ def captured(calls: Sequence[Call]) -> tuple[Call, Any]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     graph, out = torch.cuda.CUDAGraph(), None
-    with torch.cuda.stream(side):  # torch.cuda.graph would leave its own stream current if the capture's end raised
+    with (
+        torch.cuda.stream(side),
+        shared_step(),
+    ):  # torch.cuda.graph would leave its own stream current if the capture's end raised
         for call in calls:  # on this stream too, whose memory is its own
             call()
         torch.cuda.synchronize()

@@ -8,6 +8,7 @@ tensor's values, since that waits for the GPU and no CUDA graph could hold it. S
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,13 +24,14 @@ from gemma4_fast.quant import QuantizedWeight, WeightLike
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HIDDEN = 6144  # 8 kMost in csrc/cuda/norms.cu
 MAX_HEAD_DIM = 512  # 16 columns a lane in csrc/cuda/qkv_norm_rope.cu
-MAX_ROUTED = 64, 1024, 32  # tokens, experts and top_k of csrc/cuda/route_topk.cu
+MAX_ROUTED = 64, 1024, 32  # tokens, experts and top_k of csrc/cuda/route_topk.cuh
 ROUTED_TOKENS, ROUTED_COLUMNS = 16, 512  # of a block there
 
 
 def run(name: str, like: Tensor, *args: Any) -> None:
     """The op of csrc/cuda/torch_ops.cpp, on the stream that `like`'s device is at."""
-    _op(name)(*args, _stream(like.device), has_early_launch(like.device))
+    copied, _COPIES.made = _COPIES.made, False
+    _op(name)(*args, _stream(like.device), has_early_launch(like.device) and not copied)
 
 
 def _stream(device: torch.device) -> int:
@@ -47,9 +49,30 @@ def has_early_launch(device: torch.device) -> bool:
     return device.type == "cuda" and (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0)
 
 
+class _Copies(threading.local):
+    """Whether this call has made one. If of a weight, the launch right before wrote what an early one reads at once."""
+
+    made = False
+
+
+_COPIES = _Copies()
+
+
 def _whole(x: Tensor) -> Tensor:
     """Contiguous, by a copy where it is not."""
-    return x if x.is_contiguous() else x.contiguous()
+    if x.is_contiguous():
+        return x
+    _COPIES.made = True
+    return x.contiguous()
+
+
+def _at_16(x: Tensor) -> Tensor:
+    """Contiguous, and at an address that is a multiple of 16 bytes."""
+    x = _whole(x)
+    if x.data_ptr() % 16 == 0:
+        return x
+    _COPIES.made = True
+    return x.clone()
 
 
 def _maybe(x: Tensor | None) -> Tensor | None:
@@ -157,7 +180,7 @@ _ROWS_OF_A_BLOCK = {0: 128, 8: 256, 4: 256}  # by a weight's bits: of one whose 
 def parts(weight: WeightLike) -> tuple[Tensor, Tensor | None, int]:
     """What a kernel is given of a weight: its values, scales, and bits (0: not quantized)."""
     if isinstance(weight, QuantizedWeight):
-        return weight.data, weight.scale, weight.bits
+        return _at_16(weight.data), _at_16(weight.scale), weight.bits
     return _whole(weight), None, 0
 
 
@@ -179,7 +202,7 @@ def accepts_ple_gate(x: Tensor, *_: object) -> str | None:
 
 
 def _product(x: Tensor, weight: WeightLike, end: str = "none", *, cap: float = 0.0, other: Tensor | None = None) -> Tensor:
-    """x [M, K], columns together -> [M, N] with one of the ends of linear.cu; "argmax": ids [M] int64."""
+    """x [M, K], columns together -> [M, N] with one of the ends of linear.cuh; "argmax": ids [M] int64."""
     (m, k), n = x.shape, weight.shape[0] // 2 if end == "geglu" else weight.shape[0]
     values, scales, bits = parts(weight)
     out = x.new_empty(m, dtype=torch.int64) if end == "argmax" else x.new_empty(m, n)
@@ -193,14 +216,17 @@ def _product(x: Tensor, weight: WeightLike, end: str = "none", *, cap: float = 0
     return out
 
 
+def _rows_of(x: Tensor) -> Tensor:
+    """[.., K] -> [M, K]."""
+    return _whole(x).view(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def linear(x: Tensor, weight: WeightLike) -> Tensor:
-    rows = _whole(x).view(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return _product(rows, weight).view(*x.shape[:-1], weight.shape[0])
+    return _product(_rows_of(x), weight).view(*x.shape[:-1], weight.shape[0])
 
 
 def geglu_mlp(x: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
-    rows = _whole(x).view(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return _product(_product(rows, gate_up, "geglu"), down).view(x.shape)
+    return _product(_product(_rows_of(x), gate_up, "geglu"), down).view(x.shape)
 
 
 def logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: bool = False) -> Tensor:
@@ -279,7 +305,7 @@ def accepts_qkv_norm_rope(qkv: Tensor, q_weight: Tensor, *_: object) -> str | No
 # ---- experts ----
 
 FEW_EXPERTS = 128  # of a router whose blocks stand beside others: csrc/cuda/moe_feed_forward.cu
-MAX_ASSIGNMENTS = 256  # (token, expert) assignments: kMostPairs in csrc/cuda/moe_decode.cu
+MAX_ASSIGNMENTS = 256  # (token, expert) assignments: kMostPairs in csrc/cuda/moe_decode.cuh
 
 
 def accepts_moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:
@@ -465,7 +491,7 @@ def decode_on(
     scale: float,
 ) -> Tensor:
     """m decides how the work is cut, one_launch whether a row's last block may merge it; neither changes a bit."""
-    q = _whole(q)
+    q = _at_16(q)
     out = torch.empty_like(q)
     if not q.numel():
         return out
@@ -486,7 +512,7 @@ def decode_on(
         _whole(kv_lens),
         block_table,
         _maybe(inv_freq),
-        _maybe(k_weight),
+        None if k_weight is None else _at_16(k_weight),
         out,
         q.new_empty(pieces, per_piece, dtype=torch.float32),
         q.new_empty(pieces, HEADS, 2, dtype=torch.float32),

@@ -143,7 +143,7 @@ class Op:
                 return impl.function if backend == "torch" else _on(x.device, impl.function)
             reasons = {**reasons, backend: reason}
             if not wanted:
-                _say_once(f"{self.name} passes over {backend}: {reason}")
+                _say_once(self.name, backend, reason)
         why = "; ".join(f"{b}: {r}" for b, r in reasons.items())
         raise UnsupportedError(f"op {self.name} on {x.device}, {x.dtype}: {why}")
 
@@ -159,7 +159,7 @@ class Op:
             if not wanted:
                 for backend, reason in self._kept[key][1].items():
                     if backend in self.impls and backend_missing(backend, device.type, named=False) is None:
-                        _say_once(f"{self.name} passes over {backend}: {reason}")
+                        _say_once(self.name, backend, reason)
         return self._kept[key]
 
     def first_serving(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -250,9 +250,14 @@ def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-@functools.cache
-def _say_once(message: str) -> None:
-    log.warning("gemma4_fast: %s", message)
+_SAID: set[tuple[str, str]] = set()
+
+
+def _say_once(op: str, backend: str, reason: str) -> None:
+    """The first reason alone: others may be as many as there are shapes."""
+    if (op, backend) not in _SAID:
+        _SAID.add((op, backend))
+        log.warning("gemma4_fast: %s passes over %s: %s", op, backend, reason)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@
 //   load        of what another block of this launch stored, without load_fresh, is an error; so is any access to global memory
 //               outside the op's tensors (`allow`), to shared memory outside the block's, or unaligned; an access to what may
 //               not be there yet, before wait_for_inputs(); and a barrier or a warp's exchange that some thread does not come to.
-// The first error ends the launch, and is thrown from it. Plain loads from outside of shared memory are seen by AddressSanitizer
+// Blocks do not run beside each other, nor do launches: what only that would show (a fence after the count, a counter in use by
+// two launches) is not seen. The first error ends the launch, and is thrown from it. Plain loads from outside of shared memory are seen by AddressSanitizer
 // alone.
 #pragma once
 
@@ -64,7 +65,7 @@ constexpr unsigned char kGuard = 0xa5;
 
 struct Range {
   uintptr_t begin, end;
-  bool writable;
+  bool writable, weight;  // a weight may be read before wait_for_inputs()
 };
 
 // A store that not everyone sees yet.
@@ -307,20 +308,20 @@ inline void prepare(int fiber) {
 
 inline bool overlaps(const Store& s, uintptr_t at, size_t bytes) { return s.at < at + bytes && at < s.at + s.bytes; }
 
-inline bool inside(uintptr_t at, size_t bytes, bool write) {
+inline const Range* inside(uintptr_t at, size_t bytes, bool write) {
   for (const Range& r : machine().allowed)
-    if (at >= r.begin && at + bytes <= r.end && (r.writable || !write)) return true;
-  return false;
+    if (at >= r.begin && at + bytes <= r.end && (r.writable || !write)) return &r;
+  return nullptr;
 }
 
-inline void check_access(const void* p, size_t bytes, bool write, bool needs_inputs, const char* what) {
+inline void check_access(const void* p, size_t bytes, bool write, bool of_weight, const char* what) {
   Machine& m = machine();
   const auto at = reinterpret_cast<uintptr_t>(p);
-  if (at % bytes)
-    fail(std::string(what) + " at an address that is no multiple of " + std::to_string(bytes));
-  else if (!inside(at, bytes, write))
+  if (at % bytes) fail(std::string(what) + " at an address that is no multiple of " + std::to_string(bytes));
+  const Range* range = inside(at, bytes, write);
+  if (!range)
     fail(std::string(what) + " outside of the op's tensors");
-  else if (needs_inputs && !m.fibers[m.current].has_inputs)
+  else if (!m.fibers[m.current].has_inputs && !(of_weight && range->weight))
     fail(std::string(what) + " before wait_for_inputs()");
 }
 
@@ -338,7 +339,7 @@ T read(const T* from, Kind kind) {
   Machine& m = machine();
   T value;
   const char* const names[] = {"load", "load_weight", "load_fresh"};
-  check_access(from, sizeof(T), false, kind != Kind::kWeight, names[(int)kind]);
+  check_access(from, sizeof(T), false, kind == Kind::kWeight, names[(int)kind]);
   const auto at = reinterpret_cast<uintptr_t>(from);
   if (kind != Kind::kFresh && !m.written.empty()) {
     const auto found = m.written.find(at / 4);
@@ -355,7 +356,7 @@ T read(const T* from, Kind kind) {
 template <class T>
 void write(T* to, const T& value) {
   static_assert(sizeof(T) <= 16);
-  check_access(to, sizeof(T), true, true, "store");
+  check_access(to, sizeof(T), true, false, "store");
   Store s{reinterpret_cast<uintptr_t>(to), sizeof(T), {}};
   std::memcpy(s.data, &value, sizeof(T));
   machine().fibers[machine().current].stores.push_back(s);
@@ -475,9 +476,9 @@ inline void run(Dim grid, int threads, size_t shared, std::function<void()> kern
 }
 
 // What an op's kernels may touch: its tensors. Forgotten by `forget`.
-inline void allow(const void* begin, size_t bytes, bool writable) {
+inline void allow(const void* begin, size_t bytes, bool writable, bool weight) {
   const auto at = reinterpret_cast<uintptr_t>(begin);
-  machine().allowed.push_back({at, at + bytes, writable});
+  machine().allowed.push_back({at, at + bytes, writable, weight});
 }
 inline void forget() { machine().allowed.clear(); }
 
@@ -597,7 +598,7 @@ DEVICE void fence() {
   emulator::to_memory(machine().fibers[machine().current].stores, true);
 }
 DEVICE uint32_t count_up(uint32_t* counter, uint32_t last) {
-  emulator::check_access(counter, 4, true, true, "count_up");
+  emulator::check_access(counter, 4, true, false, "count_up");
   const uint32_t before = *counter;
   *counter = before >= last ? 0 : before + 1;
   return before;
@@ -605,7 +606,8 @@ DEVICE uint32_t count_up(uint32_t* counter, uint32_t last) {
 
 DEVICE void copy_async(void* shared, const void* global, bool real) {
   emulator::check_shared(shared, 16, "copy_async");
-  if (real) emulator::check_access(global, 16, false, true, "copy_async");
+  if (real) emulator::check_access(global, 16, false, false, "copy_async");
+  if (reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("copy_async from an address that is no multiple of 16");
   std::memset(shared, 0xff, 16);
   auto& groups = machine().fibers[machine().current].groups;
   if (groups.empty()) groups.emplace_back();

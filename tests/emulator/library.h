@@ -12,7 +12,7 @@ namespace gemma4_fast::cuda {
 
 struct Emulated {
   const Kernels* kernels;
-  void (*allow)(const void* begin, size_t bytes, bool writable);  // see emulator.h
+  void (*allow)(const void* begin, size_t bytes, bool writable, bool weight);  // see emulator.h
   void (*forget)();
   void (*set_seed)(uint64_t seed);
   int64_t (*launches)();  // so far
