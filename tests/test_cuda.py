@@ -451,7 +451,7 @@ MUTANTS: list[tuple[str, str, str, str, str, str, str]] = [
         "odd",
     ),
     ("one_row_more", "linear.cuh", "if (n >= a.n) continue;", "if (n > a.n) continue;", "linear.cu", "linear", "odd"),
-    ("one_column_more", "weights.cuh", "if (first + j < columns)", "if (first + j <= columns)", "linear.cu", "linear", "odd"),
+    ("one_column_more", "rows.cuh", "if (first + i < size) v", "if (first + i <= size) v", "linear.cu", "linear", "odd"),
     (
         "tile_too_many",
         "linear.cuh",
