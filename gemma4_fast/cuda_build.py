@@ -81,7 +81,7 @@ def find_tools() -> Tools | str:
     if (nvcc := find_nvcc()) is None:
         return f"needs nvcc to build its kernels, and there is none: {INSTALL}"
     try:
-        told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+        told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, errors="replace", check=False).stdout
     except OSError as error:
         told = str(error)
     if (match := re.search(r"\bV(\d+\.\d+\.\d+)", told)) is None:

@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sysconfig
 import tempfile
+import threading
 import time
 from contextvars import ContextVar
 from functools import cache
@@ -165,12 +166,20 @@ def isas() -> tuple[str, ...]:
 SAY_AFTER = 10  # seconds between two words on how far a build is
 
 
-@cache
+_BUILDING = threading.Lock()  # and a file for other processes: see _built_for
+
+
 def cuda_kernels_missing() -> str | None:
     """None once the CUDA kernels are loaded, as torch.ops.gemma4_fast_cuda, and run here; else why not: "needs nvcc ...".
 
     For a process that has GPUs. May build them, which takes a minute, and says so; a build that fails is not tried again.
     """
+    with _BUILDING:
+        return _cuda_kernels_missing()
+
+
+@cache
+def _cuda_kernels_missing() -> str | None:
     import torch
 
     library = _installed("_cuda")
@@ -179,6 +188,8 @@ def cuda_kernels_missing() -> str | None:
             library = _built_for(torch.__version__, Path(torch.__file__).parent, _capabilities())
         except cuda_build.BuildError as error:
             return str(error)
+        except (OSError, ValueError) as error:  # a compiler that does not run, a folder that cannot be looked into
+            return f"could not build its kernels: {error}"
     try:
         torch.ops.load_library(str(library))
         _try_out()
@@ -213,12 +224,16 @@ def _refuse_others(*paths: Path) -> None:
 
 def _built_for(torch_version: str, torch_folder: Path, capabilities: set[tuple[int, int]]) -> Path:
     """The library for these GPUs, from the cache, or built into it. BuildError: one sentence, what is missing or went wrong."""
+    import fcntl  # where there is CUDA for us, on Linux
+
     if os.environ.get("GEMMA4_FAST_NATIVE") == "0":
         raise cuda_build.BuildError("is not built here: GEMMA4_FAST_NATIVE is 0")
     tools = cuda_build.find_tools()
     if isinstance(tools, str):
         raise cuda_build.BuildError(tools)
-    known = subprocess.run([tools.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
+    known = subprocess.run(
+        [tools.nvcc, "--list-gpu-code"], capture_output=True, text=True, errors="replace", check=False
+    ).stdout.split()
     targets = [cuda_build.target_for(capability, known) for capability in sorted(capabilities)]
     gencode = cuda_build.gencode(dict.fromkeys(filter(None, targets)))
     csrc = cuda_build.csrc()
@@ -226,7 +241,7 @@ def _built_for(torch_version: str, torch_folder: Path, capabilities: set[tuple[i
     recipe = [torch_version, tools.version, tools.cxx, gencode, cuda_build.FLAGS, cuda_build.TORCH_FLAGS, platform.machine()]
     key = hashlib.sha256(repr([recipe, [(f.name, f.read_bytes()) for f in files]]).encode()).hexdigest()[:16]
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "gemma4_fast"
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()).absolute() / "gemma4_fast"
     except RuntimeError:
         raise cuda_build.BuildError("has no folder to build in: there is no home; name one, XDG_CACHE_HOME=...") from None
     folder = cache / key
@@ -247,8 +262,11 @@ def _built_for(torch_version: str, torch_folder: Path, capabilities: set[tuple[i
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.mkdir(exist_ok=True, mode=0o700)
         _refuse_others(folder)
-        # In a folder of its own, and moved when it is whole: another process may be building the same.
-        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as name:
+        # One process builds, others wait. In a folder of its own, and moved when it is whole: one may be killed.
+        with (folder / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder, prefix="build-") as name:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if library.exists():
+                return library
             work = Path(name)
             cuda_build.write_ninja(work, work / library.name, tools, torch_folder, gencode, files, csrc)
             cuda_build.run_ninja(work, tools, tell=tell)

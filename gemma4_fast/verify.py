@@ -371,10 +371,16 @@ class _Check:
         `again` makes the same rows anew, from the same inputs, under the selection in force.
         """
         if not all(r.ok for r in rows) and not all(r.ok for r in again()):  # one that does not come again has no name
-            op = next((name for name in model_ops(self.config) if self._mended(name, again)), None)
+            op = next((name for name in self._suspects() if self._mended(name, again)), None)
             if op is not None:
                 rows = [r if r.ok else replace(r, op=f"{op} [{self.report.backends[op]}]") for r in rows]
         self.report.comparisons += rows
+
+    def _suspects(self) -> list[str]:
+        """The model's ops. One made of others is not at fault where they are; one that a backend has in one comes before them,
+        since a part that is replaced takes it apart."""
+        names = [n for n in model_ops(self.config) if self.report.backends[n] != "composed"]
+        return sorted(names, key=lambda n: ops.TABLE[n].compose is None)
 
     def _mended(self, op: str, again: Callable[[], list[Comparison]]) -> bool:
         with ops.use_backend("reference", ops=[op]):

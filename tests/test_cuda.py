@@ -387,6 +387,20 @@ def test_decode_refuses() -> None:
         on_cuda(DECODE)(*dict(args, inv_freq=args["inv_freq"].double()).values())
 
 
+def test_what_is_not_a_number_stays_where_it_is() -> None:
+    """A head's NaN is that head's, and a tile's is not lost, however the work is cut."""
+    args = decode_case(Maker(torch.bfloat16, DEVICE), [700], 8, 1, 64, 768)
+    names = "q", "k_cache", "v_cache", "kv_lens", "window", "block_table", "inv_freq", "k_weight", "scale"
+    for cores in (1, 5, 132):
+        m = replace(cuda_backend.machine(args["q"].device), cores=cores)
+        whole = cuda_backend.decode_on(m, False, *(args[n] for n in names))
+        q, k = args["q"].clone(), args["k_cache"].clone()
+        q[0, 2], k[0, 640:672] = float("nan"), float("nan")
+        one = cuda_backend.decode_on(m, False, *({**args, "q": q}[n] for n in names))
+        assert one[0, 2].isnan().all() and torch.equal(one[0, [0, 1, 3, 4, 5, 6, 7]], whole[0, [0, 1, 3, 4, 5, 6, 7]])
+        assert cuda_backend.decode_on(m, False, *({**args, "k_cache": k}[n] for n in names)).isnan().all()
+
+
 # ---- a whole model ----
 
 
@@ -703,6 +717,14 @@ MUTANTS: list[tuple[str, str, str, str, str, str, str]] = [
 
 # The same, seen by a test of its own.
 OWN_MUTANTS: list[tuple[str, str, str, str, str, Callable[[], None]]] = [
+    (
+        "not_a_number_as_no_part",
+        "gqa_decode.cu",
+        "most = max(most, kLeast);",
+        "",
+        "gqa_decode.cu",
+        test_what_is_not_a_number_stays_where_it_is,
+    ),
     (
         "ids",
         "embedding.cu",

@@ -142,10 +142,10 @@ def test_progress_is_told(machine: Path, monkeypatch: pytest.MonkeyPatch, caplog
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    native.cuda_kernels_missing.cache_clear()
+    native._cuda_kernels_missing.cache_clear()
     table.backend_missing.cache_clear()
     yield
-    native.cuda_kernels_missing.cache_clear()
+    native._cuda_kernels_missing.cache_clear()
     table.backend_missing.cache_clear()
 
 
@@ -174,7 +174,7 @@ def test_a_build_that_fails_is_told_once(machine: Path, one_gpu: None, caplog: p
 def test_what_does_not_load_is_told(machine: Path, one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     why = native.cuda_kernels_missing()
     assert why is not None and why.startswith("has kernels in ") and "do not run here" in why and "file too short" in why
-    native.cuda_kernels_missing.cache_clear()
+    native._cuda_kernels_missing.cache_clear()
 
     def too_old() -> None:
         raise RuntimeError("CUDA: CUDA driver version is insufficient for CUDA runtime version")
@@ -182,7 +182,7 @@ def test_what_does_not_load_is_told(machine: Path, one_gpu: None, monkeypatch: p
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     monkeypatch.setattr(native, "_try_out", too_old)
     assert "driver version is insufficient" in str(native.cuda_kernels_missing())
-    native.cuda_kernels_missing.cache_clear()
+    native._cuda_kernels_missing.cache_clear()
     monkeypatch.setattr(native, "_try_out", lambda: None)
     assert native.cuda_kernels_missing() is None and table.backend_missing("cuda", "cuda") is None
 
@@ -198,7 +198,7 @@ def test_what_installing_has_built_comes_first(machine: Path, one_gpu: None, mon
 
 def test_what_is_missing_is_one_sentence(machine: Path, one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> str:
-        native.cuda_kernels_missing.cache_clear()
+        native._cuda_kernels_missing.cache_clear()
         said = native.cuda_kernels_missing()
         assert said is not None and said[0].islower() and "\n" not in said
         return said

@@ -22,6 +22,7 @@
 namespace gemma4_fast::cuda {
 namespace {
 
+constexpr float kLeast = -3e38f;
 constexpr int kScores = 36;  // floats of a head's row of a quarter's scores: 32, and 4 against bank conflicts
 constexpr int kScoresBytes = 4 * kHeads * kScores * 4, kRangeBytes = 128;
 
@@ -193,9 +194,9 @@ KERNEL(kThreads, 2) gqa_decode_kernel(KERNEL_ARGS(GqaDecode) a) {
           if (!r.sees(tile * kTile + i / 4 * 16 + i % 4 / 2 * 8 + 2 * c + i % 2)) p[i] = -infinity();
       UNROLL for (int i = 0; i < 8; ++i) most = max(most, p[i]);
       UNROLL for (int by = 1; by < 4; by *= 2) most = max(most, shuffle_xor(most, by));
+      most = max(most, kLeast);  // -infinity is for no part at all; of NaN and -infinity alone l becomes NaN, or 0
       UNROLL for (int i = 0; i < 8; ++i) p[i] = exp2_fast(p[i] - most), l += p[i];
       UNROLL for (int by = 1; by < 4; by *= 2) l += shuffle_xor(l, by);
-      if (l != l) most = l;  // max leaves NaN out
       uint32_t b[2][2];
       UNROLL for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = pack<T>(p[2 * i], p[2 * i + 1]);
       leaf.merge(most, l, [&](float (&x)[4], int i) {

@@ -367,8 +367,11 @@ def accepts_moe_feed_forward(
     top_k: int,
     *_: object,
 ) -> str | None:
-    if len({parts(w)[2] for w in (gate_up, down, experts_gate_up, experts_down)}) > 1:
+    weights = gate_up, down, experts_gate_up, experts_down
+    if len({w.bits if isinstance(w, QuantizedWeight) else 0 for w in weights}) > 1:
         return "takes all weights of the same bits"
+    if 0 in (x.shape[1], down.shape[1], experts_down.shape[2]):
+        return "takes no branch of width 0"
     if router_proj.shape[0] > FEW_EXPERTS:
         return f"takes up to {FEW_EXPERTS} experts, got {router_proj.shape[0]}"
     if x.shape[0] * top_k > MAX_ASSIGNMENTS:
@@ -395,7 +398,7 @@ def moe_feed_forward(
     x, h, e = _whole(x), _whole(h), _whole(e)
     (tokens, hidden), experts = x.shape, router_proj.shape[0]
     dense_h, experts_h = x.new_empty(tokens, down.shape[1]), x.new_empty(tokens * top_k, experts_down.shape[2])
-    if 0 in (x.numel(), dense_h.numel(), experts_h.numel()):
+    if tokens == 0:
         return torch.zeros_like(x), torch.zeros_like(x)
     weights, ids = (x.new_empty(tokens, top_k, dtype=dtype) for dtype in (torch.float32, torch.int32))
     sums = x.new_empty(-(-hidden // ROUTED_COLUMNS), tokens, experts + 1, dtype=torch.float32)
@@ -493,8 +496,8 @@ def decode_on(
     """m decides how the work is cut, one_launch whether a row's last block may merge it; neither changes a bit."""
     q = _at_16(q)
     out = torch.empty_like(q)
-    if not q.numel():
-        return out
+    if not q.numel() or not v_cache.numel():
+        return out.zero_()
     v_cache, block_table = _in_chunks(v_cache), _maybe(block_table)
     slots = v_cache.shape[1] if block_table is None else v_cache.shape[1] * block_table.shape[1]
     seen, rows, group = min(window or slots, slots), _rows(q, v_cache), q.shape[1] // v_cache.shape[2]
