@@ -121,17 +121,15 @@ def captured(calls: Sequence[Call]) -> tuple[Call, Any]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     graph, out = torch.cuda.CUDAGraph(), None
-    with (
-        torch.cuda.stream(side),
-        shared_step(),
-    ):  # torch.cuda.graph would leave its own stream current if the capture's end raised
+    with torch.cuda.stream(side):  # torch.cuda.graph would leave its own stream current if the capture's end raised
         for call in calls:  # on this stream too, whose memory is its own
             call()
         torch.cuda.synchronize()
         graph.capture_begin()
         try:
-            for call in calls:
-                out = call()
+            with shared_step():  # not the calls before: what these share must be the graph's own
+                for call in calls:
+                    out = call()
         finally:
             graph.capture_end()
     torch.cuda.current_stream().wait_stream(side)
