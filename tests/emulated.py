@@ -89,6 +89,8 @@ def mutant(name: str, file: str, before: str, after: str, source: str) -> Path:
     folder = BUILD / "mutants" / name
     changed = folder / "cuda" / file  # where `#include "cuda/..."` looks first
     changed.parent.mkdir(parents=True, exist_ok=True)
+    for other in set(changed.parent.iterdir()) - {changed}:  # of the same name's mistake, before it was in this file
+        other.unlink()
     text = (ROOT / "csrc" / "cuda" / file).read_text(encoding="utf-8")
     assert text.count(before) == 1, f"{file} has {before!r} {text.count(before)} times"
     if not changed.exists() or changed.read_text(encoding="utf-8") != text.replace(before, after):
