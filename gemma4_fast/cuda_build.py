@@ -91,7 +91,11 @@ def find_tools() -> Tools | str:
     if tools.release < OLDEST_NVCC:
         oldest = ".".join(map(str, OLDEST_NVCC))
         return f"needs nvcc {oldest} or newer to build its kernels, and {nvcc} is {tools.version}: {INSTALL}"
-    if shutil.which(shlex.split(cxx)[0]) is None:
+    try:
+        program = shlex.split(cxx)[0]
+    except (IndexError, ValueError):  # blanks alone, or a quote that does not end
+        program = cxx
+    if shutil.which(program) is None:
         return f"needs a C++17 compiler to build its kernels, and there is no {cxx}: install g++, or name one: CXX=g++-13"
     if ninja is None:
         return "needs ninja to build its kernels, and there is none: pip install ninja"

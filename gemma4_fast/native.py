@@ -263,14 +263,15 @@ def _built_for(torch_version: str, torch_folder: Path, capabilities: set[tuple[i
         folder.mkdir(exist_ok=True, mode=0o700)
         _refuse_others(folder)
         # One process builds, others wait. In a folder of its own, and moved when it is whole: one may be killed.
-        with (folder / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder, prefix="build-") as name:
+        with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if library.exists():
                 return library
-            work = Path(name)
-            cuda_build.write_ninja(work, work / library.name, tools, torch_folder, gencode, files, csrc)
-            cuda_build.run_ninja(work, tools, tell=tell)
-            (work / library.name).replace(library)
+            with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as name:
+                work = Path(name)
+                cuda_build.write_ninja(work, work / library.name, tools, torch_folder, gencode, files, csrc)
+                cuda_build.run_ninja(work, tools, tell=tell)
+                (work / library.name).replace(library)
     except cuda_build.BuildError as error:
         log.warning("gemma4_fast: the CUDA kernels could not be built, others serve. The last that was said:\n%s", error)
         raise cuda_build.BuildError(f"could not build its kernels with {tools.nvcc}: the log has what it said") from error

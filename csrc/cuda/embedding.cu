@@ -11,7 +11,7 @@ namespace {
 
 using namespace device;
 
-constexpr int kThreads = 128;
+constexpr int kBlock = 128;
 
 // Columns [first, first + 8) of a row of a quantized matrix. See gemma4_fast/quant.py: panels of 16 rows, a word of each beside
 // the others; 8 bits: four columns a word; 4 bits: eight, the first four in the low halves of the bytes.
@@ -31,9 +31,9 @@ DEVICE void load_quantized(float (&f)[8], const Embedding& a, int64_t row, int f
 }
 
 template <class T, int kBits, bool kWhole>
-KERNEL(kThreads, 1) embedding_kernel(KERNEL_ARGS(Embedding) a) {
+KERNEL(kBlock, 1) embedding_kernel(KERNEL_ARGS(Embedding) a) {
   const int64_t token = block_index().x;
-  const int first = 8 * (block_index().y * kThreads + thread_index());
+  const int first = 8 * (block_index().y * kBlock + thread_index());
   if (first >= a.hidden) return;
   wait_for_inputs();
   const int64_t row = load(a.ids + token);
@@ -54,7 +54,7 @@ void embedding(const Stream& on, const Embedding& a) {
   by_type(a.dtype, [&](auto type) {
     using T = decltype(type);
     const auto start = [&](auto kernel, auto odd_kernel) {
-      launch(on, {{(int)a.tokens, divide_up(a.hidden, 8 * kThreads)}, kThreads}, whole ? kernel : odd_kernel, a);
+      launch(on, {{(int)a.tokens, divide_up(a.hidden, 8 * kBlock)}, kBlock}, whole ? kernel : odd_kernel, a);
     };
     if (a.bits == 0) start(embedding_kernel<T, 0, true>, embedding_kernel<T, 0, false>);
     if (a.bits == 4) start(embedding_kernel<T, 4, true>, embedding_kernel<T, 4, false>);

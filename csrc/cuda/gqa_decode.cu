@@ -273,7 +273,7 @@ void launch_decode(const Stream& on, GqaDecode a) {
   if (a.buffers < 2) throw std::runtime_error("gqa_decode: a block has too little shared memory here for two tiles");
   const int rows = a.batch * a.kv_heads * divide_up(a.heads / a.kv_heads, kHeads);
   a.blocks = (int)std::min<int64_t>(2 * a.cores, int64_t(rows) * (divide_up(a.window, kTile) + 1));
-  const int pairs = std::min(divide_up(a.heads / a.kv_heads, 2), kHeads / 2), places = D / 16 * pairs * 8;
+  const int places = places_of<D>(a);
   const int64_t of_row = (divide_up(a.window, kTile) + 1) * int64_t(places + kHeads / 2) * 16 + kThreads * sizeof(Part);
   if (!kMergesItself<D, kRebuilt> || of_row > a.buffers * kBuffer) a.counters = nullptr;
   launch(on, {{a.blocks}, kThreads, kRest + a.buffers * kBuffer}, gqa_decode_kernel<T, D, kRebuilt>, a);

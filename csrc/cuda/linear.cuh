@@ -17,7 +17,6 @@ namespace gemma4_fast::cuda {
 
 using namespace device;
 
-constexpr int kWarps = 8;  // of a block of those that stream weights
 constexpr int64_t kManyTiles = 4096;  // from so many on each warp of a block has its own
 constexpr float kLowest = -FLT_MAX;
 

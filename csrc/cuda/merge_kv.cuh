@@ -113,7 +113,7 @@ DEVICE void write(const GqaDecode& a, const Row& row, int half, int i, int pair,
 
 // 16 bytes each.
 template <int D>
-DEVICE int places_of(const GqaDecode& a) {
+ANYWHERE int places_of(const GqaDecode& a) {
   return D / 16 * pairs_of_heads(a) * 8;
 }
 

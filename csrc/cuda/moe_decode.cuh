@@ -17,7 +17,6 @@
 
 namespace gemma4_fast::cuda {
 
-constexpr int kThreads = kWarps * kWarp;
 constexpr int kMostPairs = kThreads;
 
 // Which assignments are to the same expert. In shared memory, filled by all threads; ends with a barrier.

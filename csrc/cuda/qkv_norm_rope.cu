@@ -15,7 +15,7 @@ namespace {
 
 using namespace device;
 
-constexpr int kThreads = 128;
+constexpr int kBlock = 128;
 
 // Of a row of `pairs` cosines or sines, [first, first + 8); behind its end `rest`.
 template <bool kWhole>
@@ -32,9 +32,9 @@ DEVICE void load_angles(float (&f)[8], const float* row, int first, int pairs, f
 }
 
 template <class T, int kLanes, bool kWhole>
-KERNEL(kThreads, 1) qkv_norm_rope_kernel(KERNEL_ARGS(QkvNormRope) a) {
+KERNEL(kBlock, 1) qkv_norm_rope_kernel(KERNEL_ARGS(QkvNormRope) a) {
   const int64_t token = block_index().x;
-  const int head = block_index().y * (kThreads / kLanes) + thread_index() / kLanes;
+  const int head = block_index().y * (kBlock / kLanes) + thread_index() / kLanes;
   const int i = thread_index() % kLanes * 8, half = a.dim / 2;  // the lane's columns: i ... i + 7, and half + i ... half + i + 7
   const int first_v = a.q_heads + (a.k_is_v ? 0 : a.kv_heads), heads = first_v + a.kv_heads;
   const bool is_q = head < a.q_heads, is_k = !is_q && head < a.q_heads + a.kv_heads && a.k, is_v = head >= first_v && head < heads;
@@ -86,7 +86,7 @@ void qkv_norm_rope(const Stream& on, const QkvNormRope& a) {
   by_type(a.dtype, [&](auto type) {
     using T = decltype(type);
     const auto start = [&](int lanes, auto kernel, auto odd_kernel) {
-      launch(on, {{(int)a.tokens, divide_up(heads, kThreads / lanes)}, kThreads}, whole ? kernel : odd_kernel, a);
+      launch(on, {{(int)a.tokens, divide_up(heads, kBlock / lanes)}, kBlock}, whole ? kernel : odd_kernel, a);
     };
     if (a.dim <= 128) return start(8, qkv_norm_rope_kernel<T, 8, true>, qkv_norm_rope_kernel<T, 8, false>);
     if (a.dim <= 256) return start(16, qkv_norm_rope_kernel<T, 16, true>, qkv_norm_rope_kernel<T, 16, false>);

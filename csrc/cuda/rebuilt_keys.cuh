@@ -11,8 +11,6 @@ namespace gemma4_fast::cuda {
 
 using namespace device;
 
-constexpr int kMostPairs = 64;
-
 // In turns, times 2^64: what is lost at position 2^18 is less than fp32 keeps of the angle.
 DEVICE uint64_t turns(const float* freq, int i, int pairs) {
   if (i >= pairs) return 0;
@@ -20,10 +18,7 @@ DEVICE uint64_t turns(const float* freq, int i, int pairs) {
   return static_cast<uint64_t>((x - static_cast<int64_t>(x)) * 18446744073709551616.0);
 }
 
-struct Angle {
-  float cos, sin;
-};
-DEVICE Angle angle_of(uint64_t turns, uint32_t position) {
+DEVICE CosSin angle_of(uint64_t turns, uint32_t position) {
   const auto part = static_cast<int32_t>((turns * position) >> 32);  // of a turn, in 2^-32, from -1/2 on
   const float x = part * 1.4629180792671596e-9f;                      // 2 pi / 2^32
   return {cos_fast(x), sin_fast(x)};
@@ -48,7 +43,7 @@ struct RebuiltKeys {
     UNROLL for (int i = 0; i < 4; ++i) turn[i] = turns(freq, first + i % 2 + i / 2 * 8, pairs);
     UNROLL for (int i = 0; i < 4; ++i) {
       UNROLL for (int j = 0; j < 2; ++j) {
-        const Angle x = angle_of(turn[i / 2 * 2 + j], 16 * mt + g + i % 2 * 8);
+        const CosSin x = angle_of(turn[i / 2 * 2 + j], 16 * mt + g + i % 2 * 8);
         cos[2 * i + j] = x.cos, sin[2 * i + j] = x.sin;
       }
       if (mt != 0 || g != 0) continue;
@@ -62,7 +57,7 @@ struct RebuiltKeys {
   DEVICE void turn_back(uint32_t (&q)[4], uint32_t position) const {
     UNROLL for (int i = 0; i < 2; ++i) {
       const float2 a = unpack<T>(q[i]), b = unpack<T>(q[2 + i]);
-      const Angle x = angle_of(columns->turn[2 * i], position), y = angle_of(columns->turn[2 * i + 1], position);
+      const CosSin x = angle_of(columns->turn[2 * i], position), y = angle_of(columns->turn[2 * i + 1], position);
       q[i] = pack<T>(a.x * x.cos + b.x * x.sin, a.y * y.cos + b.y * y.sin);
       q[2 + i] = pack<T>(b.x * x.cos - a.x * x.sin, b.y * y.cos - a.y * y.sin);
     }

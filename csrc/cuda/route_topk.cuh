@@ -16,7 +16,6 @@ namespace gemma4_fast::cuda::route {
 
 using namespace device;
 
-constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int kTokens = 16, kExperts = 8, kSteps = 2, kColumns = 32 * kWarps * kSteps;  // of a block
 constexpr int kMostExperts = 1024;
 

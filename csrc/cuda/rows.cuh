@@ -7,6 +7,8 @@ namespace gemma4_fast::cuda {
 
 using device::Bytes16;
 
+constexpr int kWarps = 8, kThreads = kWarps * device::kWarp;  // of a block, but where a file has another kBlock
+
 // Columns [first, first + 8) of a row of `size`; zeros behind its end. kWhole: the row is 16-byte aligned, `size` a multiple of 8.
 // kWeight: by load_weight.
 template <class T, bool kWhole, bool kWeight = false>

@@ -12,14 +12,13 @@
 // any lengths, and slots that no length reaches cost nothing. A unit has a place for one piece, that which ends with it.
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/rows.cuh"
 
 namespace gemma4_fast::cuda {
 
 using namespace device;
 
 constexpr int kTile = 32, kLeaf = 4, kNode = 16;  // positions; tiles; tiles
-constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int kHeads = 8;  // of a row, the n of mma
 
 DEVICE float infinity() { return bits_to_float(0x7f800000u); }
@@ -37,7 +36,7 @@ DEVICE Seen seen(const GqaDecode& a, int b) {
 }
 
 DEVICE int rows_of_sequence(const GqaDecode& a) { return a.kv_heads * divide_up(a.heads / a.kv_heads, kHeads); }
-DEVICE int pairs_of_heads(const GqaDecode& a) {
+ANYWHERE int pairs_of_heads(const GqaDecode& a) {
   const int group = a.heads / a.kv_heads;
   return group < kHeads ? divide_up(group, 2) : kHeads / 2;
 }

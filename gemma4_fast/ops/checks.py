@@ -69,6 +69,10 @@ def accepts_weights(x: Tensor, weight: WeightLike, *_: object) -> str | None:
     return whole_weight(weight, 1)
 
 
+def accepts_geglu(x: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:
+    return whole_weight(gate_up, 2) or whole_weight(down, 1)
+
+
 def accepts_embedding(weight: WeightLike, *_: object) -> str | None:
     return whole_weight(weight, 1)
 

@@ -350,7 +350,7 @@ def accepts_geglu(x: Tensor, gate_up: WeightLike, down: WeightLike) -> str | Non
         return None
     if isinstance(gate_up, Tensor) or isinstance(down, Tensor) or gate_up.bits != down.bits:
         return "takes gate_up and down of the same number of bits"
-    return checks.whole_weight(gate_up, 2) or checks.whole_weight(down, 1)
+    return checks.accepts_geglu(x, gate_up, down)
 
 
 def accepts_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:

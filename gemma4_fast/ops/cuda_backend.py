@@ -180,8 +180,12 @@ _ROWS_OF_A_BLOCK = {0: 128, 8: 256, 4: 256}  # by a weight's bits: of one whose 
 def parts(weight: WeightLike) -> tuple[Tensor, Tensor | None, int]:
     """What a kernel is given of a weight: its values, scales, and bits (0: not quantized)."""
     if isinstance(weight, QuantizedWeight):
-        return _at_16(weight.data), _at_16(weight.scale), weight.bits
-    return _whole(weight), None, 0
+        return _at_16(weight.data), _at_16(weight.scale), _bits(weight)
+    return _whole(weight), None, _bits(weight)
+
+
+def _bits(weight: WeightLike) -> int:
+    return weight.bits if isinstance(weight, QuantizedWeight) else 0
 
 
 def few_rows(x: Tensor) -> str | None:
@@ -190,11 +194,11 @@ def few_rows(x: Tensor) -> str | None:
 
 
 def accepts_linear(x: Tensor, weight: WeightLike, *_: object) -> str | None:
-    return few_rows(x) or checks.whole_weight(weight, 1)
+    return few_rows(x) or checks.accepts_weights(x, weight)
 
 
 def accepts_geglu_mlp(x: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:
-    return few_rows(x) or checks.whole_weight(gate_up, 2) or checks.whole_weight(down, 1)
+    return few_rows(x) or checks.accepts_geglu(x, gate_up, down)
 
 
 def accepts_ple_gate(x: Tensor, *_: object) -> str | None:
@@ -309,13 +313,11 @@ MAX_ASSIGNMENTS = 256  # (token, expert) assignments: kMostPairs in csrc/cuda/mo
 
 
 def accepts_moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:
-    if isinstance(gate_up, Tensor) != isinstance(down, Tensor):
-        return "takes gate_up and down both quantized, or neither"
-    if isinstance(gate_up, QuantizedWeight) and isinstance(down, QuantizedWeight) and gate_up.bits != down.bits:
-        return "takes gate_up and down quantized to the same bits"
+    if _bits(gate_up) != _bits(down):
+        return "takes gate_up and down of the same number of bits"
     if ids.numel() > MAX_ASSIGNMENTS:
         return f"takes up to {MAX_ASSIGNMENTS} assignments, got {ids.numel()}"
-    return few_rows(x) or checks.whole_weight(gate_up, 2) or checks.whole_weight(down, 1)
+    return few_rows(x) or checks.accepts_geglu(x, gate_up, down)
 
 
 def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
@@ -331,15 +333,19 @@ def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike
 def route_topk(
     x: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tensor, top_k: int, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    (tokens, hidden), experts = x.shape, proj.shape[0]
-    weights = x.new_empty(tokens, top_k, dtype=torch.float32)
-    ids = x.new_empty(tokens, top_k, dtype=torch.int32)
-    if tokens:
-        sums = x.new_empty(-(-hidden // ROUTED_COLUMNS), tokens, experts + 1, dtype=torch.float32)
+    sums, counters, weights, ids = _routing(x, proj.shape[0], top_k)
+    if x.shape[0]:
         params = _whole(scale), _whole(proj), _whole(per_expert_scale)
-        counters = _counters(x, -(-tokens // ROUTED_TOKENS))
         run("route_topk", x, _whole(x), *params, sums, counters, weights, ids, eps)
     return weights, ids
+
+
+def _routing(x: Tensor, experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A router's scratch and counters, its weights and ids."""
+    tokens, hidden = x.shape
+    sums = x.new_empty(-(-hidden // ROUTED_COLUMNS), tokens, experts + 1, dtype=torch.float32)
+    weights, ids = (x.new_empty(tokens, top_k, dtype=dtype) for dtype in (torch.float32, torch.int32))
+    return sums, _counters(x, -(-tokens // ROUTED_TOKENS)), weights, ids
 
 
 def accepts_route(x: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tensor, top_k: int, *_: object) -> str | None:
@@ -367,8 +373,7 @@ def accepts_moe_feed_forward(
     top_k: int,
     *_: object,
 ) -> str | None:
-    weights = gate_up, down, experts_gate_up, experts_down
-    if len({w.bits if isinstance(w, QuantizedWeight) else 0 for w in weights}) > 1:
+    if len(set(map(_bits, (gate_up, down, experts_gate_up, experts_down)))) > 1:
         return "takes all weights of the same bits"
     if 0 in (x.shape[1], down.shape[1], experts_down.shape[2]):
         return "takes no branch of width 0"
@@ -376,9 +381,11 @@ def accepts_moe_feed_forward(
         return f"takes up to {FEW_EXPERTS} experts, got {router_proj.shape[0]}"
     if x.shape[0] * top_k > MAX_ASSIGNMENTS:
         return f"takes up to {MAX_ASSIGNMENTS} assignments, got {x.shape[0] * top_k}"
-    ways = accepts_geglu_mlp(h, gate_up, down), checks.whole_weight(experts_gate_up, 2), checks.whole_weight(experts_down, 1)
-    reasons = *ways, accepts_route(x, router_scale, router_proj, per_expert_scale, top_k)
-    return next((reason for reason in reasons if reason is not None), None)
+    return (
+        accepts_geglu_mlp(h, gate_up, down)
+        or checks.accepts_geglu(e, experts_gate_up, experts_down)
+        or accepts_route(x, router_scale, router_proj, per_expert_scale, top_k)
+    )
 
 
 def moe_feed_forward(
@@ -396,17 +403,15 @@ def moe_feed_forward(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     x, h, e = _whole(x), _whole(h), _whole(e)
-    (tokens, hidden), experts = x.shape, router_proj.shape[0]
-    dense_h, experts_h = x.new_empty(tokens, down.shape[1]), x.new_empty(tokens * top_k, experts_down.shape[2])
-    if tokens == 0:
-        return torch.zeros_like(x), torch.zeros_like(x)
-    weights, ids = (x.new_empty(tokens, top_k, dtype=dtype) for dtype in (torch.float32, torch.int32))
-    sums = x.new_empty(-(-hidden // ROUTED_COLUMNS), tokens, experts + 1, dtype=torch.float32)
+    tokens = x.shape[0]
     dense_out, experts_out = torch.empty_like(x), torch.empty_like(x)
+    if tokens == 0:
+        return dense_out, experts_out
+    dense_h, experts_h = x.new_empty(tokens, down.shape[1]), x.new_empty(tokens * top_k, experts_down.shape[2])
     dense = *parts(gate_up)[:2], *parts(down)[:2]
     routed = *parts(experts_gate_up)[:2], *parts(experts_down)[:2], experts_down.shape[2]
     router = _whole(router_scale), _whole(router_proj), _whole(per_expert_scale)
-    made = sums, _counters(x, 1), weights, ids, dense_h, dense_out, experts_h, experts_out
+    made = *_routing(x, router_proj.shape[0], top_k), dense_h, dense_out, experts_h, experts_out
     run("moe_feed_forward", x, x, h, e, *dense, *router, *routed, *made, eps)
     return dense_out, experts_out
 

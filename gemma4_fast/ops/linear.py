@@ -106,9 +106,7 @@ GEGLU_MLP = register(
         impls={
             "cuda": Impl("gemma4_fast.ops.cuda_backend:geglu_mlp", cuda_backend.DTYPES, accepts=cuda_backend.accepts_geglu_mlp),
             "cpu": Impl("gemma4_fast.ops.cpu_backend:geglu_mlp", cpu_backend.DTYPES, accepts=cpu_backend.accepts_geglu),
-            "triton": Impl(
-                "gemma4_fast.triton.geglu_mlp:geglu_mlp", triton_backend.DTYPES, accepts=triton_backend.accepts_geglu
-            ),
+            "triton": Impl("gemma4_fast.triton.geglu_mlp:geglu_mlp", triton_backend.DTYPES, accepts=checks.accepts_geglu),
             "torch": Impl("gemma4_fast.ops.torch_backend:geglu_mlp"),
         },
     )

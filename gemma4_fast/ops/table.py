@@ -122,8 +122,9 @@ class Op:
         the caller has chosen a backend is served by that one."""
         if not self.impls:
             return None
-        wanted = _SELECTION.get().for_op(self.name)
-        if any(_SELECTION.get().for_op(part) != wanted for part in self.parts):
+        chosen = _SELECTION.get()
+        wanted = chosen.for_op(self.name)
+        if chosen.per_op and any(chosen.for_op(part) != wanted for part in self.parts):
             return None
         serving = (b for b in wanted or AUTO_ORDER if backend_missing(b, device.type, named=bool(wanted)) is None)
         impl = self.impls.get(next(serving, ""))

@@ -18,14 +18,10 @@ MAX_HEAD_DIM = 512
 MAX_GROUP = 16  # query heads per KV head of so many columns: what a decode kernel has registers for
 
 
-def accepts_geglu(x: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:
-    return checks.whole_weight(gate_up, 2) or checks.whole_weight(down, 1)
-
-
 def accepts_moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> str | None:
     if isinstance(gate_up, Tensor) != isinstance(down, Tensor):
         return "takes gate_up and down both quantized, or neither"
-    return accepts_geglu(x, gate_up, down)
+    return checks.accepts_geglu(x, gate_up, down)
 
 
 def accepts_grouped(
