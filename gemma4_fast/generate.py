@@ -20,7 +20,7 @@ from torch import Tensor
 from gemma4_fast.cache import KVCache
 from gemma4_fast.errors import CheckpointError
 from gemma4_fast.graph import DecodeGraph
-from gemma4_fast.sampling import Sampling, sample
+from gemma4_fast.sampling import Sampling
 
 if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
@@ -88,7 +88,7 @@ class Session:
         self.model, self.prompts = model, prompts
         self.sampling = sampling or Sampling()
         self.logprobs, self.prefill_chunk, self.prefix = logprobs, prefill_chunk, prefix
-        self.greedy = self.sampling.greedy and logprobs is None  # the likeliest ids are all that is asked for
+        self.choose: Sampling | None = None  # what the decode step itself chooses by, if it can and no more is asked for
         config = model.config
         self._check_prompts(config.vocab_size)
         self.max_new_tokens = self._room(max_new_tokens, config.max_position_embeddings)
@@ -108,9 +108,12 @@ class Session:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
             raise ValueError(f"seed must be an integer in [0, 2^63), got {seed!r}")
         first = secrets.randbits(48) if seed is None else seed
-        self.generators = [
-            torch.Generator(model.device).manual_seed((first + b) % 2**63) for b in range(len(prompts))
-        ]  # a sequence draws its own numbers, whoever its neighbours are
+        # [max_new_tokens, B]: a sequence draws by its own numbers, whoever its neighbours are, and the same on any device.
+        self.uniform: Tensor | None = None
+        if not self.sampling.greedy:
+            generators = [torch.Generator().manual_seed((first + b) % 2**63) for b in range(len(prompts))]
+            draws = [torch.rand(self.max_new_tokens, generator=g) for g in generators]
+            self.uniform = torch.stack(draws, 1).to(model.device)
         self.prefill_seconds = self.decode_seconds = 0.0
         self.graph: DecodeGraph | None = None  # while it runs, with the cache
 
@@ -159,7 +162,9 @@ class Session:
         cache, hidden = self._prefill(on_prefill)
         graph = self.graph = self._decode_graph(cache)
         with self.model.running():
-            tokens, ids = self._choose(graph.finish(hidden, self.greedy), 0)
+            if self.logprobs is None and graph.can_choose(hidden, self.sampling):
+                self.choose = self.sampling
+            tokens, ids = self._choose(graph.finish(hidden, self.choose, self._draws(0)), 0)
         self.prefill_seconds = time.perf_counter() - start
         yield tokens
         for step in range(1, self.max_new_tokens):
@@ -168,7 +173,8 @@ class Session:
             start = time.perf_counter()
             going = [int(g) for g in self.going]
             with self.model.running():
-                out = self._pass(partial(graph.run, ids, going, greedy=self.greedy), [tokens[0].id], cache)
+                run = partial(graph.run, ids, going, choose=self.choose, uniform=self._draws(step))
+                out = self._pass(run, [tokens[0].id], cache)
                 tokens, ids = self._choose(out, step)
             self.decode_seconds += time.perf_counter() - start
             yield tokens
@@ -247,28 +253,24 @@ class Session:
             kept.cache, kept.ids, kept.model, kept.changes = cache, [], self.model, self.model.changes
         return cache, [len(kept.ids)]
 
+    def _draws(self, step: int) -> Tensor | None:
+        return None if self.uniform is None else self.uniform[step]
+
     def _choose(self, out: Tensor, step: int) -> tuple[list[Token], Tensor]:
-        """Hidden states [B, H], or if `self.greedy` the likeliest ids [B] -> the tokens of the sequences still going, and all
-        ids [B] on the device."""
+        """Hidden states [B, H], or with `self.choose` the ids [B] -> the tokens of the sequences still going, and all ids [B]
+        on the device."""
         values, top = None, None
-        if self.greedy:
-            ids, chosen = out, out.tolist()
-            fine = [token >= 0 for token in chosen]
-            if not all(fine):  # an idle sequence that has gone wrong is no one's concern, but its id must be one
-                ids = ids.clamp(min=0)
-        else:
-            logits = self.model.logits(out)
-            if self.sampling.greedy:  # not of the logits: softcapped and rounded to bf16, the largest have equals
-                ids = self.model.logits(out, argmax=True).clamp(min=0)
-            else:
-                ids = sample(logits, self.sampling, self.generators)
-            if self.logprobs is not None:
-                logp = logits.float().log_softmax(-1)
-                values = logp.gather(-1, ids[:, None]).squeeze(-1).tolist()
-                top = [t.tolist() for t in logp.topk(self.logprobs, dim=-1)] if self.logprobs else None
-            chosen, fine = torch.stack((ids, out.isfinite().all(-1).long())).tolist()
-        for b, ok in enumerate(fine):
-            if self.going[b] and not ok:
+        # Never from rounded logits: softcapped and in bf16, the largest have equals.
+        ids = out if self.choose is not None else self.model.choose(out, self.sampling, self._draws(step))
+        chosen = ids.tolist()
+        if min(chosen) < 0:  # an idle sequence that has gone wrong is no one's concern, but its id must be one
+            ids = ids.clamp(min=0)
+        if self.logprobs is not None:
+            logp = self.model.logits(out).float().log_softmax(-1)
+            values = logp.gather(-1, ids[:, None]).squeeze(-1).tolist()
+            top = [t.tolist() for t in logp.topk(self.logprobs, dim=-1)] if self.logprobs else None
+        for b, token in enumerate(chosen):
+            if self.going[b] and token < 0:
                 raise FloatingPointError(
                     f"sequence {b}: the model's activations are not finite at new token {step}; "
                     "the self-check tells whether weights or kernels are at fault (fp16 can overflow: use bfloat16)"

@@ -11,7 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gemma4_fast import ops
 from gemma4_fast.cache import KVCache
 from gemma4_fast.layers import Quantizable, Step, model_ops
+from gemma4_fast.sampling import Sampling
 
 if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
@@ -36,7 +37,7 @@ class DecodeGraph:
     by other ways is not seen, unless one asks (`fits`).
     """
 
-    KEPT = 4  # recordings: greedy or not, of a long context or a short one
+    KEPT = 4  # recordings: with a choice of tokens or none, of a long context or a short one
 
     def __init__(self, model: Gemma4, cache: KVCache) -> None:
         self.model, self.cache = model, cache
@@ -48,31 +49,33 @@ class DecodeGraph:
         self._tried = False  # whether such a step was to be recorded, and is none that can be
         self._refused = False  # a GPU's: whether capturing has failed
 
-    def run(self, ids: Tensor, new_lens: list[int], *, greedy: bool = False) -> Tensor:
-        """ids [B] int64, new_lens [B] (0: idle) -> final normed hidden states [B, H], or if `greedy` the likeliest next ids
-        [B] int64 (-1 for a hidden state that is not finite); valid until the next call. The cache counts the new tokens."""
+    def run(self, ids: Tensor, new_lens: list[int], *, choose: Sampling | None = None, uniform: Tensor | None = None) -> Tensor:
+        """ids [B] int64, new_lens [B] (0: idle) -> final normed hidden states [B, H]; or with `choose`, which `can_choose`, the
+        next ids [B] int64 (-1 for a hidden state that is not finite), drawn by uniform [B] fp32 if not greedy. Valid until the
+        next call. The cache counts the new tokens."""
         longest = max((have + 1 for have, n in zip(self.cache.host_lens, new_lens, strict=True) if n), default=1)
         if longest > self.cache.max_len or not all(n in (0, 1) for n in new_lens):
             raise ValueError(f"a step of {new_lens} tokens to {self.cache.host_lens} of at most {self.cache.max_len}")
         if self.changes != self.model.changes:  # its weights may be other tensors
             self.changes, self._key = self.model.changes, None
             self.recordings.clear()
-        key = greedy, ops.selection(), ops.decode_limit(longest)
+        key = choose, ops.selection(), ops.decode_limit(longest)
+        choice = _Choice(choose, uniform)
         if self.on_gpu and self.times is not None:  # a CUDA graph has no times of its parts: whoever asks times the calls
-            return self._op_by_op(ids, new_lens, greedy)
+            return self._op_by_op(ids, new_lens, choice)
         to_record = key == self._key and key not in self.recordings and not self._tried and self._recordable()
         if to_record and self.on_gpu:
-            self._capture(ids, new_lens, greedy)
+            self._capture(ids, new_lens, choice)
         if key in self.recordings:
             self._key, self._tried = key, False
-            out = self.recordings[key].replay(ids, new_lens, self.times)
+            out = self.recordings[key].replay(ids, new_lens, uniform, self.times)
         elif to_record and not self.on_gpu:
-            out = self._record(ids, new_lens, greedy)
+            out = self._record(ids, new_lens, choice)
         else:
             # The first one builds what is kept between steps, such as tables of angles, so that the next need not.
             self._tried = key == self._key
             self._key = key
-            return self._op_by_op(ids, new_lens, greedy)
+            return self._op_by_op(ids, new_lens, choice)
         self.cache.count(new_lens)
         return out
 
@@ -95,24 +98,28 @@ class DecodeGraph:
     def on_gpu(self) -> bool:
         return self.model.device.type == "cuda"
 
-    def finish(self, h: Tensor, greedy: bool) -> Tensor:
-        """Of hidden states [B, H], what `run` returns: of a prompt's last ones too."""
-        return self.model.logits(h, argmax=True) if greedy else h
+    def can_choose(self, h: Tensor, choose: Sampling) -> bool:
+        """Whether the choice of tokens by hidden states like h [B, H] can be in the step. On a CPU the likeliest alone."""
+        return choose.greedy or (self.on_gpu and self.model.chooses_in_one(h, choose))
 
-    def _op_by_op(self, ids: Tensor, new_lens: list[int], greedy: bool) -> Tensor:
+    def finish(self, h: Tensor, choose: Sampling | None = None, uniform: Tensor | None = None) -> Tensor:
+        """Of hidden states [B, H], what `run` returns: of a prompt's last ones too."""
+        return h if choose is None else self.model.choose(h, choose, uniform)
+
+    def _op_by_op(self, ids: Tensor, new_lens: list[int], choice: _Choice) -> Tensor:
         step = self.model.model.step(new_lens, self.cache, decode=True)
-        return self.finish(self.model.model(ids, step, self.cache), greedy)
+        return self.finish(self.model.model(ids, step, self.cache), *choice)
 
     def _recordable(self) -> bool:
         return not self._refused and recordable(self.model)
 
-    def _capture(self, ids: Tensor, new_lens: list[int], greedy: bool) -> None:
+    def _capture(self, ids: Tensor, new_lens: list[int], choice: _Choice) -> None:
         """A CUDA graph of the step, to be replayed; none, from here on, where an op cannot be in one."""
-        inputs, text, cache = _Inputs(ids, new_lens), self.model.model, self.cache
+        inputs, text, cache = _Inputs(ids, new_lens, choice.uniform), self.model.model, self.cache
 
         def step() -> Tensor:
             now = text.step(new_lens, cache, decode=True, going=inputs.going)
-            out = self.finish(text.run(inputs.ids, now, cache), greedy)
+            out = self.finish(text.run(inputs.ids, now, cache), choice.sampling, inputs.uniform)
             cache.lens.add_(inputs.going)
             return out
 
@@ -128,7 +135,7 @@ class DecodeGraph:
             self._key = None
             raise
 
-    def _record(self, ids: Tensor, new_lens: list[int], greedy: bool) -> Tensor:
+    def _record(self, ids: Tensor, new_lens: list[int], choice: _Choice) -> Tensor:
         kernels, watch, inputs = torch.ops.gemma4_fast_cpu, _Watch(), _Inputs(ids, new_lens)
         now = self.model.model.step(new_lens, self.cache, decode=True)
         slots = torch.tensor(list(now.rows))
@@ -137,7 +144,7 @@ class DecodeGraph:
             kernels.record_start()
             with watch, ops.shared_scratch():
                 step = self._step(now, inputs, slots)
-                out = self.finish(self.model.model.run(inputs.ids, step, self.cache), greedy)
+                out = self.finish(self.model.model.run(inputs.ids, step, self.cache), choice.sampling)
                 kernels.count_tokens(self.cache.lens, inputs.going)
             made = _Recording(kernels.record_stop(), watch.calls, inputs, out)
         except BaseException:
@@ -225,17 +232,27 @@ def _addresses(weights: list[Tensor]) -> list[int]:
     return [w.data_ptr() for w in weights]
 
 
-class _Inputs:
-    """What a replay is given: ids [B], and of each sequence whether it goes on, [B] int32."""
+class _Choice(NamedTuple):
+    """How a step chooses the next tokens: not at all, or so, by uniform [B] if it draws."""
 
-    def __init__(self, ids: Tensor, new_lens: list[int]) -> None:
+    sampling: Sampling | None = None
+    uniform: Tensor | None = None
+
+
+class _Inputs:
+    """What a replay is given: ids [B], of each sequence whether it goes on, [B] int32, and what it draws by, [B] fp32."""
+
+    def __init__(self, ids: Tensor, new_lens: list[int], uniform: Tensor | None = None) -> None:
         self.ids, self.new_lens = ids.clone(), list(new_lens)
         self.going = torch.tensor(new_lens, dtype=torch.int32, device=ids.device)
+        self.uniform = None if uniform is None else uniform.clone()
 
-    def set(self, ids: Tensor, new_lens: list[int]) -> None:
+    def set(self, ids: Tensor, new_lens: list[int], uniform: Tensor | None = None) -> None:
         if ids.shape != self.ids.shape:
             raise ValueError(f"ids have shape {list(ids.shape)}, expected {list(self.ids.shape)}")
         self.ids.copy_(ids)
+        if self.uniform is not None:
+            self.uniform.copy_(cast(Tensor, uniform))
         if new_lens != self.new_lens:
             self.going.copy_(torch.tensor(new_lens))
             self.new_lens = list(new_lens)  # once they are
@@ -259,8 +276,8 @@ class _Captured:
             finally:
                 self.graph.capture_end()
 
-    def replay(self, ids: Tensor, new_lens: list[int], times: dict[str, float] | None = None) -> Tensor:
-        self.inputs.set(ids, new_lens)
+    def replay(self, ids: Tensor, new_lens: list[int], uniform: Tensor | None, times: dict[str, float] | None = None) -> Tensor:
+        self.inputs.set(ids, new_lens, uniform)
         with torch.cuda.device(self.inputs.ids.device):
             self.graph.replay()
         return self.output
@@ -273,8 +290,8 @@ class _Recording:
         self.number, self.calls, self.inputs, self.output = number, calls, inputs, output
         weakref.finalize(self, torch.ops.gemma4_fast_cpu.release, number)
 
-    def replay(self, ids: Tensor, new_lens: list[int], times: dict[str, float] | None = None) -> Tensor:
-        self.inputs.set(ids, new_lens)
+    def replay(self, ids: Tensor, new_lens: list[int], uniform: Tensor | None, times: dict[str, float] | None = None) -> Tensor:
+        self.inputs.set(ids, new_lens, uniform)
         if times is None:
             ops.cpu_kernels.replay(self.number, None)
             return self.output

@@ -24,7 +24,7 @@ from gemma4_fast.quant import LARGEST_WEIGHT, QuantizedWeight
 # The ops a model calls; `moe` chooses among moe_decode and the two after it.
 MODEL_OPS = (
     "embedding", "rope_angles", "rms_norm", "norm_add_norm", "linear", "qkv_norm_rope", "gqa_prefill", "gqa_decode",
-    "geglu_mlp", "logits",
+    "geglu_mlp", "logits", "sample",
 )  # fmt: skip
 PLE_OPS = ("ple_gate",)
 MOE_OPS = ("moe_feed_forward", "route_topk", "moe_decode", "expert_dispatch", "grouped_gemm", "moe_norm_add_norm")

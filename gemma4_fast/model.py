@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from gemma4_fast.quant import WeightLike, parse_quantize
 
 if TYPE_CHECKING:
     from gemma4_fast.generate import Generation, Stream
+    from gemma4_fast.sampling import Sampling
     from gemma4_fast.tokenizer import Tokenizer
 
 log = logging.getLogger("gemma4_fast")
@@ -240,6 +241,20 @@ class Gemma4(nn.Module):
     def logits(self, h: Tensor, *, argmax: bool = False) -> Tensor:
         """Final hidden states [T, H] -> softcapped logits [T, V], or the argmax [T] (-1: not finite)."""
         return ops.logits(h, self.head, self.config.final_logit_softcapping, argmax)
+
+    def choose(self, h: Tensor, sampling: Sampling, uniform: Tensor | None = None) -> Tensor:
+        """Final hidden states [T, H] -> the next tokens' ids [T] (-1: not finite), the likeliest, or drawn by uniform [T] fp32
+        in [0, 1)."""
+        if sampling.greedy:
+            return self.logits(h, argmax=True)
+        return ops.sample(h, self.head, *self._draw(sampling, cast(Tensor, uniform)))
+
+    def chooses_in_one(self, h: Tensor, sampling: Sampling) -> bool:
+        """Whether a backend has that choice in one, without a pass over the logits."""
+        return sampling.greedy or ops.in_one("sample", h, self.head, *self._draw(sampling, h[:, 0]))
+
+    def _draw(self, s: Sampling, uniform: Tensor) -> tuple[Any, ...]:
+        return uniform, self.config.final_logit_softcapping, s.temperature, s.top_k, s.top_p, s.min_p
 
     def _check_forward(self, input_ids: Tensor, cache: KVCache | None) -> None:
         if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):

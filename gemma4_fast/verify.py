@@ -31,6 +31,7 @@ from gemma4_fast.quant import QuantizedWeight, WeightLike
 from gemma4_fast.reference import model as reference
 from gemma4_fast.reference import ops as reference_ops
 from gemma4_fast.report import FLOOR, Comparison, EndToEnd, Report
+from gemma4_fast.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
     from gemma4_fast.cache import KVCache
@@ -42,6 +43,7 @@ BATCH = (42, 29)  # tokens of the sequences of the ragged batch; a third one sta
 FIRST, NEWEST = 8, 56  # tokens that the feed-forward block is compared on: experts are dear to widen and run
 ROWS = (1, 2, 5, 16)  # and numbers of rows it is run with again: kernels differ by them
 LOGIT_TOKENS = 64  # newest tokens that are compared end to end
+DRAWN = Sampling(temperature=1.0, top_k=64, top_p=0.95)  # as Gemma 4's checkpoints recommend
 CLOSE_CALL = 1e-4  # relative margin between the last expert taken and the next, below which either choice is right
 
 
@@ -403,6 +405,30 @@ class _Check:
             scale = truth.abs().max().item() + 1e-30
             row = Comparison("greedy choice", f"{h.shape[0]} rows", missed / scale, allowed / scale)
             self.report.comparisons.append(row if row.ok else replace(row, op=op))
+            if rows < LOGIT_TOKENS:  # a quarter of a million logits are sorted for each
+                self._draws(h, truth, allowed)
+
+    def _draws(self, h: Tensor, truth: Tensor, allowed: float) -> None:
+        """Of hidden states h [T, H] with these logits, the tokens drawn in the middle of what the second likeliest, or else the
+        likeliest, has of [0, 1): it, or one that is as likely within what plain PyTorch loses of a logit."""
+        scale, two = truth.abs().max().item() + 1e-30, truth.topk(2).values
+        apart = (two[:, 0] - two[:, 1]).mean().item() + 1e-30  # as a temperature, it leaves both likely
+        for sampling in (Sampling(temperature=apart, top_k=2), Sampling(temperature=apart / 3)):
+            filters = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+            p, of = reference_ops.restricted(truth, *filters)
+            p = p / p.sum(-1, keepdim=True)
+            second = p.topk(2)
+            best = second.indices[:, 1:].where(second.values[:, 1:] > 0.1, second.indices[:, :1])
+            middle = (p.cumsum(-1) - p / 2).gather(-1, best).squeeze(-1)
+            ids = self.model.choose(h, sampling, middle.float())
+            missed = math.inf
+            if int(ids.min()) >= 0 and int(ids.max()) < truth.shape[1]:
+                wanted = truth.gather(-1, of.gather(-1, best))
+                missed = (wanted - truth.gather(-1, ids[:, None])).abs().max().item()
+            what = f"{h.shape[0]} rows, {'of the likeliest' if sampling.top_k else 'of all'}"
+            row = Comparison("drawn token", what, missed / scale, allowed / scale)
+            op = f"sample [{self.report.backends['sample']}]"
+            self.report.comparisons.append(row if row.ok else replace(row, op=op))
 
     def _recorded_step(self) -> None:
         """The decode step as generation replays it, beside op by op on another cache; before the last one a sequence ends. The
@@ -411,9 +437,12 @@ class _Check:
             return
         plan = self.plans[1]
         room, live = max(s.shape[0] for s in plan.sequences), len(plan.sequences)
-        for greedy in (False, True):
+        for choose in (None, GREEDY, DRAWN):
             caches = [self.model.new_cache(live + plan.idle, room) for _ in range(2)]
             graph, alike, got, wanted = DecodeGraph(self.model, caches[0]), True, list[Tensor](), list[Tensor]()
+            like_hidden = self.model.model.norm.weight.expand(live + plan.idle, -1)
+            if choose is not None and not graph.can_choose(like_hidden, choose):
+                continue
             for piece, (phase, new) in enumerate(plan.pieces):
                 if phase != "decode":
                     for cache in caches:
@@ -421,16 +450,22 @@ class _Check:
                     continue
                 going = [0, *new[1:]] if piece + 1 == len(plan.pieces) else new
                 rows = [b for b in range(live) if going[b]]
-                out = graph.run(plan.ids(piece), going, greedy=greedy)[rows]
-                h = self.text(plan.ids(piece), self.text.step(going, caches[1], decode=True), caches[1])
+                ids, uniform = plan.ids(piece), self._uniform(len(going))
+                h = self.text(ids, self.text.step(going, caches[1], decode=True), caches[1])
+                out = graph.run(ids, going, choose=choose, uniform=uniform)[rows]
                 if graph.recorded:
                     got.append(out)
-                    wanted.append(graph.finish(h, greedy)[rows])
+                    wanted.append(graph.finish(h, choose, uniform)[rows])
                     alike = alike and torch.equal(got[-1], wanted[-1]) and torch.equal(caches[0].lens, caches[1].lens)
             if got:
-                error = 1.0 if greedy else relative_error(torch.cat(got), torch.cat(wanted))
+                error = relative_error(torch.cat(got), torch.cat(wanted)) if choose is None else 1.0
                 error = 0.0 if alike else max(error, 2 * FLOOR)  # any difference is one too many
-                self.report.comparisons.append(Comparison("recorded step", "greedy" if greedy else "decode", error, 0.0))
+                what = "decode" if choose is None else "greedy" if choose.greedy else "drawn"
+                self.report.comparisons.append(Comparison("recorded step", what, error, 0.0))
+
+    def _uniform(self, rows: int) -> Tensor:
+        """Different ones, that are no edges."""
+        return (torch.arange(rows, device=self.model.device, dtype=torch.float32) + 0.5) / rows
 
     def _reference_logits(self, hidden: Tensor, wide: bool) -> Tensor:
         w, hidden = self._weights(wide), hidden.to(self.wide) if wide else hidden

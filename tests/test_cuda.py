@@ -14,11 +14,12 @@ from typing import Any
 
 import emulated
 import pytest
+import test_graph
 import torch
 from family import MEMBERS
 from torch import Tensor
 
-from gemma4_fast import Gemma4, Gemma4Config, UnsupportedError, ops, verify
+from gemma4_fast import Gemma4, Gemma4Config, UnsupportedError, graph, ops, verify
 from gemma4_fast.ops import cuda_backend, table
 from gemma4_fast.ops.accuracy import Judge, converted, nan_poison, outputs
 from gemma4_fast.ops.attention import decode_case
@@ -28,6 +29,7 @@ from gemma4_fast.ops.moe import moe_case, route_case
 from gemma4_fast.ops.norms import qkv_case
 from gemma4_fast.ops.table import Maker
 from gemma4_fast.quant import QuantizedWeight
+from gemma4_fast.reference import ops as reference
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -75,10 +77,17 @@ def test_every_op_has_cases_that_it_takes() -> None:
 def test_matches_reference(op: ops.Op, case: str, dtype: torch.dtype) -> None:
     """And gives the same bits in whatever order threads and blocks run. What a kernel does not take is said."""
     args = op.inputs(case, dtype, DEVICE)
-    if reason := why_not(op, args):
-        with pytest.raises(UnsupportedError, match=re.escape(reason) if op.compose is None else "takes up to"):  # or a part's
+    reason = why_not(op, args)
+    if reason and op.compose is None:
+        with pytest.raises(UnsupportedError, match=re.escape(reason)):
             on_cuda(op)(*args.values())
         return
+    if reason:  # its parts serve it, or one of them says why it cannot
+        try:
+            on_cuda(op)(*args.values())
+        except UnsupportedError as error:
+            assert "takes up to" in str(error)
+            return
     first = outputs(op, on_cuda(op), args)
     if not GPU:
         emulated.use(seed=1)
@@ -149,6 +158,81 @@ def test_the_largest_logit_of_many_blocks() -> None:
     x[2, 39] = float("nan")
     x[3] = -1
     assert ops.bound(ops.TABLE["logits"], "cuda")(x, weight, None, True).tolist() == [700, 4097, -1, 0]
+
+
+# ---- draws ----
+
+SAMPLE = ops.TABLE["sample"]
+DRAWS = {
+    "of all": dict(top_k=0, top_p=1.0, min_p=0.0),
+    "top_k": dict(top_k=64, top_p=1.0, min_p=0.0),
+    "top_p": dict(top_k=60, top_p=0.8, min_p=0.0),
+    "min_p": dict(top_k=33, top_p=1.0, min_p=0.2),
+}
+
+
+@pytest.mark.parametrize("filters", DRAWS)
+@pytest.mark.parametrize("bits, vocab", [(0, 3001), (8, 777), (4, 20)])
+def test_draws_fall_where_they_should(bits: int, vocab: int, filters: str) -> None:
+    """Into the share of [0, 1) that a token's exact probability has, to what fp32 can tell: at its ends too."""
+    m, settings = Maker(torch.float16, DEVICE), dict(temperature=0.7, **DRAWS[filters])
+    if settings["top_k"] >= vocab:
+        settings["top_k"] = vocab // 2
+    weight, x = m.weight(bits, vocab, 64, scale=0.2), m.randn(1, 64)
+    exact = weight.double() if isinstance(weight, Tensor) else weight.dequantize(torch.float64)
+    p, ids = reference.restricted(reference.logits(x.double(), exact, 9.0), **settings)
+    ends = torch.zeros(2, vocab, dtype=torch.float64, device=DEVICE)  # of each id, where its share begins and ends
+    ends[1, ids[0]] = p[0].cumsum(-1) / p.sum()
+    ends[0, ids[0]] = (p[0].cumsum(-1) - p[0]) / p.sum()
+    uniform = torch.cat((torch.tensor([0.0, 2**-24, 1 - 2**-24]), torch.arange(1, 46) / 46)).to(DEVICE)
+    for some in uniform.split(16):
+        got = on_cuda(SAMPLE)(x.expand(len(some), -1).contiguous(), weight, some, 9.0, *settings.values())
+        low, high = ends[:, got]
+        assert (low - 2e-6 <= some).all() and (some <= high + 2e-6).all()
+
+
+@pytest.mark.parametrize("filters", DRAWS)
+def test_a_row_draws_the_same_alone_and_in_a_batch(filters: str) -> None:
+    """Of more blocks than threads, too."""
+    m = Maker(torch.bfloat16, DEVICE)
+    x, weight, uniform = m.randn(9, 32), m.randn(140_001, 32, scale=0.4), torch.arange(9, device=DEVICE) / 9
+    settings = 30.0, 1.0, *DRAWS[filters].values()
+    together = on_cuda(SAMPLE)(x, weight, uniform, *settings)
+    for row in (0, 4, 8):
+        one = slice(row, row + 1)
+        assert torch.equal(on_cuda(SAMPLE)(x[one], weight, uniform[one], *settings), together[one])
+
+
+def test_of_equal_logits_the_lower_ids_stay() -> None:
+    weight = torch.zeros(1000, 16, dtype=torch.bfloat16, device=DEVICE)
+    weight[[17, 300, 301, 640, 999]] = 2.0
+    weight[[5, 500]] = 3.0
+    x, uniform = torch.ones(8, 16, dtype=torch.bfloat16, device=DEVICE), torch.arange(8, device=DEVICE) / 8
+    hot = 1e9  # all that stay are as likely
+    ids = on_cuda(SAMPLE)(x, weight, uniform, None, hot, 4, 1.0, 0.0).tolist()
+    assert ids == [5, 5, 500, 500, 17, 17, 300, 300]
+    some = dict(zip(range(8), on_cuda(SAMPLE)(x, weight, uniform, None, hot, 8, 1.0, 0.0).tolist(), strict=True))
+    assert some == dict(enumerate([5, 500, 17, 300, 301, 640, 999, 0]))
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_rows_that_are_not_finite_draw_nothing(top_k: int) -> None:
+    m = Maker(torch.bfloat16, DEVICE)
+    x, weight = m.randn(6, 64), m.randn(500, 64)
+    x[1, 5], x[3, 60], x[4] = float("nan"), float("inf"), -float("inf")
+    ids = on_cuda(SAMPLE)(x, weight, x.new_full((6,), 0.5).float(), 30.0, 1.0, top_k, 1.0, 0.0)
+    assert ((ids < 0) == torch.tensor([False, True, False, True, True, False], device=DEVICE)).all()
+    weight[499, 3] = float("nan")
+    assert on_cuda(SAMPLE)(x, weight, x.new_full((6,), 0.5).float(), 30.0, 1.0, top_k, 1.0, 0.0).tolist() == [-1] * 6
+
+
+def test_draws_that_one_kernel_cannot_make_are_made_of_logits() -> None:
+    m = Maker(torch.bfloat16, DEVICE)
+    x, weight, uniform = m.randn(2, 64), m.randn(500, 64), torch.tensor([0.3, 0.6], device=DEVICE)
+    for settings, why in (((70, 1.0, 0.0), "up to 64"), ((0, 0.9, 0.0), "with a top_k"), ((0, 1.0, 0.1), "with a top_k")):
+        assert why in str(cuda_backend.accepts_sample(x, weight, uniform, None, 1.0, *settings))
+        assert not ops.in_one("sample", x, weight, uniform, None, 1.0, *settings)
+        assert (on_cuda(SAMPLE)(x, weight, uniform, None, 1.0, *settings) >= 0).all()
 
 
 # ---- what the table's cases have not ----
@@ -431,6 +515,34 @@ def test_a_whole_model_passes_its_self_check(dtype: torch.dtype) -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.skipif(GPU, reason="a stand-in for a captured step")
+@pytest.mark.parametrize("filters", ["of all", "top_p"])
+def test_a_captured_step_draws_the_next_tokens(filters: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens of steps that hand out hidden states, from which the same op draws."""
+    model, options = Gemma4.from_pretrained("tiny", check=False, backend="cuda,torch"), dict(temperature=1.0, **DRAWS[filters])
+    prompts = [[5, 6, 7], [8, 9]]
+    made: list[Any] = []
+
+    class Captured(test_graph.Captured):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    def tokens() -> list[list[int]]:
+        model.spares.clear()
+        return [g.token_ids for g in model.generate(prompts, max_new_tokens=9, stop_token_ids=(), seed=3, **options)]
+
+    test_graph.Captured.made = []
+    monkeypatch.setattr(graph.DecodeGraph, "on_gpu", True)
+    monkeypatch.setattr(ops, "recordable", lambda *_: True)
+    monkeypatch.setattr(graph, "_Captured", Captured)
+    drawn = tokens()
+    assert [c.inputs.uniform is not None for c in made] == [True] and made[0].replays == 7
+    monkeypatch.setattr(graph.DecodeGraph, "can_choose", lambda *_: False)
+    assert tokens() == drawn and made[1].inputs.uniform is not None
+    assert len({tuple(row) for row in drawn}) == 2
+
+
 # ---- the emulator finds what it should ----
 
 # A mistake one could make: its name; the file of csrc/cuda, the text there and what it becomes; the source that is built anew;
@@ -495,6 +607,60 @@ MUTANTS: list[tuple[str, str, str, str, str, str, str]] = [
         "moe_decode.cu",
         "moe_decode",
         "26b",
+    ),
+    (
+        "one_more_stays",
+        "sample.cu",
+        "sum - weight >= a.top_p * total",
+        "sum >= a.top_p * total",
+        "sample.cu",
+        "sample",
+        "no_cap_odd",
+    ),
+    (
+        "found_too_early",
+        "sample.cu",
+        "  sync_block();\n  const bool mine",
+        "  const bool mine",
+        "sample.cu",
+        "sample",
+        "26b_slice",
+    ),
+    (
+        "sums_too_early",
+        "sample.cu",
+        "  sync_block();\n  if (lane == kWarp - 1)",
+        "  if (lane == kWarp - 1)",
+        "sample.cu",
+        "sample",
+        "free",
+    ),
+    (
+        "another_s_logits",
+        "sample.cu",
+        "kept + (int64_t(row) * blocks + block) * rows",
+        "kept + block * rows",
+        "sample.cu",
+        "sample",
+        "free",
+    ),
+    (
+        "sum_of_another_largest",
+        "linear.cuh",
+        "part.y * exp2_fast((part.x - most) * a.by)",
+        "part.y",
+        "linear.cu",
+        "sample",
+        "free",
+    ),
+    (
+        "logits_behind_the_last",
+        "linear.cuh",
+        "if (lane < rows && n < a.n) {\n        y",
+        "if (lane < rows) {\n        y",
+        "linear.cu",
+        "sample",
+        "free",
     ),
     ("rank_off", "moe_decode.cuh", "q < p; ++q", "q <= p; ++q", "moe_decode.cu", "moe_decode", "skewed"),
     (
@@ -744,8 +910,8 @@ OWN_MUTANTS: list[tuple[str, str, str, str, str, Callable[[], None]]] = [
     ),
     (
         "nan",
-        "route_topk.cuh",
-        "logit != logit ? 0xffffffffu : ",
+        "device.cuh",
+        "x != x ? 0xffffffffu : ",
         "",
         "route_topk.cu",
         lambda: test_experts_exist_whatever_x_holds(-0x40),

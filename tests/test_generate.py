@@ -13,7 +13,8 @@ import torch
 
 from gemma4_fast import CheckpointError, Gemma4, Gemma4Config
 from gemma4_fast.generate import Generation, Prefix, Session, Stream, perplexity
-from gemma4_fast.sampling import Sampling, restrict, sample
+from gemma4_fast.ops.torch_backend import draw, restrict
+from gemma4_fast.sampling import Sampling
 from gemma4_fast.weights import tiny_path
 
 PROMPT = "It is a truth universally acknowledged"
@@ -298,25 +299,27 @@ def test_activations_that_overflow_are_reported(tiny: Gemma4) -> None:
 # Sampling alone
 
 
-def frequencies(logits: torch.Tensor, sampling: Sampling, n: int = 4000) -> torch.Tensor:
-    rows = logits.expand(n, -1)
-    generators = [torch.Generator().manual_seed(i) for i in range(n)]
-    return torch.bincount(sample(rows, sampling, generators), minlength=logits.shape[-1]) / n
+def frequencies(logits: torch.Tensor, temperature: float, *filters: float, n: int = 4000) -> torch.Tensor:
+    draws = [torch.rand(1, generator=torch.Generator().manual_seed(i)) for i in range(n)]  # as n sequences have them
+    ids = draw(logits.expand(n, -1), torch.cat(draws), temperature, *(filters or (0, 1.0, 0.0)))
+    return torch.bincount(ids, minlength=logits.shape[-1]) / n
 
 
 def test_sampling_draws_from_the_distribution() -> None:
     logits = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5])
     for t in (0.5, 1.0, 2.0):
-        got = frequencies(logits, Sampling(temperature=t))
+        got = frequencies(logits, t)
         assert (got - (logits / t).softmax(-1)).abs().max() < 0.03  # 4 standard deviations
-    assert frequencies(logits, Sampling(), 10)[2] == 1
+    of_two = torch.tensor([1.0, 0, 2.0, 0, 0]).softmax(-1)[[0, 2]]
+    got = frequencies(logits, 1.0, 2, 1.0, 0.0)
+    assert got[[1, 3, 4]].sum() == 0 and (got[[0, 2]] - of_two / of_two.sum()).abs().max() < 0.03
 
 
 def test_filters_keep_what_they_should() -> None:
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.05, 0.25, 0.2]]))
 
     def kept(**settings: Any) -> set[int]:
-        left, ids = restrict(logits, Sampling(temperature=1.0, **settings))
+        left, ids = restrict(logits, **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **settings})
         index = torch.arange(5)[None] if ids is None else ids
         return set(index[left > -math.inf].tolist())
 
@@ -404,7 +407,7 @@ def test_a_kept_prefix_belongs_to_its_model(tiny: Gemma4) -> None:
 def test_a_tiny_temperature_is_greedy_and_a_huge_one_refused() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.5]])
     for t in (1e-40, 1e-39, 1e-10):
-        assert sample(logits, Sampling(temperature=t), [torch.Generator().manual_seed(0)]).tolist() == [1]
+        assert draw(logits, torch.tensor([0.9]), t, 0, 1.0, 0.0).tolist() == [1]
     with pytest.raises(ValueError, match="temperature"):
         Sampling(temperature=10**400)
 

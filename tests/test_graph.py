@@ -21,6 +21,7 @@ from torch import Tensor
 from gemma4_fast import Gemma4, Gemma4Config, ops, use_backend, verify
 from gemma4_fast.graph import DecodeGraph, Spares, _Recording
 from gemma4_fast.ops import cpu_backend
+from gemma4_fast.sampling import GREEDY
 
 
 @pytest.fixture(autouse=True)
@@ -242,7 +243,7 @@ def test_the_likeliest_ids_are_those_of_the_logits(replays: list[int]) -> None:
             if n == 4:  # a number that is none in what the second row reads
                 model.model.embed_tokens.weight[3] = math.nan
                 ids = torch.tensor([ids[0], 3])
-            chosen = graph.run(ids, [1, 1], greedy=True).clone()
+            chosen = graph.run(ids, [1, 1], choose=GREEDY).clone()
             wanted = model.logits(eager(model, caches[1], ids, [1, 1]), argmax=True)
             assert torch.equal(chosen, wanted)
             assert chosen.tolist()[1] == -1 if n >= 4 else min(chosen.tolist()) >= 0
@@ -295,9 +296,9 @@ class Captured:
         self.step, self.inputs, self.replays = step, inputs, 0
         Captured.made.append(self)
 
-    def replay(self, ids: Tensor, new_lens: list[int], times: Any = None) -> Tensor:
+    def replay(self, ids: Tensor, new_lens: list[int], uniform: Tensor | None, times: Any = None) -> Tensor:
         self.replays += 1
-        self.inputs.set(ids, new_lens)
+        self.inputs.set(ids, new_lens, uniform)
         return self.step()
 
 

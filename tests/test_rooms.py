@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "cache": {"config", "native"},
     "layers": {"ops", "cache", "config", "quant"},
     "model": {"ops", "cache", "config", "layers", "native", "quant"},
-    "graph": {"ops", "cache", "layers"},
+    "graph": {"ops", "cache", "layers", "sampling"},
     "explain": {"ops", "layers", "tables"},
     "sampling": set(),
     "tokenizer": LOW | {"weights"},
@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": LOW,
     "edges": {"ops", "cache", "config", "reference"},
     "bench": LOW | {"bench", "reference", "ops", "cache", "layers", "model", "terminal", "explain", "weights", "quant"},
-    "verify": {"ops", "cache", "config", "graph", "layers", "edges", "report", "reference", "quant"},
+    "verify": {"ops", "cache", "config", "graph", "layers", "edges", "report", "reference", "quant", "sampling"},
 }
 
 

@@ -22,7 +22,7 @@ from gemma4_fast.reference import ops as reference
 DESIGN = [
     "rms_norm", "norm_add_norm", "moe_norm_add_norm", "qkv_norm_rope", "gqa_decode", "gqa_prefill", "route_topk",
     "expert_dispatch", "grouped_gemm", "moe_decode", "moe",
-    "moe_feed_forward", "linear", "geglu_mlp", "ple_gate", "logits", "embedding",
+    "moe_feed_forward", "linear", "geglu_mlp", "ple_gate", "logits", "sample", "embedding",
     "rope_angles",
 ]  # fmt: skip
 X = torch.randn(3, 8)

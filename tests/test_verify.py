@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -290,6 +290,25 @@ def test_a_wrong_op_is_caught_and_named(name: str, dtype: str, level: str, tiny:
     with pytest.raises(SelfCheckError, match=op) as caught:
         report.raise_if_wrong()
     assert caught.value.report is report
+
+
+@pytest.mark.parametrize("wrong", ["the row before's", "the likeliest", "with no temperature", "from the end"])
+def test_a_wrong_draw_is_caught_and_named(wrong: str, tiny_fp32: Gemma4, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, right = ops.TABLE["sample"], cast(Any, ops.TABLE["sample"].compose)
+
+    def draw(x: torch.Tensor, weight: Any, uniform: torch.Tensor, cap: Any, temperature: float, *filters: Any) -> torch.Tensor:
+        if wrong == "the likeliest":
+            return ops.logits(x, weight, None, True)
+        if wrong == "with no temperature":
+            temperature = 1.0
+        uniform = 1 - uniform if wrong == "from the end" else uniform
+        ids: torch.Tensor = right(x, weight, uniform, cap, temperature, *filters)
+        return ids.roll(1) if wrong == "the row before's" else ids
+
+    monkeypatch.setattr(op, "compose", draw)
+    report = verify(tiny_fp32, level="quick")
+    first = report.first_wrong
+    assert first is not None and first.what == "drawn token" and first.op == "sample [composed]", report.verdict()
 
 
 def _blurred_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

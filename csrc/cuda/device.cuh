@@ -202,11 +202,13 @@ DEVICE void wait_for_inputs() {
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE int shuffle(int x, int from) { return __shfl_sync(0xffffffffu, x, from); }
+DEVICE uint32_t shuffle(uint32_t x, int from) { return __shfl_sync(0xffffffffu, x, from); }
 DEVICE float shuffle(float x, int from) { return __shfl_sync(0xffffffffu, x, from); }
 DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 DEVICE int count_bits(uint32_t x) { return __popc(x); }
 DEVICE uint32_t warp_max(uint32_t x) { return __reduce_max_sync(0xffffffffu, x); }
 DEVICE uint32_t warp_min(uint32_t x) { return __reduce_min_sync(0xffffffffu, x); }
+DEVICE uint32_t warp_add(uint32_t x) { return __reduce_add_sync(0xffffffffu, x); }
 
 // d [16, 8] += a [16, 16] b [16, 8] in fp32, for the whole warp. Of lane 4 g + c (mma.m16n8k16 in the PTX manual):
 //   a: (row g, columns 2c and 2c + 1), (g + 8, the same), (g, 2c + 8 and + 9), (g + 8, the same)
@@ -321,6 +323,15 @@ DEVICE bool last_to_arrive(uint32_t* counter, uint32_t count, uint32_t* flag) {
 }
 
 constexpr float kLog2e = 1.4426950408889634f;
+
+DEVICE float infinity() { return bits_to_float(0x7f800000u); }
+
+// Integers in the order of floats, 1 and up; NaN is the largest.
+DEVICE uint32_t to_key(float x) {
+  const uint32_t bits = float_to_bits(x + 0.0f);  // no -0, which equals 0
+  return x != x ? 0xffffffffu : bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+DEVICE float from_key(uint32_t key) { return bits_to_float(key >> 31 ? key ^ 0x80000000u : ~key); }
 
 // x * sigmoid(2 u) is 0.5 x (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
 DEVICE float gelu_tanh(float x) {

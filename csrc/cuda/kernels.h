@@ -36,7 +36,7 @@ struct NormAddNorm {
 
 // x [m, k] with rows x_stride apart, m <= 16, times weight [n, k] (geglu: [2 n, k]) -> out [m, n]; see linear.cuh.
 struct Linear {
-  enum class End { none, softcap, geglu, gate, argmax };
+  enum class End { none, softcap, geglu, gate, argmax, keep };
   Dtype dtype;
   End end;
   int bits;  // of weight's values: 0 for floats, else 8 or 4, see gemma4_fast.quant, with `scale`
@@ -50,9 +50,23 @@ struct Linear {
   float* best;
   int32_t* best_at;
   uint32_t* counter;
+  // keep: the logits, [m, rows of all blocks], -inf behind n; of each block the largest, `best` [m, blocks], and the sum of
+  // 2^((logit - largest) by). With cap, of 0 for none.
+  float *kept, *sums;
+  float by;
   // Set by `linear`: tiles of weight's rows, and whether a block's warps share one.
   int64_t tiles;
   bool shared;
+};
+
+// head: end keep. uniform [m] in [0, 1). out: int64 [m]. top_k 0: all, and then top_p and min_p are not looked at.
+struct Sample {
+  Linear head;
+  const float* uniform;
+  void* out;
+  int top_k;
+  float top_p, min_p;
+  int blocks, rows;  // the launcher's: of the head, and logits of each
 };
 
 struct MoeDecode {
@@ -143,6 +157,7 @@ struct GqaDecode {
   OP(rms_norm, RmsNorm)           \
   OP(norm_add_norm, NormAddNorm)  \
   OP(linear, Linear)              \
+  OP(sample, Sample)              \
   OP(moe_decode, MoeDecode)       \
   OP(embedding, Embedding)        \
   OP(rope_angles, RopeAngles)     \

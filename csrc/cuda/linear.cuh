@@ -1,6 +1,7 @@
 // linear: out = end(x @ weight^T),  x [M, K] with M <= 16, weight [N, K], floats or quantized.
 //   end  none; softcap: cap * tanh(y / cap); geglu: gelu_tanh(x @ gate^T) * (x @ up^T), weight [2 N, K], gate rows first;
 //        gate: gelu_tanh(y) * other; argmax: the row of the largest alone, the lower of equals, -1 if x's row is not finite
+//        keep: what sample.cu draws from
 //
 // Source: gemma4_fast.reference.ops: linear, geglu_mlp, ple_gate, logits. For few rows everything is the stream of weights: see
 // weights.cuh. The eight warps of a block share a tile's columns, so that even a narrow matrix is spread over the machine in one
@@ -133,6 +134,33 @@ DEVICE void linear_block(const Linear& a, int block, int blocks) {
       store(a.best + at, best.value), store(a.best_at + at, best.at);
     }
     if (last_to_arrive(a.counter, blocks, reinterpret_cast<uint32_t*>(all))) pick_largest<T>(a, blocks);
+  } else if (a.end == End::keep) {  // never shared: a lane has a row
+    auto* parts = reinterpret_cast<float2*>(all + kWarps * rows * tokens);  // [kWarps][tokens]: largest, sum
+    const int64_t n = tile * rows + lane;
+    for (int token = 0; token < a.m; ++token) {
+      float y = -infinity();
+      if (lane < rows && n < a.n) {
+        y = total(lane, token);
+        if (a.cap != 0.0f) y = a.cap * tanh_accurate(y / a.cap);
+      }
+      if (lane < rows) store(a.kept + (int64_t(token) * blocks * kWarps * rows + n), y);
+      const float most = from_key(warp_max(to_key(y)));
+      const float sum = warp_sum(y == -infinity() ? 0.0f : exp2_fast((y - most) * a.by));
+      if (lane == 0) parts[warp * tokens + token] = {most, sum};
+    }
+    sync_block();
+    const int token = thread_index();
+    if (token < a.m) {
+      uint32_t key = 0;
+      for (int w = 0; w < kWarps; ++w) key = max(key, to_key(parts[w * tokens + token].x));
+      const float most = from_key(key);
+      float sum = 0;
+      for (int w = 0; w < kWarps; ++w) {
+        const float2 part = parts[w * tokens + token];
+        if (part.y != 0.0f) sum += part.y * exp2_fast((part.x - most) * a.by);
+      }
+      store(a.best + int64_t(token) * blocks + block, most), store(a.sums + int64_t(token) * blocks + block, sum);
+    }
   } else {
     for (int i = first; i < outputs * a.m; i += threads) {
       const int row = i % outputs, token = i / outputs;
@@ -154,14 +182,14 @@ inline Linear tiled(const Linear& args) {
   Linear a = args;
   const int outputs = (a.bits ? 32 : 16) / (a.end == End::geglu ? 2 : 1);
   a.tiles = (a.n + outputs - 1) / outputs;
-  a.shared = a.tiles < kManyTiles && a.end != End::argmax;
+  a.shared = a.tiles < kManyTiles && a.end != End::argmax && a.end != End::keep;
   return a;
 }
 inline int64_t linear_blocks(const Linear& a) { return a.shared ? a.tiles : (a.tiles + kWarps - 1) / kWarps; }
 inline int linear_shared(const Linear& a, int token_tiles) {
   const int rows = a.bits ? 32 : 16, tokens = 8 * token_tiles;
   const int sums = kWarps * rows * tokens * (int)sizeof(float), bests = kWarps * tokens * (int)sizeof(Best);
-  return sums + (a.end == End::argmax ? bests : 0);
+  return sums + (a.end == End::argmax || a.end == End::keep ? bests : 0);
 }
 inline bool linear_whole(const Linear& a) {
   return a.k % 8 == 0 && (a.m == 1 || a.x_stride % 8 == 0) && aligned(a.x) && aligned(a.weight);

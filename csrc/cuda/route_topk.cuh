@@ -25,13 +25,6 @@ struct Shared {
   uint32_t flag;
 };
 
-// Integers in the order of the logits, 1 and up. NaN is the largest: then one among the experts makes all weights NaN.
-DEVICE uint32_t to_key(float logit) {
-  const uint32_t bits = float_to_bits(logit + 0.0f);  // no -0, which equals 0
-  return logit != logit ? 0xffffffffu : bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-DEVICE float from_key(uint32_t key) { return bits_to_float(key >> 31 ? key ^ 0x80000000u : ~key); }
-
 // d [16, 8] += x scale proj^T over 8 columns, as the fp32 product: x scale has up to 22 bits, `high` the upper 11 and `low` exactly
 // the rest, proj 11. y: a lane's columns j and j + 1 of x scale, for two tokens; w: of proj, for an expert.
 DEVICE void multiply(float (&low_sum)[4], float (&high_sum)[4], const float (&y)[2][8], const float (&w)[8], int j) {
@@ -67,7 +60,8 @@ DEVICE void pick(const RouteTopk& a, const float* sums, int64_t stride, int part
     }
   }
   const float by = reciprocal_sqrt(squares / a.hidden + a.eps) * reciprocal_sqrt(a.hidden);
-  uint32_t keys[kEach];  // 0: none there, or taken. So the ids differ and exist, whatever x holds
+  // 0: none there, or taken. So the ids differ and exist, whatever x holds. A NaN is the largest, and makes all weights NaN.
+  uint32_t keys[kEach];
   UNROLL for (int i = 0; i < kEach; ++i) keys[i] = lane + i * kWarp < a.experts ? to_key(logits[i] * by) : 0;
   uint32_t key = 0, id = 0;  // lane k's: the k-th largest
   for (int k = 0; k < a.top_k; ++k) {

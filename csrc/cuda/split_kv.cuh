@@ -21,8 +21,6 @@ using namespace device;
 constexpr int kTile = 32, kLeaf = 4, kNode = 16;  // positions; tiles; tiles
 constexpr int kHeads = 8;  // of a row, the n of mma
 
-DEVICE float infinity() { return bits_to_float(0x7f800000u); }
-
 struct Seen {
   int lo, length;
   // Of 2^shift tiles, cut at multiples of that.

@@ -131,6 +131,21 @@ void linear(Tensor x, Tensor weight, Optional scale, int64_t n, int64_t end, dou
                   op.out<float>(best), op.out<int32_t>(best_at), op.out<uint32_t>(counter)});
 }
 
+// softcap, temperature: 0 for none; more than 0. logits [m, blocks * rows], most, sums [m, blocks]: fp32 scratch.
+void sample(Tensor x, Tensor weight, Optional scale, int64_t n, Tensor uniform, double softcap, double temperature, int64_t top_k,
+            double top_p, double min_p, Tensor logits, Tensor most, Tensor sums, Tensor out, int64_t stream, bool early) {
+  Op op(stream, early);
+  Sample a{};
+  a.head.dtype = dtype_of(x), a.head.end = Linear::End::keep, a.head.bits = bits_of(weight, scale);
+  a.head.x = op.in(x), a.head.weight = op.weight(weight), a.head.scale = op.weight(scale), a.head.x_stride = x.stride(0);
+  a.head.n = n, a.head.m = (int)x.size(0), a.head.k = (int)x.size(1), a.head.cap = (float)softcap;
+  a.head.kept = op.out<float>(logits), a.head.best = op.out<float>(most), a.head.sums = op.out<float>(sums);
+  a.head.by = (float)(1.4426950408889634 / temperature);
+  a.uniform = op.in<float>(uniform), a.out = op.out(out);
+  a.top_k = (int)top_k, a.top_p = (float)top_p, a.min_p = (float)min_p;
+  op.run<Sample>(&Kernels::sample, a);
+}
+
 void moe_decode(Tensor x, Tensor topk_weights, Tensor ids, Tensor gate_up, Optional gate_up_scale, Tensor down,
                 Optional down_scale, int64_t inter, Tensor h, Tensor out, int64_t stream, bool early) {
   Op op(stream, early);
@@ -234,6 +249,9 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cuda, m) {
         "int stream, bool early) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? scale, int n, int end, float cap, Tensor? other, Tensor(a!)? best, "
         "Tensor(b!)? best_at, Tensor(c!)? counter, Tensor(d!) out, int stream, bool early) -> ()");
+  m.def("sample(Tensor x, Tensor weight, Tensor? scale, int n, Tensor uniform, float softcap, float temperature, int top_k, "
+        "float top_p, float min_p, Tensor(a!) logits, Tensor(b!) most, Tensor(c!) sums, Tensor(d!) out, int stream, bool early) "
+        "-> ()");
   m.def("moe_decode(Tensor x, Tensor topk_weights, Tensor ids, Tensor gate_up, Tensor? gate_up_scale, Tensor down, "
         "Tensor? down_scale, int inter, Tensor(a!) h, Tensor(b!) out, int stream, bool early) -> ()");
   m.def("embedding(Tensor weight, Tensor? scales, Tensor ids, Tensor(a!) out, int bits, int vocab, float scale, int stream, "
@@ -269,6 +287,7 @@ STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cuda, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("norm_add_norm", TORCH_BOX(&norm_add_norm));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("sample", TORCH_BOX(&sample));
   m.impl("moe_decode", TORCH_BOX(&moe_decode));
   m.impl("embedding", TORCH_BOX(&embedding));
   m.impl("rope_angles", TORCH_BOX(&rope_angles));

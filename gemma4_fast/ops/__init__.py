@@ -14,7 +14,7 @@ from gemma4_fast.ops.cpu_backend import decode_limit, shared_scratch
 from gemma4_fast.ops.cpu_backend import kernels as cpu_kernels
 from gemma4_fast.ops.cuda_backend import shared_step
 from gemma4_fast.ops.embedding import EMBEDDING, ROPE_ANGLES
-from gemma4_fast.ops.linear import GEGLU_MLP, LINEAR, LOGITS
+from gemma4_fast.ops.linear import GEGLU_MLP, LINEAR, LOGITS, SAMPLE
 from gemma4_fast.ops.moe import EXPERT_DISPATCH, GROUPED_GEMM, MOE, MOE_DECODE, MOE_FEED_FORWARD, ROUTE_TOPK
 from gemma4_fast.ops.norms import MOE_NORM_ADD_NORM, NORM_ADD_NORM, PLE_GATE, QKV_NORM_ROPE, RMS_NORM
 from gemma4_fast.ops.table import (
@@ -27,6 +27,7 @@ from gemma4_fast.ops.table import (
     bound,
     decide,
     default_backend,
+    in_one,
     parse_backend,
     recordable,
     register,
@@ -38,11 +39,10 @@ from gemma4_fast.quant import WeightLike
 
 __all__ = [
     "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "bound", "cpu_kernels", "decide", "decode_limit",
-    "default_backend", "embedding", "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear",
-    "logits", "moe", "moe_decode", "moe_feed_forward", "moe_norm_add_norm", "norm_add_norm", "parse_backend", "ple_gate",
-    "qkv_norm_rope",
-    "recordable", "register", "require", "rms_norm", "rope_angles", "route_topk", "selection", "shared_scratch", "shared_step",
-    "use_backend",
+    "default_backend", "embedding", "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "in_one",
+    "linear", "logits", "moe", "moe_decode", "moe_feed_forward", "moe_norm_add_norm", "norm_add_norm", "parse_backend",
+    "ple_gate", "qkv_norm_rope", "recordable", "register", "require", "rms_norm", "rope_angles", "route_topk", "sample",
+    "selection", "shared_scratch", "shared_step", "use_backend",
 ]  # fmt: skip
 
 
@@ -224,3 +224,17 @@ def ple_gate(
 def logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: bool = False) -> Tensor:
     """x [T, H] -> softcapped logits [T, V], or the argmax ids [T] (-1 for a row that is not finite)."""
     return LOGITS(x, weight, softcap, argmax)
+
+
+def sample(
+    x: Tensor,
+    weight: WeightLike,
+    uniform: Tensor,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Tensor:
+    """The next token of each row of x [T, H], drawn by `uniform` [T] in [0, 1) -> ids [T] (-1 for a row that is not finite)."""
+    return SAMPLE(x, weight, uniform, softcap, temperature, top_k, top_p, min_p)

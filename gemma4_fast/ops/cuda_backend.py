@@ -239,6 +239,52 @@ def logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: 
     return _product(_whole(x), weight, "none" if softcap is None else "softcap", cap=softcap or 0.0)
 
 
+MAX_BLOCKS, MAX_TOP_K = 4096, 64  # kMostBlocks and kMostKept in csrc/cuda/sample.cu
+
+
+def accepts_sample(
+    x: Tensor,
+    weight: WeightLike,
+    uniform: Tensor,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> str | None:
+    vocab = weight.shape[0]
+    if not 0 < top_k < vocab and (top_p < 1 or min_p > 0):
+        return "takes top_p and min_p with a top_k"
+    if top_k < vocab and top_k > MAX_TOP_K:
+        return f"takes a top_k of up to {MAX_TOP_K}, got {top_k}"
+    if (most := MAX_BLOCKS * _ROWS_OF_A_BLOCK[_bits(weight)]) < vocab:
+        return f"takes up to {most} logits, got {vocab}"
+    return accepts_linear(x, weight)
+
+
+def sample(
+    x: Tensor,
+    weight: WeightLike,
+    uniform: Tensor,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Tensor:
+    x, (m, k), n = _whole(x), x.shape, weight.shape[0]
+    out = x.new_empty(m, dtype=torch.int64)
+    if m == 0 or k == 0:
+        return out.zero_()
+    values, scales, bits = parts(weight)
+    rows = _ROWS_OF_A_BLOCK[bits]
+    blocks = -(-n // rows)
+    logits, most, sums = (x.new_empty(m, size, dtype=torch.float32) for size in (blocks * rows, blocks, blocks))
+    draws = _whole(uniform.float()), softcap or 0.0, min(max(temperature, 1e-30), 1e30), top_k if top_k < n else 0, top_p, min_p
+    run("sample", x, x, values, scales, n, *draws, logits, most, sums, out)
+    return out
+
+
 def ple_gate(
     x: Tensor,
     ple: Tensor,

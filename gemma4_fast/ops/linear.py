@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gemma4_fast.ops import checks, cpu_backend, cuda_backend, triton_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
+from gemma4_fast.ops.torch_backend import draw
 from gemma4_fast.quant import WeightLike
 from gemma4_fast.reference import ops as reference
 
@@ -185,5 +186,119 @@ LOGITS = register(
             "triton": Impl("gemma4_fast.triton.logits:logits", triton_backend.DTYPES, accepts=checks.accepts_weights),
             "torch": Impl("gemma4_fast.ops.torch_backend:logits"),
         },
+    )
+)
+
+
+def _check_sample(
+    x: Tensor,
+    weight: WeightLike,
+    uniform: Tensor,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> None:
+    _check_logits(x, weight, softcap)
+    checks.shaped("sample", "uniform", uniform, (x.shape[0],), x, (torch.float32, torch.float64))
+    checks.positive("sample", "temperature", temperature)
+    checks.integer("sample", "top_k", top_k, 0)
+    checks.positive("sample", "top_p", top_p)
+    checks.require("sample", top_p <= 1, f"top_p must lie in (0, 1], got {top_p!r}")
+    checks.require("sample", 0 <= min_p <= 1, f"min_p must lie in [0, 1], got {min_p!r}")
+
+
+def _compose_sample(
+    x: Tensor,
+    weight: WeightLike,
+    uniform: Tensor,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Tensor:
+    ids = draw(LOGITS(x, weight, softcap), uniform, temperature, top_k, top_p, min_p)
+    return torch.where(x.isfinite().all(-1), ids, -1)
+
+
+def sample_case(
+    m: Maker,
+    rows: int,
+    hidden: int,
+    vocab: int,
+    cap: float | None = 30.0,
+    bits: int = 0,
+    temperature: float = 0.3,
+    **restricted: Any,
+) -> dict[str, Any]:
+    """Draws that no rounding of a logit decides: each in the middle of what a likely token has of the row's [0, 1)."""
+    args = dict(x=m.randn(rows, hidden), weight=m.weight(bits, vocab, hidden, scale=1 / math.sqrt(hidden)))
+    settings = dict(softcap=cap, temperature=temperature, **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **restricted})
+    exact = [w.double() if isinstance(w, Tensor) else w.dequantize(torch.float64) for w in args.values()]
+    y = reference.logits(exact[0], exact[1], cap)
+    p, _ = reference.restricted(y, **{k: v for k, v in settings.items() if k != "softcap"})
+    p = p / p.sum(-1, keepdim=True)
+    middle, wanted = p.cumsum(-1) - p / 2, (torch.arange(rows, device=p.device)[:, None] + 1) / (rows + 1)
+    likely = p.where((middle - wanted).abs() < 0.3, 0).argmax(-1, keepdim=True)
+    return dict(**args, uniform=middle.gather(-1, likely).squeeze(-1).float(), **settings)
+
+
+def _drawn(args: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """Of logits' arguments, cleared: nearly all of the probability is one token's."""
+    args = _clear(args)
+    del args["argmax"]
+    uniform = args["x"].new_full((args["x"].shape[0],), 0.5, dtype=torch.float32)
+    return dict(x=args["x"], weight=args["weight"], uniform=uniform, softcap=args["softcap"], **settings)
+
+
+GEMMA = dict(temperature=1.0, top_k=64, top_p=0.95, min_p=0.0)  # what its checkpoints recommend
+FREE = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+
+
+def _sample_cost(
+    x: Tensor,
+    weight: WeightLike,
+    uniform: Tensor,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Cost:
+    return _logits_cost(x, weight, softcap, argmax=True)
+
+
+SAMPLE = register(
+    Op(
+        name="sample",
+        summary="lm_head and the draw of the next token: temperature, top-k, top-p, min-p",
+        reference=reference.sample,
+        check=_check_sample,
+        cases={
+            "26b_slice": lambda m: sample_case(m, 2, 2816, 4096, top_k=64, top_p=0.95),
+            "free": lambda m: sample_case(m, 5, 256, 4099),
+            "no_cap_odd": lambda m: sample_case(m, 3, 97, 1001, cap=None, top_k=20, top_p=0.9, min_p=0.05),
+            "min_p": lambda m: sample_case(m, 3, 64, 1000, min_p=0.1),
+            "top_p": lambda m: sample_case(m, 3, 64, 1000, top_p=0.6),
+            "top_1": lambda m: sample_case(m, 4, 64, 500, top_k=1),
+            "top_k_of_fewer": lambda m: sample_case(m, 4, 64, 30, top_k=50),
+            "cold": lambda m: sample_case(m, 4, 64, 500, temperature=1e-9, top_k=64),
+            "hot": lambda m: sample_case(m, 4, 64, 50, temperature=1e9),
+            "int8": lambda m: sample_case(m, 3, 256, 1001, bits=8, top_k=64, top_p=0.95),
+            "int4_odd": lambda m: sample_case(m, 3, 97, 1001, cap=None, bits=4),
+        },
+        cost=_sample_cost,
+        bench_cases={
+            "26b_1_token": lambda m: _drawn(_logits_case(m, 1, 2816, 262144), **GEMMA),
+            "26b_1_token_free": lambda m: _drawn(_logits_case(m, 1, 2816, 262144), **FREE),
+            "26b_1_token_int8": lambda m: _drawn(_logits_case(m, 1, 2816, 262144, bits=8), **GEMMA),
+        },
+        impls={
+            "cuda": Impl("gemma4_fast.ops.cuda_backend:sample", cuda_backend.DTYPES, accepts=cuda_backend.accepts_sample),
+        },
+        compose=_compose_sample,
+        parts=("logits",),
     )
 )

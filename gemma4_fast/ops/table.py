@@ -368,6 +368,13 @@ def require(device: torch.device, dtype: torch.dtype, ops: Iterable[str]) -> Non
         raise UnsupportedError(f"cannot run on {device} in {str(dtype).removeprefix('torch.')}: {lines}")
 
 
+def in_one(name: str, *args: Any) -> bool:
+    """Whether the selection in force has this op, which others make up, in one for these arguments; looks at no values."""
+    op = TABLE[name]
+    impl = op.fused(args[0].device, args[0].dtype)
+    return impl is not None and _refusal(impl, args) is None
+
+
 def recordable(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the selection in force gives this op a kernel whose calls `graph.py` can record and replay: on a GPU kernels of
     ours, whose launchers never wait for it."""

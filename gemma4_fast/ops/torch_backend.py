@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import cast
 
 import torch
@@ -18,9 +19,8 @@ from gemma4_fast.quant import WeightLike
 from gemma4_fast.reference.ops import embedding, geglu, rope_angles, rotate, route_topk
 
 __all__ = [
-    "embedding", "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear", "logits", "moe_decode",
-    "norm_add_norm", "ple_gate", "qkv_norm_rope", "rms_norm", "rope_angles",
-    "route_topk",
+    "draw", "embedding", "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "linear", "logits",
+    "moe_decode", "norm_add_norm", "ple_gate", "qkv_norm_rope", "restrict", "rms_norm", "rope_angles", "route_topk",
 ]  # fmt: skip
 
 
@@ -356,3 +356,32 @@ def logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: 
     if argmax:
         return torch.where(x.isfinite().all(-1), y.argmax(-1), -1)
     return y if softcap is None else (torch.tanh(_wide(y) / softcap) * softcap).to(x.dtype)
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Of `sample`, what follows the logits [T, V] -> ids [T]; -1 where none is finite."""
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: a tiny temperature cannot overflow
+    kept, ids = restrict(logits, top_k, top_p, min_p)
+    sums = kept.exp().cumsum(-1, dtype=torch.float64)  # in fp32 a quarter of a million summands lose digits that `uniform` has
+    at = torch.searchsorted(sums, uniform.double()[:, None] * sums[:, -1:], right=True).clamp(max=kept.shape[-1] - 1)
+    chosen = (at if ids is None else ids.gather(-1, at)).squeeze(-1)
+    return torch.where(sums[:, -1].isfinite(), chosen, -1)
+
+
+def restrict(logits: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor | None]:
+    """logits [T, V] fp32, temperature applied -> log-weights [T, n] with -inf where a filter removes a token, and the ids
+    [T, n] they belong to (None: n = V, in order). At least the likeliest token stays."""
+    ids = None
+    if 0 < top_k < logits.shape[-1]:
+        logits, ids = logits.topk(top_k, dim=-1)  # falling
+    elif top_p < 1:
+        logits, ids = logits.sort(dim=-1, descending=True, stable=True)
+    if top_p < 1:  # keep the shortest head that reaches top_p
+        before = logits.softmax(-1).cumsum(-1) - logits.softmax(-1)
+        drop = before >= top_p
+        drop[..., 0] = False
+        logits = logits.masked_fill(drop, -math.inf)
+    if min_p > 0:
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
+    return logits, ids

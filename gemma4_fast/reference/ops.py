@@ -415,3 +415,38 @@ def logits(x: Tensor, weight: Tensor, softcap: float | None = None, argmax: bool
         best = y.argmax(-1)  # documented: the first of equal maxima
         return torch.where(x.isfinite().all(-1), best, -1)
     return y if softcap is None else softcap * torch.tanh(y / softcap)
+
+
+def sample(
+    x: Tensor,
+    weight: Tensor,
+    uniform: Tensor,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Tensor:
+    """The next token of each row, drawn from p = softmax(logits(x) / temperature) -> ids [T] int64, -1 for a row that is not
+    finite.
+
+    x [T, H]; weight [V, H]; uniform [T] fp32 in [0, 1). Of p stay the top_k largest (0: all), of those the fewest of the
+    largest whose sum reaches top_p of theirs, and of those all of at least min_p times the largest. The id is the first whose
+    sum with those before it is more than `uniform` of what stayed: in falling order of p where top_k or top_p leave something
+    out, the lower id first of equals, else in the order of the ids. Source: inverse transform sampling; top-p: Holtzman et al.
+    2020; min-p: Nguyen et al. 2024.
+    """
+    p, ids = restricted(logits(x, weight, softcap), temperature, top_k, top_p, min_p)
+    at = (p.cumsum(-1) <= uniform[:, None] * p.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+    chosen = ids.gather(-1, at.clamp(max=p.shape[-1] - 1)).squeeze(-1)
+    return torch.where(x.isfinite().all(-1), chosen, -1)
+
+
+def restricted(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:
+    """What `sample` draws from: logits [T, V] -> p [T, n], 0 where it is left out, and whose it is, [T, n]."""
+    p = (logits / temperature).softmax(-1)
+    ids = torch.arange(p.shape[-1], device=p.device).expand(p.shape)
+    if 0 < top_k < p.shape[-1] or top_p < 1:
+        p, ids = (x[:, : top_k or None] for x in p.sort(dim=-1, descending=True, stable=True))
+        p = p.where(p.cumsum(-1) - p < top_p * p.sum(-1, keepdim=True), 0)
+    return p.where(p >= min_p * p.amax(-1, keepdim=True), 0), ids

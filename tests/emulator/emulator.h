@@ -678,6 +678,13 @@ DEVICE uint32_t warp_max(uint32_t x) {
   return x;
 }
 DEVICE uint32_t warp_min(uint32_t x) { return ~warp_max(~x); }
+DEVICE uint32_t warp_add(uint32_t x) {
+  emulator::exchange("warp_add", x, [](uint32_t** lanes) {
+    const uint32_t sum = std::accumulate(lanes, lanes + emulator::kWarp, 0u, [](uint32_t s, auto lane) { return s + *lane; });
+    for (int i = 0; i < emulator::kWarp; ++i) *lanes[i] = sum;
+  });
+  return x;
+}
 
 template <class T>
 void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

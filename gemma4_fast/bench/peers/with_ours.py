@@ -14,6 +14,7 @@ from gemma4_fast.cache import KVCache
 from gemma4_fast.generate import Session
 from gemma4_fast.graph import DecodeGraph
 from gemma4_fast.ops.table import Op
+from gemma4_fast.sampling import GREEDY
 
 Timed = tuple[list[float], list[list[int]]]
 
@@ -75,7 +76,7 @@ class Peer:
         out, times = [], [time.perf_counter()]
         for _ in range(new):
             with model.running():
-                last = graph.run(last, [1] * batch, greedy=True)
+                last = graph.run(last, [1] * batch, choose=GREEDY)
                 tokens = last.tolist()  # as generate does
             if min(tokens) < 0:
                 raise FloatingPointError("the model's activations are not finite")
