@@ -13,7 +13,7 @@ import importlib
 import logging
 import os
 import platform
-import subprocess
+import shlex
 import sysconfig
 import tempfile
 import threading
@@ -231,14 +231,14 @@ def _built_for(torch_version: str, torch_folder: Path, capabilities: set[tuple[i
     tools = cuda_build.find_tools()
     if isinstance(tools, str):
         raise cuda_build.BuildError(tools)
-    known = subprocess.run(
-        [tools.nvcc, "--list-gpu-code"], capture_output=True, text=True, errors="replace", check=False
-    ).stdout.split()
+    known = cuda_build.told([tools.nvcc, "--list-gpu-code"]).split()
     targets = [cuda_build.target_for(capability, known) for capability in sorted(capabilities)]
     gencode = cuda_build.gencode(dict.fromkeys(filter(None, targets)))
     csrc = cuda_build.csrc()
     files = cuda_build.sources(csrc)
-    recipe = [torch_version, tools.version, tools.cxx, gencode, cuda_build.FLAGS, cuda_build.TORCH_FLAGS, platform.machine()]
+    # Of what the compiler says the first line: the others may be in the user's language.
+    compilers = tools.version, tools.cxx, cuda_build.told([*shlex.split(tools.cxx), "--version"]).partition("\n")[0]
+    recipe = [torch_version, compilers, gencode, cuda_build.FLAGS, cuda_build.TORCH_FLAGS, platform.machine()]
     key = hashlib.sha256(repr([recipe, [(f.name, f.read_bytes()) for f in files]]).encode()).hexdigest()[:16]
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()).absolute() / "gemma4_fast"

@@ -112,9 +112,10 @@ def test_built_once_and_found_again(machine: Path, caplog: pytest.LogCaptureFixt
 
 def test_what_makes_another_library(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = {built(), built(torch="2.14.0"), built((8, 6)), built((8, 6), (9, 0))}
-    nvcc = machine / "bin" / "nvcc"
-    nvcc.write_text(nvcc.read_text().replace("V13.0.88", "V13.1.2"))
-    made.add(built())
+    for name in ("nvcc", "cxx"):
+        compiler = machine / "bin" / name
+        compiler.write_text(compiler.read_text().replace("V13.0.88", "V13.1.2"))
+        made.add(built())
     (machine / "csrc" / "cuda").mkdir(parents=True)
     for path in cuda_build.sources(cuda_build.csrc()):
         (machine / "csrc" / "cuda" / path.name).write_bytes(path.read_bytes())
@@ -123,7 +124,7 @@ def test_what_makes_another_library(machine: Path, monkeypatch: pytest.MonkeyPat
     header = machine / "csrc" / "cuda" / "device.cuh"
     header.write_text(header.read_text() + "\n")
     made.add(built())
-    assert len(made) == 6 and all(path.exists() for path in made)
+    assert len(made) == 7 and all(path.exists() for path in made)
 
 
 def test_two_that_build_at_once(machine: Path) -> None:
