@@ -120,6 +120,11 @@ def target_for(capability: tuple[int, int], known: Iterable[str]) -> str | None:
     return f"compute_{older[-1]}" if older else None  # the driver compiles it
 
 
+def installed_for(capability: tuple[int, int]) -> bool:
+    """Whether what setup.py builds, for TARGETS and with the last one's PTX, runs on a GPU of this capability."""
+    return target_for(capability, TARGETS) in (*TARGETS, TARGETS[-1].replace("sm_", "compute_"))
+
+
 def gencode(targets: Iterable[str], ptx_too: bool = False) -> str:
     """nvcc's flags for these targets; ptx_too: of the last one also PTX, which later GPUs' drivers compile."""
     flags, targets = [], list(targets)

@@ -197,6 +197,16 @@ def test_what_installing_has_built_comes_first(machine: Path, one_gpu: None, mon
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
     monkeypatch.setattr(native, "_try_out", lambda: None)
     assert native.cuda_kernels_missing() is None and loaded == [str(installed)] and not asked(machine)
+    # But for a GPU that it has nothing for: then what is built for all that are there.
+    native._cuda_kernels_missing.cache_clear()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (11, 0))[i])
+    assert native.cuda_kernels_missing() is None
+    assert loaded[1:] == [str(built((9, 0), (11, 0), torch=torch.__version__))]
+    native._cuda_kernels_missing.cache_clear()
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: None)
+    why = str(native.cuda_kernels_missing())
+    assert why.startswith("needs nvcc ") and why.endswith(" (those installed are not for compute capability 11.0)")
 
 
 def test_what_is_missing_is_one_sentence(machine: Path, one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +272,7 @@ def test_which_gpus_the_backend_is_for(one_gpu: None, monkeypatch: pytest.Monkey
 )  # fmt: skip
 def test_what_is_compiled_for_a_gpu(capability: tuple[int, int], target: str | None) -> None:
     assert cuda_build.target_for(capability, ["sm_120", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100"]) == target
+    assert cuda_build.installed_for(capability) == (capability not in ((11, 0), (7, 5)))
 
 
 def test_flags_for_targets() -> None:
