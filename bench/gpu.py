@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The ops whose gaps matter most come first: time may run out.
 OPS = "moe,moe_decode,gqa_decode,gqa_prefill,linear,logits,geglu_mlp,grouped_gemm,route_topk,qkv_norm_rope,norm_add_norm,"
 OPS += "moe_norm_add_norm,moe_feed_forward"
-CHECKED = "odd or ring or idle or skewed or empty_experts or ties or few"  # cases small enough for the memory checker
+CHECKED = "odd or ring or idle or skewed or empty_experts or ties or few or wrapped"  # cases that are small enough for checkers
 GRACE = 6  # seconds between asking a part to stop, so that it writes its rows, and ending it
 
 

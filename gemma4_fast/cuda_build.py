@@ -74,6 +74,11 @@ def find_ninja() -> str | None:
     return str(Path(BIN_DIR, "ninja"))
 
 
+def told(command: list[str]) -> str:
+    """What a program prints."""
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stdout
+
+
 def find_tools() -> Tools | str:
     """The programs that a build needs, or which one is missing and what to do: "needs ..., and ..."."""
     if sys.platform != "linux":
@@ -81,10 +86,10 @@ def find_tools() -> Tools | str:
     if (nvcc := find_nvcc()) is None:
         return f"needs nvcc to build its kernels, and there is none: {INSTALL}"
     try:
-        told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, errors="replace", check=False).stdout
+        said = told([nvcc, "--version"])
     except OSError as error:
-        told = str(error)
-    if (match := re.search(r"\bV(\d+\.\d+\.\d+)", told)) is None:
+        said = str(error)
+    if (match := re.search(r"\bV(\d+\.\d+\.\d+)", said)) is None:
         return f"needs nvcc to build its kernels, and {nvcc} tells no version: {INSTALL}"
     cxx, ninja = os.environ.get("CXX") or "c++", find_ninja()
     tools = Tools(nvcc, match[1], cxx, ninja or "")
@@ -113,6 +118,11 @@ def target_for(capability: tuple[int, int], known: Iterable[str]) -> str | None:
         return f"sm_{same[-1]}"
     older = [n for n in numbers if n <= wanted]
     return f"compute_{older[-1]}" if older else None  # the driver compiles it
+
+
+def installed_for(capability: tuple[int, int]) -> bool:
+    """Whether what setup.py builds, for TARGETS and with the last one's PTX, runs on a GPU of this capability."""
+    return target_for(capability, TARGETS) in (*TARGETS, TARGETS[-1].replace("sm_", "compute_"))
 
 
 def gencode(targets: Iterable[str], ptx_too: bool = False) -> str:

@@ -3,7 +3,7 @@
 
 All are optional: where no compiler was at hand when the package was installed, these functions return None and
 `missing_reason()`, `kernels_missing()` or `cuda_kernels_missing()` says why. Nothing is loaded before the first call. The CUDA
-kernels are also built then, if the installation has not: for the GPUs that are there, into a folder of the user's cache.
+kernels are also built then, if the installation has none for these GPUs: for those alone, into a folder of the user's cache.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import importlib
 import logging
 import os
 import platform
-import subprocess
+import shlex
 import sysconfig
 import tempfile
 import threading
@@ -182,14 +182,16 @@ def cuda_kernels_missing() -> str | None:
 def _cuda_kernels_missing() -> str | None:
     import torch
 
-    library = _installed("_cuda")
-    if not library.exists():
+    library, capabilities = _installed("_cuda"), _capabilities()
+    strange = [f"{major}.{minor}" for major, minor in sorted(capabilities) if not cuda_build.installed_for((major, minor))]
+    if strange or not library.exists():
+        but = f" (those installed are not for compute capability {', '.join(strange)})" if library.exists() else ""
         try:
-            library = _built_for(torch.__version__, Path(torch.__file__).parent, _capabilities())
+            library = _built_for(torch.__version__, Path(torch.__file__).parent, capabilities)
         except cuda_build.BuildError as error:
-            return str(error)
+            return f"{error}{but}"
         except (OSError, ValueError) as error:  # a compiler that does not run, a folder that cannot be looked into
-            return f"could not build its kernels: {error}"
+            return f"could not build its kernels: {error}{but}"
     try:
         torch.ops.load_library(str(library))
         _try_out()
@@ -231,14 +233,14 @@ def _built_for(torch_version: str, torch_folder: Path, capabilities: set[tuple[i
     tools = cuda_build.find_tools()
     if isinstance(tools, str):
         raise cuda_build.BuildError(tools)
-    known = subprocess.run(
-        [tools.nvcc, "--list-gpu-code"], capture_output=True, text=True, errors="replace", check=False
-    ).stdout.split()
+    known = cuda_build.told([tools.nvcc, "--list-gpu-code"]).split()
     targets = [cuda_build.target_for(capability, known) for capability in sorted(capabilities)]
     gencode = cuda_build.gencode(dict.fromkeys(filter(None, targets)))
     csrc = cuda_build.csrc()
     files = cuda_build.sources(csrc)
-    recipe = [torch_version, tools.version, tools.cxx, gencode, cuda_build.FLAGS, cuda_build.TORCH_FLAGS, platform.machine()]
+    # Of what the compiler says the first line: the others may be in the user's language.
+    compilers = tools.version, tools.cxx, cuda_build.told([*shlex.split(tools.cxx), "--version"]).partition("\n")[0]
+    recipe = [torch_version, compilers, gencode, cuda_build.FLAGS, cuda_build.TORCH_FLAGS, platform.machine()]
     key = hashlib.sha256(repr([recipe, [(f.name, f.read_bytes()) for f in files]]).encode()).hexdigest()[:16]
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()).absolute() / "gemma4_fast"

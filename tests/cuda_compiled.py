@@ -6,14 +6,17 @@
 
 The sources are all csrc/cuda/*.cu there are, compiled as an installation compiles them, into build/cuda/<target>: what has not
 changed is not compiled again. What holds for every compiler version (`broken_rules`): no spills, no stack and no local memory;
-everything inlined; where launches are early, no look at memory before the one before has ended, but for weights. What the file
-adds (`differences`): the kernels are those it lists, and with the nvcc version that it names there are no more registers, and
-no fewer loads of 16 bytes, tensor-core instructions and weights asked for early. What the kernels compute, test_cuda.py tests.
+everything inlined; where launches are early, no look at memory before the one before has ended, but for weights; and what the
+launchers ask for is there, for as many blocks at once as KERNEL(threads, blocks) says (`launched`). What the file adds
+(`differences`): the kernels are those it lists and take no more shared memory; with the nvcc version that it names there are no
+more registers, and no fewer loads of 16 bytes, tensor-core instructions and weights asked for early. What the kernels compute,
+test_cuda.py tests.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -34,6 +37,12 @@ FILE = Path(__file__).with_suffix(".txt")
 BUILD = ROOT / "build" / "cuda"
 COMMAND = "python tests/cuda_compiled.py --write"
 QUICK = "sm_90a"  # what `make test` compiles for
+# Bytes of shared memory: of a multiprocessor, and that a block may have. RESERVED of each block's are the system's.
+SHARED = {"sm_80": (164 << 10, 163 << 10), "sm_120": (100 << 10, 99 << 10)}
+SHARED |= dict.fromkeys(("sm_90a", "sm_100"), (228 << 10, 227 << 10))
+RESERVED = 1 << 10
+# 100 KB hold two tiles of 512 columns once, and not twice: attention takes one block there, of the two that it is compiled for.
+ALONE = re.compile(r"gqa_decode_kernel<\w+,512,\w+> for sm_120")
 
 
 class Row(NamedTuple):
@@ -43,7 +52,7 @@ class Row(NamedTuple):
     kernel: str  # without blanks
     target: str
     registers: int  # of a thread
-    shared: int  # bytes of a block, but for those that the launch asks for
+    shared: int  # bytes of a block
     hmma: int  # tensor-core instructions
     load16: int  # loads from global memory of 16 bytes a thread and more
     load: int  # and of fewer
@@ -67,10 +76,10 @@ HEADER = f"""\
 # nvcc {{version}}
 #
 #   regs    registers of a thread                               async16, async  copies to shared memory that run by themselves
-#   shared  bytes of static shared memory                       ldsm            matrices loaded from shared memory
+#   shared  bytes of shared memory of its largest launch        ldsm            matrices loaded from shared memory
 #   hmma    tensor-core instructions                            early           loads of weights before the wait for the launch
 #   ldg16   loads from global memory of 16 bytes; ldg: fewer                    before (sm_90 and newer)
-# No kernel spills registers or has a stack: tested.
+# Tested: no kernel spills registers or has a stack; there is shared memory for the blocks that KERNEL(threads, blocks) says.
 #
 #      regs shared  hmma ldg16   ldg async16 async  ldsm early
 """
@@ -85,6 +94,8 @@ class Facts(NamedTuple):
     waits: bool  # for the launch before
     hasty: int  # looks at memory before that, but for weights
     called: bool  # a function that is not inlined
+    threads: int  # KERNEL's: in a block at most
+    blocks: int  # and on a multiprocessor at once at least
 
 
 Found = dict[Row, Facts]
@@ -147,7 +158,7 @@ def differences(row: Row, expected: Row, same_version: bool) -> list[str]:
     found = []
     if same_version and row.registers > expected.registers:
         found.append(f"takes {row.registers} registers, expected {expected.registers}")
-    if same_version and row.shared > expected.shared:
+    if row.shared > expected.shared:
         found.append(f"takes {row.shared} bytes of shared memory, expected {expected.shared}")
     words = dict(hmma="tensor-core instructions", load16="loads of 16 bytes", async16="asynchronous copies of 16 bytes")
     for name, what in {**words, "early": "loads of weights before the wait"}.items():
@@ -155,6 +166,26 @@ def differences(row: Row, expected: Row, same_version: bool) -> list[str]:
         if now < then and (same_version or now == 0):
             found.append(f"has {now} {what}, expected {then}")
     return found
+
+
+def launched(found: Found, asked: dict[str, tuple[int, int]]) -> tuple[Found, list[str]]:
+    """The rows with the bytes that launches ask for, and which launches cannot be. asked: by kernel, threads and bytes."""
+    complete, faults = Found(), list[str]()
+    for row, facts in found.items():
+        threads, shared = asked.get(row.kernel, (0, 0))
+        row = row._replace(shared=row.shared + shared)
+        complete[row] = facts
+        of_all, of_block = SHARED[row.target]
+        blocks = 1 if ALONE.search(str(row)) else facts.blocks
+        if row.kernel not in asked:
+            faults.append(f"{row}: is launched by no call of tests/cuda_launches.py")
+        if threads > facts.threads:
+            faults.append(f"{row}: is launched with {threads} threads, and KERNEL says {facts.threads}")
+        if row.shared > of_block:
+            faults.append(f"{row}: is launched with {row.shared} bytes of shared memory, and a block may have {of_block}")
+        elif blocks > (fit := of_all // (row.shared + RESERVED)):
+            faults.append(f"{row}: fits {fit} times with {row.shared} bytes of shared memory, and KERNEL says {blocks} blocks")
+    return complete, faults
 
 
 def unlisted(found: Iterable[Row], listed: Iterable[Row]) -> list[str]:
@@ -169,6 +200,7 @@ INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*)(
 WIDE = {"128", "256"}
 HASTY = re.compile(r"LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UTMA\w+|UBLK\w+")
 LOCAL = {"LDL", "STL"}
+BOUNDS = re.compile(r"\.entry (\w+)\([^)]*\)\s+\.maxntid (\d+)[^\n]*\s+\.minnctapersm (\d+)")
 
 
 class Instruction(NamedTuple):
@@ -246,10 +278,11 @@ def demangled(names: Iterable[str]) -> dict[str, str]:
 
 
 def read(file: str, target: str, log: str, sass: str) -> Found:
-    """What ptxas says of each kernel (-Xptxas -v), and its code, as cuobjdump shows it."""
+    """What ptxas says of each kernel (-Xptxas -v), and its code and PTX, as cuobjdump shows them."""
     kernels = set(re.findall(r"Compiling entry function '(\w+)'", log))
     told = dict(re.findall(r"Function properties for (\w+)\n((?:(?!.*Function properties).*\n)*)", log))
     codes = dict(re.findall(r"Function : (\w+)\n((?:(?!.*Function : ).*\n)*)", sass))
+    bounds = {name: (int(n), int(m)) for name, n, m in BOUNDS.findall(sass)}
     found = Found()
     for mangled, name in demangled(told.keys() | codes.keys()).items():
         said = told.get(mangled, "")
@@ -257,6 +290,7 @@ def read(file: str, target: str, log: str, sass: str) -> Found:
         def number(pattern: str, said: str = said) -> int:
             return sum(map(int, re.findall(pattern, said)))
 
+        threads, blocks = bounds.get(mangled, (0, 0))
         code = instructions(codes.get(mangled, ""))
         early = has_early_launch(target)
         before = before_wait(code) if early else []
@@ -275,6 +309,8 @@ def read(file: str, target: str, log: str, sass: str) -> Found:
             waits=not early or count["ACQBULK"] > 0,
             hasty=sum(HASTY.fullmatch(i.opcode) is not None and not i.is_weight for i in before),
             called=mangled not in kernels,
+            threads=threads,
+            blocks=blocks,
         )
     return found
 
@@ -303,7 +339,7 @@ def disassembled(cuobjdump: str, built: Path) -> str:
     """What it has said of this file before, if the file is not newer."""
     kept = built.with_suffix(".sass")
     if not kept.exists() or kept.stat().st_mtime_ns < built.stat().st_mtime_ns:
-        done = subprocess.run([cuobjdump, "-sass", str(built)], capture_output=True, text=True, check=True)
+        done = subprocess.run([cuobjdump, "-sass", "-ptx", str(built)], capture_output=True, text=True, check=True)
         kept.write_text(done.stdout)
     return kept.read_text()
 
@@ -314,7 +350,7 @@ def prepare(target: str, folder: Path, files: Iterable[Path] | None = None) -> t
     assert not isinstance(tools, str) and torch is not None and torch.origin is not None
     csrc = ROOT / "csrc"
     files = cuda_build.sources(csrc) if files is None else files
-    gencode = cuda_build.gencode([target])
+    gencode = cuda_build.gencode([target], ptx_too=True)  # which alone keeps KERNEL's numbers
     objects = cuda_build.write_ninja(folder, folder / "_cuda.so", tools, Path(torch.origin).parent, gencode, files, csrc)
     return tools, objects
 
@@ -336,6 +372,14 @@ def compiled(target: str, folder: Path, files: Iterable[Path], jobs: int | None 
         if "exit" in wanted:  # what nvcc makes of a function for the GPU alone that is called on the CPU, without a word
             faults.append(f"{file.name} for {target}: a launcher calls what is DEVICE, which would end the process")
     return found, faults
+
+
+def asked_for() -> dict[str, dict[str, tuple[int, int]]]:
+    """By target and kernel, what launches ask for."""
+    command = [sys.executable, str(Path(__file__).with_name("cuda_launches.py"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
 
 
 # ---- the command ----
@@ -382,10 +426,12 @@ def main(argv: list[str] | None = None) -> int:
 
     found, faults = Found(), list[str]()
     try:
+        asked = asked_for()
         for target in targets:
             more, wrong = compiled(target, BUILD / target, files, args.jobs)
+            more, impossible = launched(more, asked[target])
             found |= more
-            faults += wrong
+            faults += wrong + impossible
     except cuda_build.BuildError as error:
         print(error)
         return 1

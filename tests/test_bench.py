@@ -428,6 +428,9 @@ def test_all_that_needs_a_gpu_ends_in_ten_minutes(monkeypatch: pytest.MonkeyPatc
     assert {name for name, part in parts.items() if not part.may_stop} == must
     assert sum("test_cuda.py" in " ".join(part.command) for part in parts.values()) == 3
     assert parts["ops"].command.index("cuda,triton,torch") and "racecheck" in parts["race checker"].command[-1]
+    decode = ops.TABLE["gqa_decode"]
+    checked = [case for case in decode.cases if any(word in case for word in gpu.CHECKED.split(" or "))]
+    assert {decode.inputs(case, torch.bfloat16)["k_cache"] is None for case in checked} == {True, False}  # both kernels
     parsed = {}
     for name, part in parts.items():
         if "bench" in part.command:

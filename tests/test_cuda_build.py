@@ -112,9 +112,10 @@ def test_built_once_and_found_again(machine: Path, caplog: pytest.LogCaptureFixt
 
 def test_what_makes_another_library(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = {built(), built(torch="2.14.0"), built((8, 6)), built((8, 6), (9, 0))}
-    nvcc = machine / "bin" / "nvcc"
-    nvcc.write_text(nvcc.read_text().replace("V13.0.88", "V13.1.2"))
-    made.add(built())
+    for name in ("nvcc", "cxx"):
+        compiler = machine / "bin" / name
+        compiler.write_text(compiler.read_text().replace("V13.0.88", "V13.1.2"))
+        made.add(built())
     (machine / "csrc" / "cuda").mkdir(parents=True)
     for path in cuda_build.sources(cuda_build.csrc()):
         (machine / "csrc" / "cuda" / path.name).write_bytes(path.read_bytes())
@@ -123,7 +124,7 @@ def test_what_makes_another_library(machine: Path, monkeypatch: pytest.MonkeyPat
     header = machine / "csrc" / "cuda" / "device.cuh"
     header.write_text(header.read_text() + "\n")
     made.add(built())
-    assert len(made) == 6 and all(path.exists() for path in made)
+    assert len(made) == 7 and all(path.exists() for path in made)
 
 
 def test_two_that_build_at_once(machine: Path) -> None:
@@ -196,6 +197,16 @@ def test_what_installing_has_built_comes_first(machine: Path, one_gpu: None, mon
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
     monkeypatch.setattr(native, "_try_out", lambda: None)
     assert native.cuda_kernels_missing() is None and loaded == [str(installed)] and not asked(machine)
+    # But for a GPU that it has nothing for: then what is built for all that are there.
+    native._cuda_kernels_missing.cache_clear()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (11, 0))[i])
+    assert native.cuda_kernels_missing() is None
+    assert loaded[1:] == [str(built((9, 0), (11, 0), torch=torch.__version__))]
+    native._cuda_kernels_missing.cache_clear()
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: None)
+    why = str(native.cuda_kernels_missing())
+    assert why.startswith("needs nvcc ") and why.endswith(" (those installed are not for compute capability 11.0)")
 
 
 def test_what_is_missing_is_one_sentence(machine: Path, one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +272,7 @@ def test_which_gpus_the_backend_is_for(one_gpu: None, monkeypatch: pytest.Monkey
 )  # fmt: skip
 def test_what_is_compiled_for_a_gpu(capability: tuple[int, int], target: str | None) -> None:
     assert cuda_build.target_for(capability, ["sm_120", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100"]) == target
+    assert cuda_build.installed_for(capability) == (capability not in ((11, 0), (7, 5)))
 
 
 def test_flags_for_targets() -> None:

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import cuda_compiled
+import cuda_launches
+import emulated
 import pytest
+import torch
 from cuda_compiled import Facts, Found, Row
 
 from gemma4_fast import cuda_build
@@ -15,7 +18,7 @@ MISSING = cuda_compiled.what_is_missing()
 compiles = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 ROW = Row("linear.cu", "k<bf16,8>", "sm_90a", 128, 0, 16, 8, 2, 4, 0, 6, 8)
-GOOD = Facts(stack=0, spills=0, local=0, waits=True, hasty=0, called=False)
+GOOD = Facts(stack=0, spills=0, local=0, waits=True, hasty=0, called=False, threads=256, blocks=2)
 
 
 @compiles
@@ -168,6 +171,7 @@ def test_bad_kernels_are_seen(bad: tuple[Found, list[str]]) -> None:
     (function,) = (name for name in faults if "fetched" in name)
     assert "inlined" in faults[function][0]
     assert len(wrong) == 1 and "would end the process" in wrong[0]
+    assert {(f.threads, f.blocks) for row, f in found.items() if row.kernel == "spills"} == {(1024, 2)}
     assert rows["copies_early"].async16 == 1
 
 
@@ -191,7 +195,7 @@ def test_a_target_without_early_launches_and_a_launcher_that_is_right(tmp_path: 
     "change, message, in_another_version",
     [
         (dict(registers=129), "129 registers, expected 128", False),
-        (dict(shared=16), "16 bytes of shared memory", False),
+        (dict(shared=16), "16 bytes of shared memory", True),
         (dict(hmma=15), "15 tensor-core", False),
         (dict(hmma=0), "0 tensor-core", True),
         (dict(load16=7), "7 loads of 16 bytes", False),
@@ -205,6 +209,48 @@ def test_what_is_worse_than_the_file(change: dict[str, Any], message: str, in_an
     (found,) = cuda_compiled.differences(row, ROW, same_version=True)
     assert message in found
     assert bool(cuda_compiled.differences(row, ROW, same_version=False)) == in_another_version
+
+
+# ---- what launches ask for ----
+
+
+@pytest.mark.parametrize(
+    "target, kernel, threads, shared, message",
+    [
+        ("sm_90a", "k", 256, 115712, ""),  # twice this and the system's: all of it
+        ("sm_90a", "k", 256, 115713, "fits 1 times with 115713 bytes of shared memory, and KERNEL says 2 blocks"),
+        ("sm_80", "k", 256, 115712, "fits 1 times"),
+        ("sm_120", "k", 256, 101377, "with 101377 bytes of shared memory, and a block may have 101376"),
+        ("sm_120", "gqa_decode_kernel<half,512,true>", 256, 101376, ""),
+        ("sm_120", "gqa_decode_kernel<half,256,true>", 256, 101376, "fits 1 times"),
+        ("sm_90a", "k", 288, 0, "with 288 threads, and KERNEL says 256"),
+    ],
+)
+def test_launches_that_cannot_be(target: str, kernel: str, threads: int, shared: int, message: str) -> None:
+    row = ROW._replace(target=target, kernel=kernel)
+    complete, faults = cuda_compiled.launched({row: GOOD}, {kernel: (threads, shared)})
+    assert complete == {row._replace(shared=shared): GOOD}
+    assert len(faults) == bool(message) and all(message in fault for fault in faults)
+
+
+def test_a_kernel_that_nobody_launches() -> None:
+    assert cuda_compiled.launched({ROW: GOOD}, {})[1] == [f"{ROW}: is launched by no call of tests/cuda_launches.py"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch takes ops of these names once")
+@pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+def test_a_launcher_that_asks_for_too_much() -> None:
+    rows = [row for row in cuda_compiled.parse(cuda_compiled.FILE.read_text())[1] if row.kernel.startswith("gqa_decode_kernel")]
+    as_it_is = cuda_launches.asked()
+    assert rows and all(0 < as_it_is[row.target][row.kernel][1] <= row.shared for row in rows)
+    change = "(a.shared / 2 - 1024 - kRest)", "(a.shared - 1024 - kRest)"
+    greedy = cuda_launches.asked(emulated.mutant("one_block_for_two", "gqa_decode.cu", *change, "gqa_decode.cu"))
+    seen = set()
+    for row in rows:
+        found = {row._replace(shared=0): GOOD}
+        assert not cuda_compiled.launched(found, as_it_is[row.target])[1]
+        seen |= {row.target for fault in cuda_compiled.launched(found, greedy[row.target])[1] if "fits 1 times" in fault}
+    assert seen == set(cuda_build.TARGETS)
 
 
 def test_what_is_better_than_the_file() -> None:

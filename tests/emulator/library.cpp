@@ -12,4 +12,8 @@ extern "C" __attribute__((visibility("default"))) const Emulated gemma4_fast_emu
     &kernels, &emulator::allow, &emulator::forget, [](uint64_t seed) { emulator::machine().seed = seed; },
     [] { return emulator::machine().launches; }};
 
+extern "C" __attribute__((visibility("default"))) void gemma4_fast_watch(void (*watch)(const void*, int, int)) {
+  emulator::machine().watch = watch;
+}
+
 }  // namespace gemma4_fast::cuda
