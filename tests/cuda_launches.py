@@ -43,6 +43,7 @@ def calls(dtype: torch.dtype, machine: cuda_backend.Machine) -> Iterator[Callabl
         yield partial(cuda_backend.embedding, **embedding_case(m, rows, 40, k, bits=bits))
         yield partial(cuda_backend.moe_decode, **moe_case(m, rows, k, k, top_k, top_k, bits=bits))
         yield partial(cuda_backend.moe_feed_forward, **feed_forward_case(m, rows, k, k, k, top_k, top_k, bits=bits))
+    yield partial(cuda_backend.sample, m.randn(1, 64), m.randn(40, 64), torch.full((1,), 0.5))
     for k, experts in product((64, 60), (cuda_backend.FEW_EXPERTS, 2 * cuda_backend.FEW_EXPERTS)):
         yield partial(cuda_backend.route_topk, **route_case(m, 16, k, experts, 8))
     for hidden in (cuda_backend.MAX_HIDDEN, cuda_backend.MAX_HIDDEN - 1):

@@ -33,6 +33,17 @@ def test_kernels_compile_for_every_target(capsys: pytest.CaptureFixture[str]) ->
     assert cuda_compiled.main([]) == 0, capsys.readouterr().out
 
 
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_a_product_s_first_block_fits_beside_a_window_s_attention(bits: int) -> None:
+    """On an H100 or H200: o_proj's weights are on their way while attention, whose blocks are two, still runs (NOTES.md)."""
+    _, rows = cuda_compiled.parse(cuda_compiled.FILE.read_text(encoding="utf-8"))
+    numbers = {row.kernel: row for row in rows if row.target == "sm_90a"}
+    attention, product = numbers["gqa_decode_kernel<bf16,256,false>"], numbers[f"linear_kernel<bf16,{bits},1,true>"]
+    registers = [256 * -(-row.registers // 8) * 8 for row in (attention, attention, product)]  # 256 threads, given by eights
+    assert sum(registers) <= 65536
+    assert sum(row.shared + 1024 for row in (attention, attention, product)) <= cuda_compiled.SHARED["sm_90a"][0]
+
+
 # ---- bad kernels ----
 
 MUTANTS = """\
