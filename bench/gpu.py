@@ -32,7 +32,7 @@ from gemma4_fast.triton.common import TARGETS
 ROOT = Path(__file__).resolve().parents[1]
 # The ops whose gaps matter most come first: time may run out.
 OPS = "moe,moe_decode,gqa_decode,gqa_prefill,linear,logits,geglu_mlp,grouped_gemm,route_topk,qkv_norm_rope,norm_add_norm,"
-OPS += "moe_norm_add_norm,moe_feed_forward"
+OPS += "moe_norm_add_norm,moe_feed_forward,sample"
 CHECKED = "odd or ring or idle or skewed or empty_experts or ties or few or wrapped"  # cases that are small enough for checkers
 GRACE = 6  # seconds between asking a part to stop, so that it writes its rows, and ending it
 
@@ -88,7 +88,8 @@ def parts(folder: Path, python: str = sys.executable) -> Iterator[Part]:
     model = [*bench, "model", "--config", "26b-a4b", *ours, "--append", "-o", str(folder / "gpu-model.jsonl")]
     deep = [*model, "--rounds", "3", "--depth", "1K"]
     yield Part("model", 45, [*deep, "--decode", "64"], may_stop=True)
-    yield Part("model, batch 64", 35, [*deep, "--decode", "32", "--batch", "64"], may_stop=True)
+    yield Part("model, int4", 25, [*deep, "--decode", "64", "--quantize", "int4"], may_stop=True)
+    yield Part("model, batch 64", 25, [*deep, "--decode", "32", "--batch", "64"], may_stop=True)
     check = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     small = ["-x", "-k", f"test_matches_reference and ({CHECKED}) and bfloat16"]
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else the checker sees one large allocation
@@ -99,11 +100,11 @@ def parts(folder: Path, python: str = sys.executable) -> Iterator[Part]:
         yield Part("race checker", 35, all_of(races, barriers), **checker)
     beside = [*model, "--rounds", "2", "--prompt", "128", "--decode", "16", "--peers"]
     theirs = dict(may_stop=True, module="transformers")
-    yield Part("transformers", 40, [*beside, "transformers"], **theirs)  # cut to what fits twice, if need be
+    yield Part("transformers", 30, [*beside, "transformers"], **theirs)  # cut to what fits twice, if need be
     # By itself, as compiling may take all of its time: nothing is counted before everyone has warmed up. A fifth of the model,
     # since each layer is compiled.
     fifth = ["--layers", "6", "--vocab", "52428"]
-    yield Part("torch.compile", 35, [*beside, "torch.compile", *fifth], **theirs)
+    yield Part("torch.compile", 25, [*beside, "torch.compile", *fifth], **theirs)
     profile = [python, str(ROOT / "bench/furthest.py"), str(file), "-o", str(folder / "profile.txt")]
     yield Part("profile", 25, profile, may_stop=True, program="ncu")
 

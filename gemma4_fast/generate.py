@@ -108,12 +108,8 @@ class Session:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
             raise ValueError(f"seed must be an integer in [0, 2^63), got {seed!r}")
         first = secrets.randbits(48) if seed is None else seed
-        # [max_new_tokens, B]: a sequence draws by its own numbers, whoever its neighbours are, and the same on any device.
-        self.uniform: Tensor | None = None
-        if not self.sampling.greedy:
-            generators = [torch.Generator().manual_seed((first + b) % 2**63) for b in range(len(prompts))]
-            draws = [torch.rand(self.max_new_tokens, generator=g) for g in generators]
-            self.uniform = torch.stack(draws, 1).to(model.device)
+        self.seeds = [(first + b) % 2**63 for b in range(len(prompts))]
+        self.uniform: Tensor | None = None  # [max_new_tokens, B], while it runs, if tokens are drawn
         self.prefill_seconds = self.decode_seconds = 0.0
         self.graph: DecodeGraph | None = None  # while it runs, with the cache
 
@@ -158,6 +154,9 @@ class Session:
     def _run(self, on_prefill: Callable[[int, int], None] | None) -> Iterator[list[Token]]:
         batch = len(self.prompts)
         self.going = [True] * batch
+        if not self.sampling.greedy:  # a sequence draws by its own numbers, alone or in a batch, on any device
+            draws = [torch.rand(self.max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in self.seeds]
+            self.uniform = torch.stack(draws, 1).to(self.model.device)
         start = time.perf_counter()
         cache, hidden = self._prefill(on_prefill)
         graph = self.graph = self._decode_graph(cache)
@@ -260,7 +259,7 @@ class Session:
         """Hidden states [B, H], or with `self.choose` the ids [B] -> the tokens of the sequences still going, and all ids [B]
         on the device."""
         values, top = None, None
-        # Never from rounded logits: softcapped and in bf16, the largest have equals.
+        # The likeliest never from the logits: softcapped and rounded to bf16, the largest have equals.
         ids = out if self.choose is not None else self.model.choose(out, self.sampling, self._draws(step))
         chosen = ids.tolist()
         if min(chosen) < 0:  # an idle sequence that has gone wrong is no one's concern, but its id must be one

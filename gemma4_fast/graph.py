@@ -2,7 +2,8 @@
 
 A step of one token for each sequence is the same calls with the same shapes every time. Op by op, Python, checks and
 allocations cost some tens of microseconds a call, more where a step's weights have taken the caches; a replay costs less than
-one for all of them. All of a step is in it, from the tokens' ids to their successors' if those are the likeliest ones.
+one for all of them. All of a step is in it, from the tokens' ids to their successors', if those are the likeliest, or drawn by
+a kernel of ours.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class DecodeGraph:
     by other ways is not seen, unless one asks (`fits`).
     """
 
-    KEPT = 4  # recordings: with a choice of tokens or none, of a long context or a short one
+    KEPT = 4  # recordings: of each way to choose tokens, or none, and of a long context or a short one
 
     def __init__(self, model: Gemma4, cache: KVCache) -> None:
         self.model, self.cache = model, cache
@@ -53,6 +54,10 @@ class DecodeGraph:
         """ids [B] int64, new_lens [B] (0: idle) -> final normed hidden states [B, H]; or with `choose`, which `can_choose`, the
         next ids [B] int64 (-1 for a hidden state that is not finite), drawn by uniform [B] fp32 if not greedy. Valid until the
         next call. The cache counts the new tokens."""
+        if choose is None or choose.greedy:
+            uniform = None
+        elif uniform is None:
+            raise ValueError("a step that draws its tokens needs uniform numbers [B]")
         longest = max((have + 1 for have, n in zip(self.cache.host_lens, new_lens, strict=True) if n), default=1)
         if longest > self.cache.max_len or not all(n in (0, 1) for n in new_lens):
             raise ValueError(f"a step of {new_lens} tokens to {self.cache.host_lens} of at most {self.cache.max_len}")

@@ -250,7 +250,7 @@ class Gemma4(nn.Module):
         return ops.sample(h, self.head, *self._draw(sampling, cast(Tensor, uniform)))
 
     def chooses_in_one(self, h: Tensor, sampling: Sampling) -> bool:
-        """Whether a backend has that choice in one, without a pass over the logits."""
+        """Whether a backend has that choice in one: of hidden states like h, and numbers like its first column."""
         return sampling.greedy or ops.in_one("sample", h, self.head, *self._draw(sampling, h[:, 0]))
 
     def _draw(self, s: Sampling, uniform: Tensor) -> tuple[Any, ...]:

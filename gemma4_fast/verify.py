@@ -409,26 +409,39 @@ class _Check:
                 self._draws(h, truth, allowed)
 
     def _draws(self, h: Tensor, truth: Tensor, allowed: float) -> None:
-        """Of hidden states h [T, H] with these logits, the tokens drawn in the middle of what the second likeliest, or else the
-        likeliest, has of [0, 1): it, or one that is as likely within what plain PyTorch loses of a logit."""
-        scale, two = truth.abs().max().item() + 1e-30, truth.topk(2).values
-        apart = (two[:, 0] - two[:, 1]).mean().item() + 1e-30  # as a temperature, it leaves both likely
-        for sampling in (Sampling(temperature=apart, top_k=2), Sampling(temperature=apart / 3)):
-            filters = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
-            p, of = reference_ops.restricted(truth, *filters)
-            p = p / p.sum(-1, keepdim=True)
-            second = p.topk(2)
-            best = second.indices[:, 1:].where(second.values[:, 1:] > 0.1, second.indices[:, :1])
-            middle = (p.cumsum(-1) - p / 2).gather(-1, best).squeeze(-1)
-            ids = self.model.choose(h, sampling, middle.float())
+        """Tokens drawn from hidden states h [T, H] with these logits, where rounding decides only between tokens that are as
+        likely within what plain PyTorch loses of a logit."""
+        rows, vocab, scale = *truth.shape, truth.abs().max().item() + 1e-30
+        row, hot = torch.arange(rows, device=h.device), 1e12  # so hot that all that stay are as likely
+        if vocab < 3:  # a top_k of all is none
+            return
+        most = min(64, vocab - 1)
+        ranked, ids = truth.topk(max(2, most), dim=-1)
+        # As a temperature, it leaves the second of two more than 0.3, or else the first more than 0.7.
+        apart = 1.5 * (ranked[:, 0] - ranked[:, 1]).mean().item() + 1e-30
+        p = (ranked[:, :2] / apart).softmax(-1)
+        second = (p[:, 1] > 0.3).long()
+        middle = torch.where(second > 0, 1 - p[:, 1] / 2, p[:, 0] / 2)
+        late, any_id = torch.full_like(middle, 0.9), (row * 7919 + 1) * 4099 % vocab
+        # How, the numbers drawn by, and the tokens: by their rank, or their ids.
+        plan: list[tuple[str, Sampling, Tensor, Tensor]] = [
+            ("of all", Sampling(hot), (any_id + 0.5) / vocab, any_id),
+            ("of the top_k", Sampling(hot, top_k=most), (most - 1 - row % most + 0.5) / most, most - 1 - row % most),
+            ("of two", Sampling(apart, top_k=2), middle, second),
+            ("by top_p", Sampling(apart, top_k=2, top_p=0.4), late, torch.zeros_like(row)),
+            ("by min_p", Sampling(apart, top_k=2, min_p=1.0), late, torch.zeros_like(row)),
+        ]
+        for what, sampling, uniform, wanted in plan:
+            got = self.model.choose(h, sampling, uniform.float())
             missed = math.inf
-            if int(ids.min()) >= 0 and int(ids.max()) < truth.shape[1]:
-                wanted = truth.gather(-1, of.gather(-1, best))
-                missed = (wanted - truth.gather(-1, ids[:, None])).abs().max().item()
-            what = f"{h.shape[0]} rows, {'of the likeliest' if sampling.top_k else 'of all'}"
-            row = Comparison("drawn token", what, missed / scale, allowed / scale)
+            if sampling.top_k == 0:
+                missed = 0.0 if torch.equal(got, wanted) else math.inf
+            elif int(got.min()) >= 0 and int(got.max()) < vocab:
+                wanted = ids.gather(-1, wanted[:, None])
+                missed = (truth.gather(-1, wanted) - truth.gather(-1, got[:, None])).abs().max().item()
+            compared = Comparison("drawn token", f"{rows} rows, {what}", missed / scale, allowed / scale)
             op = f"sample [{self.report.backends['sample']}]"
-            self.report.comparisons.append(row if row.ok else replace(row, op=op))
+            self.report.comparisons.append(compared if compared.ok else replace(compared, op=op))
 
     def _recorded_step(self) -> None:
         """The decode step as generation replays it, beside op by op on another cache; before the last one a sequence ends. The

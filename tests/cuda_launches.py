@@ -23,7 +23,7 @@ import cuda_compiled
 import emulated
 import torch
 
-from gemma4_fast.ops import cuda_backend
+from gemma4_fast.ops import cuda_attention, cuda_backend
 from gemma4_fast.ops.attention import decode_case
 from gemma4_fast.ops.embedding import angles_case, embedding_case
 from gemma4_fast.ops.moe import feed_forward_case, moe_case, route_case
@@ -33,7 +33,7 @@ from gemma4_fast.ops.table import Maker
 Asked = dict[str, dict[str, tuple[int, int]]]
 
 
-def calls(dtype: torch.dtype, machine: cuda_backend.Machine) -> Iterator[Callable[[], Any]]:
+def calls(dtype: torch.dtype, machine: cuda_attention.Machine) -> Iterator[Callable[[], Any]]:
     """Of every kernel a launch, and one that asks for the most: many rows, assignments or columns. k: 60 divides nothing."""
     m, most = Maker(dtype), cuda_backend.MAX_ASSIGNMENTS
     for k, bits, rows in product((64, 60), (0, 8, 4), (8, cuda_backend.MAX_ROWS)):
@@ -52,10 +52,10 @@ def calls(dtype: torch.dtype, machine: cuda_backend.Machine) -> Iterator[Callabl
         yield partial(cuda_backend.moe_norm_add_norm, x, x, x, w, w, w, next_weight=w)
     for dim in (128, 256, 512):
         for pairs in (8, 7):
-            yield partial(cuda_backend.qkv_norm_rope, **qkv_case(m, 1, 1, 1, dim, pairs, 2))
+            yield partial(cuda_attention.qkv_norm_rope, **qkv_case(m, 1, 1, 1, dim, pairs, 2))
         for v_only, one_launch in product((False, True), (False, True)):
             args = decode_case(m, [64], 8, 1, dim, 64, v_only=v_only)
-            yield partial(cuda_backend.decode_on, machine, one_launch, **args)
+            yield partial(cuda_attention.decode_on, machine, one_launch, **args)
     yield partial(cuda_backend.rope_angles, **angles_case(m, 1, 256, 512, 1e4))
 
 
@@ -76,7 +76,7 @@ def asked(kernels: Path | None = None) -> Asked:
         for target, (most, of_block) in cuda_compiled.SHARED.items():
             launches.clear()
             for dtype in cuda_backend.DTYPES:
-                for call in calls(dtype, cuda_backend.Machine(shared=most, shared_block=of_block)):
+                for call in calls(dtype, cuda_attention.Machine(shared=most, shared_block=of_block)):
                     call()
             found[target] = {}
             for kernel, threads, shared in launches:

@@ -20,7 +20,7 @@ from family import MEMBERS
 from torch import Tensor
 
 from gemma4_fast import Gemma4, Gemma4Config, UnsupportedError, graph, ops, verify
-from gemma4_fast.ops import cuda_backend, table
+from gemma4_fast.ops import cuda_attention, cuda_backend, table
 from gemma4_fast.ops.accuracy import Judge, converted, nan_poison, outputs
 from gemma4_fast.ops.attention import decode_case
 from gemma4_fast.ops.embedding import angles_case, embedding_case
@@ -82,7 +82,7 @@ def test_matches_reference(op: ops.Op, case: str, dtype: torch.dtype) -> None:
         with pytest.raises(UnsupportedError, match=re.escape(reason)):
             on_cuda(op)(*args.values())
         return
-    if reason:  # its parts serve it, or one of them says why it cannot
+    if reason:  # its parts serve it, and are judged, or one of them says why it cannot
         try:
             on_cuda(op)(*args.values())
         except UnsupportedError as error:
@@ -211,8 +211,8 @@ def test_of_equal_logits_the_lower_ids_stay() -> None:
     hot = 1e9  # all that stay are as likely
     ids = on_cuda(SAMPLE)(x, weight, uniform, None, hot, 4, 1.0, 0.0).tolist()
     assert ids == [5, 5, 500, 500, 17, 17, 300, 300]
-    some = dict(zip(range(8), on_cuda(SAMPLE)(x, weight, uniform, None, hot, 8, 1.0, 0.0).tolist(), strict=True))
-    assert some == dict(enumerate([5, 500, 17, 300, 301, 640, 999, 0]))
+    ids = on_cuda(SAMPLE)(x, weight, uniform, None, hot, 8, 1.0, 0.0).tolist()
+    assert ids == [5, 500, 17, 300, 301, 640, 999, 0]
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
@@ -363,9 +363,9 @@ def decode_args(lens: list[int], dtype: torch.dtype = torch.bfloat16, **sizes: A
 
 
 def decode(args: dict[str, Any], cores: int | None = None, one_launch: bool = True) -> torch.Tensor:
-    machine = cuda_backend.machine(args["q"].device)
+    machine = cuda_attention.machine(args["q"].device)
     with nan_poison():
-        return cuda_backend.decode_on(machine if cores is None else replace(machine, cores=cores), one_launch, **args)
+        return cuda_attention.decode_on(machine if cores is None else replace(machine, cores=cores), one_launch, **args)
 
 
 # Nine nodes and more, so that sums of nodes have several; windows that begin anywhere; sequences of all lengths.
@@ -457,10 +457,10 @@ def test_decode_far_out() -> None:
 
 @pytest.mark.parametrize("cores, shared", [(108, 167936), (188, 102400)])
 def test_decode_with_less_shared_memory(cores: int, shared: int) -> None:
-    on = cuda_backend.Machine(cores, shared, shared - 1024)
+    on = cuda_attention.Machine(cores, shared, shared - 1024)
     for sizes in CUT["window_256"], CUT["v_only_512"]:
         args = decode_args(**sizes)
-        assert torch.equal(cuda_backend.decode_on(on, True, **args), decode(args))
+        assert torch.equal(cuda_attention.decode_on(on, True, **args), decode(args))
 
 
 def test_decode_refuses() -> None:
@@ -476,13 +476,13 @@ def test_what_is_not_a_number_stays_where_it_is() -> None:
     args = decode_case(Maker(torch.bfloat16, DEVICE), [700], 8, 1, 64, 768)
     names = "q", "k_cache", "v_cache", "kv_lens", "window", "block_table", "inv_freq", "k_weight", "scale"
     for cores in (1, 5, 132):
-        m = replace(cuda_backend.machine(args["q"].device), cores=cores)
-        whole = cuda_backend.decode_on(m, False, *(args[n] for n in names))
+        m = replace(cuda_attention.machine(args["q"].device), cores=cores)
+        whole = cuda_attention.decode_on(m, False, *(args[n] for n in names))
         q, k = args["q"].clone(), args["k_cache"].clone()
         q[0, 2], k[0, 640:672] = float("nan"), float("nan")
-        one = cuda_backend.decode_on(m, False, *({**args, "q": q}[n] for n in names))
+        one = cuda_attention.decode_on(m, False, *({**args, "q": q}[n] for n in names))
         assert one[0, 2].isnan().all() and torch.equal(one[0, [0, 1, 3, 4, 5, 6, 7]], whole[0, [0, 1, 3, 4, 5, 6, 7]])
-        assert cuda_backend.decode_on(m, False, *({**args, "k_cache": k}[n] for n in names)).isnan().all()
+        assert cuda_attention.decode_on(m, False, *({**args, "k_cache": k}[n] for n in names)).isnan().all()
 
 
 # ---- a whole model ----
@@ -539,7 +539,7 @@ def test_a_captured_step_draws_the_next_tokens(filters: str, monkeypatch: pytest
     drawn = tokens()
     assert [c.inputs.uniform is not None for c in made] == [True] and made[0].replays == 7
     monkeypatch.setattr(graph.DecodeGraph, "can_choose", lambda *_: False)
-    assert tokens() == drawn and made[1].inputs.uniform is not None
+    assert tokens() == drawn and made[1].inputs.uniform is None
     assert len({tuple(row) for row in drawn}) == 2
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_fast import CheckpointError, Gemma4, Gemma4Config
+from gemma4_fast import CheckpointError, Gemma4, Gemma4Config, ops
 from gemma4_fast.generate import Generation, Prefix, Session, Stream, perplexity
 from gemma4_fast.ops.torch_backend import draw, restrict
 from gemma4_fast.sampling import Sampling
@@ -313,6 +313,16 @@ def test_sampling_draws_from_the_distribution() -> None:
     of_two = torch.tensor([1.0, 0, 2.0, 0, 0]).softmax(-1)[[0, 2]]
     got = frequencies(logits, 1.0, 2, 1.0, 0.0)
     assert got[[1, 3, 4]].sum() == 0 and (got[[0, 2]] - of_two / of_two.sum()).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
+def test_of_equal_logits_the_lower_ids_stay(backend: str) -> None:
+    weight = torch.zeros(1000, 16)
+    weight[[17, 300, 301, 640, 999]] = 2.0
+    weight[[5, 500]] = 3.0
+    x, uniform = torch.ones(8, 16), torch.arange(8) / 8
+    with ops.use_backend(None if backend == "auto" else backend):
+        assert ops.sample(x, weight, uniform, None, 100.0, 4).tolist() == [5, 5, 5, 500, 500, 17, 17, 300]
 
 
 def test_filters_keep_what_they_should() -> None:

@@ -292,7 +292,15 @@ def test_a_wrong_op_is_caught_and_named(name: str, dtype: str, level: str, tiny:
     assert caught.value.report is report
 
 
-@pytest.mark.parametrize("wrong", ["the row before's", "the likeliest", "with no temperature", "from the end"])
+WRONG_FILTERS: dict[str, Callable[..., Any]] = {
+    "of two at most": lambda top_k, top_p, min_p: (min(top_k, 2), top_p, min_p),
+    "of all": lambda top_k, top_p, min_p: (0, top_p, min_p),
+    "without top_p": lambda top_k, top_p, min_p: (top_k, 1.0, min_p),
+    "without min_p": lambda top_k, top_p, min_p: (top_k, top_p, 0.0),
+}
+
+
+@pytest.mark.parametrize("wrong", ["the row before's", "the likeliest", "with no temperature", "from the end", *WRONG_FILTERS])
 def test_a_wrong_draw_is_caught_and_named(wrong: str, tiny_fp32: Gemma4, monkeypatch: pytest.MonkeyPatch) -> None:
     op, right = ops.TABLE["sample"], cast(Any, ops.TABLE["sample"].compose)
 
@@ -301,6 +309,7 @@ def test_a_wrong_draw_is_caught_and_named(wrong: str, tiny_fp32: Gemma4, monkeyp
             return ops.logits(x, weight, None, True)
         if wrong == "with no temperature":
             temperature = 1.0
+        filters = WRONG_FILTERS.get(wrong, lambda *right: right)(*filters)
         uniform = 1 - uniform if wrong == "from the end" else uniform
         ids: torch.Tensor = right(x, weight, uniform, cap, temperature, *filters)
         return ids.roll(1) if wrong == "the row before's" else ids

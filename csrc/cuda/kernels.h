@@ -50,9 +50,10 @@ struct Linear {
   float* best;
   int32_t* best_at;
   uint32_t* counter;
-  // keep: the logits, [m, rows of all blocks], -inf behind n; of each block the largest, `best` [m, blocks], and the sum of
-  // 2^((logit - largest) by). With cap, of 0 for none.
+  // keep: the logits, [m, kept_stride], which is all blocks' rows, -inf behind n; of each block the largest, `best` [m, blocks],
+  // and the sum of 2^((logit - largest) by). With cap, of 0 for none.
   float *kept, *sums;
+  int64_t kept_stride;
   float by;
   // Set by `linear`: tiles of weight's rows, and whether a block's warps share one.
   int64_t tiles;

@@ -7,7 +7,7 @@ namespace {
 
 template <class T, int kBits, int kTokenTiles, bool kWhole>
 KERNEL(kWarps* kWarp, (kBlocksAtOnce<kBits, kTokenTiles, kWhole>)) linear_kernel(KERNEL_ARGS(Linear) a) {
-  linear_block<T, kBits, kTokenTiles, kWhole>(a, block_index().x, grid_size().x);
+  linear_block<T, kBits, kTokenTiles, kWhole, true>(a, block_index().x, grid_size().x);
 }
 
 }  // namespace

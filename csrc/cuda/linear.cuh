@@ -80,28 +80,28 @@ DEVICE void pick_largest(const Linear& a, int blocks) {
 template <int kBits, int kTokenTiles, bool kWhole>
 constexpr int kBlocksAtOnce = !kWhole ? 1 : kTokenTiles == 2 ? 2 : kBits ? 3 : 4;
 
-// Block `block` of `blocks`.
-template <class T, int kBits, int kTokenTiles, bool kWhole>
+// Block `block` of `blocks`. kHead: with the ends of a head, argmax and keep.
+template <class T, int kBits, int kTokenTiles, bool kWhole, bool kHead>
 DEVICE void linear_block(const Linear& a, int block, int blocks) {
   constexpr int rows = kTileRows<kBits>, tokens = 8 * kTokenTiles;
   const bool geglu = a.end == End::geglu, shared = a.shared;
   const int outputs = geglu ? rows / 2 : rows;  // of a tile
-  const int lane = lane_index(), warp = warp_index();
-  const int64_t tile = shared ? block : block * int64_t(kWarps) + warp;
-  const int steps = divide_up(a.k, kStep);
+  const auto tile_of = [&](int warp) { return shared ? block : block * kWarps + warp; };  // below 2^31, as weight's rows
+  const int steps = divide_up(a.k, kStep), part = warp_index();
   float sums[kProducts<kBits>][kTokenTiles][4] = {};
   stream_tile<T, kBits, kTokenTiles, kWhole>(
-      sums, rows_of<T, kBits, kWhole>(a, tile, geglu), a.k, shared ? warp * steps / kWarps : 0,
-      shared ? (warp + 1) * steps / kWarps : steps, [&](const T*(&x)[kTokenTiles]) {
+      sums, rows_of<T, kBits, kWhole>(a, tile_of(part), geglu), a.k, shared ? part * steps / kWarps : 0,
+      shared ? (part + 1) * steps / kWarps : steps, [&](const T*(&x)[kTokenTiles]) {
         wait_for_inputs();
         UNROLL for (int n = 0; n < kTokenTiles; ++n) {
-          const int m = 8 * n + lane / 4;
+          const int m = 8 * n + lane_index() / 4;
           x[n] = m < a.m ? static_cast<const T*>(a.x) + m * a.x_stride : nullptr;
         }
       });
 
   // Each warp's sums of the tile it shares, or of its own: [kWarps][rows][tokens] in shared memory.
   auto* all = reinterpret_cast<float*>(shared_memory());
+  const int thread = anew(thread_index()), lane = thread % kWarp, warp = thread / kWarp, tile = tile_of(warp);
   UNROLL for (int p = 0; p < kProducts<kBits>; ++p) {
     UNROLL for (int n = 0; n < kTokenTiles; ++n) {
       UNROLL for (int i = 0; i < 4; ++i) all[(warp * rows + tile_row<kBits>(p, i)) * tokens + tile_token(n, i)] = sums[p][n][i];
@@ -116,7 +116,7 @@ DEVICE void linear_block(const Linear& a, int block, int blocks) {
   };
   const int first = shared ? thread_index() : lane, threads = shared ? kWarps * kWarp : kWarp;
 
-  if (a.end == End::argmax) {  // never shared: the largest of a lane's rows, of the lanes, of the warps
+  if (kHead && a.end == End::argmax) {  // never shared: the largest of a lane's rows, of the lanes, of the warps
     auto* bests = reinterpret_cast<Best*>(all + kWarps * rows * tokens);  // [kWarps][tokens]
     for (int token = 0; token < a.m; ++token) {
       Best best{kLowest, INT32_MAX};
@@ -134,37 +134,34 @@ DEVICE void linear_block(const Linear& a, int block, int blocks) {
       store(a.best + at, best.value), store(a.best_at + at, best.at);
     }
     if (last_to_arrive(a.counter, blocks, reinterpret_cast<uint32_t*>(all))) pick_largest<T>(a, blocks);
-  } else if (a.end == End::keep) {  // never shared: a lane has a row
+  } else if (kHead && a.end == End::keep) {  // never shared: a lane has a row
     auto* parts = reinterpret_cast<float2*>(all + kWarps * rows * tokens);  // [kWarps][tokens]: largest, sum
-    const int64_t n = tile * rows + lane;
+    const int n = tile * rows + lane;
     for (int token = 0; token < a.m; ++token) {
       float y = -infinity();
       if (lane < rows && n < a.n) {
         y = total(lane, token);
         if (a.cap != 0.0f) y = a.cap * tanh_accurate(y / a.cap);
       }
-      if (lane < rows) store(a.kept + (int64_t(token) * blocks * kWarps * rows + n), y);
+      if (lane < rows) store(a.kept + token * a.kept_stride + n, y);
       const float most = from_key(warp_max(to_key(y)));
       const float sum = warp_sum(y == -infinity() ? 0.0f : exp2_fast((y - most) * a.by));
       if (lane == 0) parts[warp * tokens + token] = {most, sum};
     }
     sync_block();
-    const int token = thread_index();
-    if (token < a.m) {
-      uint32_t key = 0;
-      for (int w = 0; w < kWarps; ++w) key = max(key, to_key(parts[w * tokens + token].x));
-      const float most = from_key(key);
-      float sum = 0;
-      for (int w = 0; w < kWarps; ++w) {
-        const float2 part = parts[w * tokens + token];
-        if (part.y != 0.0f) sum += part.y * exp2_fast((part.x - most) * a.by);
-      }
-      store(a.best + int64_t(token) * blocks + block, most), store(a.sums + int64_t(token) * blocks + block, sum);
+    const int token = thread / kWarps, w = thread % kWarps;  // eight lanes a token, one for each warp's part
+    const float2 part = token < a.m ? parts[w * tokens + token] : float2{-infinity(), 0.0f};
+    uint32_t key = to_key(part.x);
+    UNROLL for (int by = 1; by < kWarps; by *= 2) key = max(key, shuffle_xor(key, by));
+    const float most = from_key(key), sum = warp_sum<kWarps>(part.y == 0.0f ? 0.0f : part.y * exp2_fast((part.x - most) * a.by));
+    if (w == 0 && token < a.m) {
+      const int64_t at = token * a.kept_stride / (kWarps * rows) + block;
+      store(a.best + at, most), store(a.sums + at, sum);
     }
   } else {
     for (int i = first; i < outputs * a.m; i += threads) {
       const int row = i % outputs, token = i / outputs;
-      const int64_t n = tile * outputs + row;
+      const int64_t n = int64_t(tile) * outputs + row;
       if (n >= a.n) continue;
       float y = total(row, token);
       if (geglu) y = gelu_tanh(y) * total(row + outputs, token);

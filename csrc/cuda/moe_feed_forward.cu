@@ -21,7 +21,7 @@ KERNEL(kThreads, kWhole ? 2 : 1) first_kernel(KERNEL_ARGS(MoeFeedForward) a) {
   if (block < routers)
     route::route_block<T, 4, kWhole>(a.route, {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y}, grid);
   else
-    linear_block<T, kBits, kTokenTiles, kWhole>(a.gate_up, block - routers, grid_size().x - routers);
+    linear_block<T, kBits, kTokenTiles, kWhole, false>(a.gate_up, block - routers, grid_size().x - routers);
 }
 
 template <class T, int kBits, int kTokenTiles, bool kWhole>
@@ -30,7 +30,7 @@ KERNEL(kThreads, kWhole ? 2 : 1) third_kernel(KERNEL_ARGS(MoeFeedForward) a) {
   if (block < experts)
     down_block<T, kBits, kTokenTiles, kWhole>(a.experts, block);
   else
-    linear_block<T, kBits, kTokenTiles, kWhole>(a.down, block - experts, grid_size().x - experts);
+    linear_block<T, kBits, kTokenTiles, kWhole, false>(a.down, block - experts, grid_size().x - experts);
 }
 
 }  // namespace

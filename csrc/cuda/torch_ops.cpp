@@ -1,8 +1,8 @@
 // The CUDA kernels as torch.ops.gemma4_fast_cuda.*, over torch's stable ABI: one binary for torch 2.10 and newer.
 //
-// Callers are gemma4_fast/ops/cuda_backend.py alone: arguments come checked, tensors contiguous where kernels.h says so, outputs
-// and scratch allocated, the device set. Each op ends with the stream, and whether its kernels may be launched early. Of torch's
-// macros only those that its headers have since 2.10. With GEMMA4_EMULATED the same ops take CPU tensors, and the kernels are
+// Callers are gemma4_fast/ops/cuda_backend.py and cuda_attention.py: arguments come checked, tensors contiguous where kernels.h
+// says so, outputs and scratch allocated, the device set. Each op ends with the stream, and whether its kernels may be launched
+// early. Of torch's macros only those that its headers have since 2.10. With GEMMA4_EMULATED the same ops take CPU tensors, and the kernels are
 // those of the library that `use` names: see tests/emulator.
 
 #include <torch/csrc/stable/library.h>
@@ -140,6 +140,7 @@ void sample(Tensor x, Tensor weight, Optional scale, int64_t n, Tensor uniform, 
   a.head.x = op.in(x), a.head.weight = op.weight(weight), a.head.scale = op.weight(scale), a.head.x_stride = x.stride(0);
   a.head.n = n, a.head.m = (int)x.size(0), a.head.k = (int)x.size(1), a.head.cap = (float)softcap;
   a.head.kept = op.out<float>(logits), a.head.best = op.out<float>(most), a.head.sums = op.out<float>(sums);
+  a.head.kept_stride = logits.size(1);
   a.head.by = (float)(1.4426950408889634 / temperature);
   a.uniform = op.in<float>(uniform), a.out = op.out(out);
   a.top_k = (int)top_k, a.top_p = (float)top_p, a.min_p = (float)min_p;

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gemma4_fast.ops import checks, cpu_backend, cuda_backend, triton_backend
+from gemma4_fast.ops import checks, cpu_backend, cuda_attention, cuda_backend, triton_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.reference import ops as reference
 
@@ -160,6 +160,7 @@ GQA_DECODE = register(
         gpu_cases={
             "26b_sliding_batch_64": lambda m: decode_case(m, [5000] * 64, 16, 8, 256, 1024, window=1024),
             "26b_full_1k": lambda m: decode_case(m, [1024], 16, 2, 512, 1024, v_only=True),
+            "26b_full_4k": lambda m: decode_case(m, [4096], 16, 2, 512, 4096, v_only=True),
             "26b_full_128k": lambda m: decode_case(m, [131072], 16, 2, 512, 131072, v_only=True),
             "26b_full_128k_with_k": lambda m: decode_case(m, [131072], 16, 2, 512, 131072),
             "26b_full_8k_batch_32": lambda m: decode_case(m, [8192] * 32, 16, 2, 512, 8192, v_only=True),
@@ -170,7 +171,7 @@ GQA_DECODE = register(
         },
         impls={
             "cuda": Impl(
-                "gemma4_fast.ops.cuda_backend:gqa_decode", cuda_backend.DTYPES, accepts=cuda_backend.accepts_gqa_decode
+                "gemma4_fast.ops.cuda_attention:gqa_decode", cuda_backend.DTYPES, accepts=cuda_attention.accepts_gqa_decode
             ),
             "cpu": Impl("gemma4_fast.ops.cpu_backend:gqa_decode", cpu_backend.DTYPES, accepts=cpu_backend.accepts_gqa_decode),
             "triton": Impl(

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from gemma4_fast.quant import QuantizedWeight, WeightLike
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HIDDEN = 6144  # 8 kMost in csrc/cuda/norms.cu
-MAX_HEAD_DIM = 512  # 16 columns a lane in csrc/cuda/qkv_norm_rope.cu
 MAX_ROUTED = 64, 1024, 32  # tokens, experts and top_k of csrc/cuda/route_topk.cuh
 ROUTED_TOKENS, ROUTED_COLUMNS = 16, 512  # of a block there
 
@@ -58,7 +56,7 @@ class _Copies(threading.local):
 _COPIES = _Copies()
 
 
-def _whole(x: Tensor) -> Tensor:
+def whole(x: Tensor) -> Tensor:
     """Contiguous, by a copy where it is not."""
     if x.is_contiguous():
         return x
@@ -66,17 +64,17 @@ def _whole(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _at_16(x: Tensor) -> Tensor:
+def at_16(x: Tensor) -> Tensor:
     """Contiguous, and at an address that is a multiple of 16 bytes."""
-    x = _whole(x)
+    x = whole(x)
     if x.data_ptr() % 16 == 0:
         return x
     _COPIES.made = True
     return x.clone()
 
 
-def _maybe(x: Tensor | None) -> Tensor | None:
-    return None if x is None else _whole(x)
+def maybe(x: Tensor | None) -> Tensor | None:
+    return None if x is None else whole(x)
 
 
 # Of blocks that have ended, by device and stream: zeros, and zeros again after each launch (`last_to_arrive`). Launches of one
@@ -86,7 +84,7 @@ _COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
 _GRAPHS: ContextVar[dict[tuple[torch.device, int], Tensor] | None] = ContextVar("gemma4_fast_cuda_graph", default=None)
 
 
-def _counters(like: Tensor, count: int) -> Tensor:
+def counters(like: Tensor, count: int) -> Tensor:
     """At least so many."""
     key, kept = (like.device, _stream(like.device)), _GRAPHS.get()
     if kept is None:
@@ -116,10 +114,10 @@ def accepts_rows(x: Tensor, *_: object) -> str | None:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    x = _whole(x)
+    x = whole(x)
     out = torch.empty_like(x)
     if x.numel():
-        run("rms_norm", x, x, _maybe(weight), out, eps)
+        run("rms_norm", x, x, maybe(weight), out, eps)
     return out
 
 
@@ -161,12 +159,12 @@ def _norm_add_norm(
     other_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """weights: x's and the experts' own where there are experts, and the sum's."""
-    x = _whole(x)
+    x = whole(x)
     y = torch.empty_like(x)
     z, other = (None if w is None else torch.empty_like(x) for w in (next_weight, other_weight))
     if x.numel():
-        norms = *map(_maybe, weights), scale, _maybe(next_weight), _maybe(other_weight)
-        run("norm_add_norm", x, x, _maybe(experts), _whole(residual), *norms, y, z, other, eps)
+        norms = *map(maybe, weights), scale, maybe(next_weight), maybe(other_weight)
+        run("norm_add_norm", x, x, maybe(experts), whole(residual), *norms, y, z, other, eps)
     return y, z, other
 
 
@@ -180,8 +178,8 @@ _ROWS_OF_A_BLOCK = {0: 128, 8: 256, 4: 256}  # by a weight's bits: of one whose 
 def parts(weight: WeightLike) -> tuple[Tensor, Tensor | None, int]:
     """What a kernel is given of a weight: its values, scales, and bits (0: not quantized)."""
     if isinstance(weight, QuantizedWeight):
-        return _at_16(weight.data), _at_16(weight.scale), _bits(weight)
-    return _whole(weight), None, _bits(weight)
+        return at_16(weight.data), at_16(weight.scale), _bits(weight)
+    return whole(weight), None, _bits(weight)
 
 
 def _bits(weight: WeightLike) -> int:
@@ -215,14 +213,14 @@ def _product(x: Tensor, weight: WeightLike, end: str = "none", *, cap: float = 0
     best: tuple[Tensor | None, ...] = None, None, None
     if end == "argmax":
         blocks = -(-n // _ROWS_OF_A_BLOCK[bits])
-        best = x.new_empty(blocks, m, dtype=torch.float32), x.new_empty(blocks, m, dtype=torch.int32), _counters(x, 1)
+        best = x.new_empty(blocks, m, dtype=torch.float32), x.new_empty(blocks, m, dtype=torch.int32), counters(x, 1)
     run("linear", x, x, values, scales, n, _ENDS.index(end), cap, other, *best, out)
     return out
 
 
 def _rows_of(x: Tensor) -> Tensor:
     """[.., K] -> [M, K]."""
-    return _whole(x).view(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return whole(x).view(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def linear(x: Tensor, weight: WeightLike) -> Tensor:
@@ -235,8 +233,8 @@ def geglu_mlp(x: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
 
 def logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: bool = False) -> Tensor:
     if argmax:
-        return _product(_whole(x), weight, "argmax")
-    return _product(_whole(x), weight, "none" if softcap is None else "softcap", cap=softcap or 0.0)
+        return _product(whole(x), weight, "argmax")
+    return _product(whole(x), weight, "none" if softcap is None else "softcap", cap=softcap or 0.0)
 
 
 MAX_BLOCKS, MAX_TOP_K = 4096, 64  # kMostBlocks and kMostKept in csrc/cuda/sample.cu
@@ -272,7 +270,7 @@ def sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Tensor:
-    x, (m, k), n = _whole(x), x.shape, weight.shape[0]
+    x, (m, k), n = whole(x), x.shape, weight.shape[0]
     out = x.new_empty(m, dtype=torch.int64)
     if m == 0 or k == 0:
         return out.zero_()
@@ -280,7 +278,7 @@ def sample(
     rows = _ROWS_OF_A_BLOCK[bits]
     blocks = -(-n // rows)
     logits, most, sums = (x.new_empty(m, size, dtype=torch.float32) for size in (blocks * rows, blocks, blocks))
-    draws = _whole(uniform.float()), softcap or 0.0, min(max(temperature, 1e-30), 1e30), top_k if top_k < n else 0, top_p, min_p
+    draws = whole(uniform.float()), softcap or 0.0, min(max(temperature, 1e-30), 1e30), top_k if top_k < n else 0, top_p, min_p
     run("sample", x, x, values, scales, n, *draws, logits, most, sums, out)
     return out
 
@@ -295,7 +293,7 @@ def ple_gate(
     next_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor | None]:
-    x, ple = _whole(x), ple if ple.stride(-1) == 1 else ple.contiguous()
+    x, ple = whole(x), ple if ple.stride(-1) == 1 else ple.contiguous()
     h = _product(_product(x, gate, "gate", other=ple), proj)
     return norm_add_norm(h, x, weight, scale, next_weight, eps)[:2]
 
@@ -307,49 +305,15 @@ def embedding(weight: WeightLike, ids: Tensor, scale: float = 1.0) -> Tensor:
     out = torch.empty(ids.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
     if out.numel():
         values, scales, bits = parts(weight)
-        run("embedding", out, values, scales, _whole(ids), out, bits, weight.shape[0], float(scale))
+        run("embedding", out, values, scales, whole(ids), out, bits, weight.shape[0], float(scale))
     return out
 
 
 def rope_angles(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = (inv_freq.new_empty(positions.shape[0], inv_freq.shape[0]) for _ in range(2))
     if cos.numel():
-        run("rope_angles", cos, _whole(positions), _whole(inv_freq), cos, sin)
+        run("rope_angles", cos, whole(positions), whole(inv_freq), cos, sin)
     return cos, sin
-
-
-# ---- attention ----
-
-
-def qkv_norm_rope(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    num_q_heads: int,
-    num_kv_heads: int,
-    k_cache: Tensor | None = None,
-    v_cache: Tensor | None = None,
-    slots: Tensor | None = None,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    tokens, dim = qkv.shape[0], q_weight.shape[0]
-    q = qkv.new_empty(tokens, num_q_heads, dim)
-    cached = v_cache is not None
-    k, v = k_cache, v_cache
-    if num_kv_heads and not cached:
-        k, v = (qkv.new_empty(tokens, num_kv_heads, dim) for _ in range(2))
-    if tokens:
-        weights = _whole(q_weight), _maybe(k_weight)
-        tables = _whole(cos.float()), _whole(sin.float())
-        run("qkv_norm_rope", q, _whole(qkv), *weights, *tables, _maybe(slots), q, k, v, num_kv_heads, eps)
-    return (q, None, None) if cached else (q, k, v)
-
-
-def accepts_qkv_norm_rope(qkv: Tensor, q_weight: Tensor, *_: object) -> str | None:
-    dim = q_weight.shape[0]
-    return None if dim <= MAX_HEAD_DIM else f"takes heads of up to {MAX_HEAD_DIM} columns, got {dim}"
 
 
 # ---- experts ----
@@ -367,22 +331,22 @@ def accepts_moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: We
 
 
 def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
-    x, inter = _whole(x), down.shape[2]
+    x, inter = whole(x), down.shape[2]
     if ids.numel() == 0 or x.numel() == 0 or inter == 0:
         return torch.zeros_like(x)
     h, out = x.new_empty(ids.numel(), inter), torch.empty_like(x)
     weights = *parts(gate_up)[:2], *parts(down)[:2]
-    run("moe_decode", x, x, _whole(topk_weights.float()), _whole(ids), *weights, inter, h, out)
+    run("moe_decode", x, x, whole(topk_weights.float()), whole(ids), *weights, inter, h, out)
     return out
 
 
 def route_topk(
     x: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tensor, top_k: int, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    sums, counters, weights, ids = _routing(x, proj.shape[0], top_k)
+    sums, arrived, weights, ids = _routing(x, proj.shape[0], top_k)
     if x.shape[0]:
-        params = _whole(scale), _whole(proj), _whole(per_expert_scale)
-        run("route_topk", x, _whole(x), *params, sums, counters, weights, ids, eps)
+        params = whole(scale), whole(proj), whole(per_expert_scale)
+        run("route_topk", x, whole(x), *params, sums, arrived, weights, ids, eps)
     return weights, ids
 
 
@@ -391,7 +355,7 @@ def _routing(x: Tensor, experts: int, top_k: int) -> tuple[Tensor, Tensor, Tenso
     tokens, hidden = x.shape
     sums = x.new_empty(-(-hidden // ROUTED_COLUMNS), tokens, experts + 1, dtype=torch.float32)
     weights, ids = (x.new_empty(tokens, top_k, dtype=dtype) for dtype in (torch.float32, torch.int32))
-    return sums, _counters(x, -(-tokens // ROUTED_TOKENS)), weights, ids
+    return sums, counters(x, -(-tokens // ROUTED_TOKENS)), weights, ids
 
 
 def accepts_route(x: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tensor, top_k: int, *_: object) -> str | None:
@@ -448,7 +412,7 @@ def moe_feed_forward(
     top_k: int,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    x, h, e = _whole(x), _whole(h), _whole(e)
+    x, h, e = whole(x), whole(h), whole(e)
     tokens = x.shape[0]
     dense_out, experts_out = torch.empty_like(x), torch.empty_like(x)
     if tokens == 0:
@@ -456,125 +420,7 @@ def moe_feed_forward(
     dense_h, experts_h = x.new_empty(tokens, down.shape[1]), x.new_empty(tokens * top_k, experts_down.shape[2])
     dense = *parts(gate_up)[:2], *parts(down)[:2]
     routed = *parts(experts_gate_up)[:2], *parts(experts_down)[:2], experts_down.shape[2]
-    router = _whole(router_scale), _whole(router_proj), _whole(per_expert_scale)
+    router = whole(router_scale), whole(router_proj), whole(per_expert_scale)
     made = *_routing(x, router_proj.shape[0], top_k), dense_h, dense_out, experts_h, experts_out
     run("moe_feed_forward", x, x, h, e, *dense, *router, *routed, *made, eps)
     return dense_out, experts_out
-
-
-# ---- attention ----
-
-# csrc/cuda/split_kv.cuh and rebuilt_keys.cuh: positions of a tile and of a node, heads of a row, pairs that rotate.
-TILE, NODE, HEADS, MAX_PAIRS = 32, 512, 8, 64
-SCRATCH = 64 << 20  # bytes that pieces may have beyond one for each node
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Multiprocessors, and bytes of shared memory: of one, and that a block may have."""
-
-    cores: int = 132
-    shared: int = 233472
-    shared_block: int = 232448
-
-
-@functools.cache
-def machine(device: torch.device) -> Machine:
-    """Of an emulated device, an H200."""
-    if device.type != "cuda":
-        return Machine()
-    p = torch.cuda.get_device_properties(device)
-    optin = getattr(p, "shared_memory_per_block_optin", 101376)  # the least that any has
-    return Machine(p.multi_processor_count, p.shared_memory_per_multiprocessor, optin)
-
-
-def _rows(q: Tensor, v_cache: Tensor) -> int:
-    """Of csrc/cuda/split_kv.cuh."""
-    group = q.shape[1] // v_cache.shape[2]
-    return q.shape[0] * v_cache.shape[2] * -(-group // HEADS)
-
-
-def _reach(cache: Tensor) -> int:
-    return sum((size - 1) * stride for size, stride in zip(cache.shape, cache.stride(), strict=True)) + 1
-
-
-def _in_chunks(cache: Tensor) -> Tensor:
-    """A cache whose heads are aligned to 16 bytes; it may be a view."""
-    aligned = cache.stride(-1) == 1 and cache.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in cache.stride()[:-1])
-    return cache if aligned else cache.clone(memory_format=torch.contiguous_format)
-
-
-def accepts_gqa_decode(q: Tensor, k_cache: Tensor | None, v_cache: Tensor, *args: Any) -> str | None:
-    dim, inv_freq = q.shape[2], args[3] if len(args) > 3 else None
-    if dim % 16 or dim > MAX_HEAD_DIM:
-        return f"takes head dims that are multiples of 16, up to {MAX_HEAD_DIM}, got {dim}"
-    if max(_reach(c) for c in (k_cache, v_cache) if c is not None) > 1 << 35:
-        return "takes caches of up to 64 GiB"
-    if k_cache is not None or inv_freq is None:
-        return None
-    if inv_freq.dtype != torch.float32:
-        return "takes frequencies in float32"
-    return None if inv_freq.shape[0] <= MAX_PAIRS else f"takes up to {MAX_PAIRS} rotary pairs, got {inv_freq.shape[0]}"
-
-
-def gqa_decode(
-    q: Tensor,
-    k_cache: Tensor | None,
-    v_cache: Tensor,
-    kv_lens: Tensor,
-    window: int | None = None,
-    block_table: Tensor | None = None,
-    inv_freq: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    return decode_on(machine(q.device), True, q, k_cache, v_cache, kv_lens, window, block_table, inv_freq, k_weight, scale)
-
-
-def decode_on(
-    m: Machine,
-    one_launch: bool,
-    q: Tensor,
-    k_cache: Tensor | None,
-    v_cache: Tensor,
-    kv_lens: Tensor,
-    window: int | None,
-    block_table: Tensor | None,
-    inv_freq: Tensor | None,
-    k_weight: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """m decides how the work is cut, one_launch whether a row's last block may merge it; neither changes a bit."""
-    q = _at_16(q)
-    out = torch.empty_like(q)
-    if not q.numel() or not v_cache.numel():
-        return out.zero_()
-    v_cache, block_table = _in_chunks(v_cache), _maybe(block_table)
-    slots = v_cache.shape[1] if block_table is None else v_cache.shape[1] * block_table.shape[1]
-    seen, rows, group = min(window or slots, slots), _rows(q, v_cache), q.shape[1] // v_cache.shape[2]
-    padded = next(d for d in (128, 256, 512) if q.shape[2] <= d)
-    per_piece = padded * min(-(-group // 2), HEADS // 2) * 2  # fp32 values
-    tiles, nodes = -(-seen // TILE) + 1, -(-seen // NODE) + 1
-    pieces = max(rows * nodes, min(rows * tiles, SCRATCH // (4 * per_piece)))
-    itself = one_launch and k_cache is not None and padded <= 256  # and if shared memory suffices
-    run(
-        "gqa_decode",
-        q,
-        q,
-        None if k_cache is None else _in_chunks(k_cache),
-        v_cache,
-        _whole(kv_lens),
-        block_table,
-        _maybe(inv_freq),
-        None if k_weight is None else _at_16(k_weight),
-        out,
-        q.new_empty(pieces, per_piece, dtype=torch.float32),
-        q.new_empty(pieces, HEADS, 2, dtype=torch.float32),
-        _counters(q, rows) if itself else None,
-        seen,
-        scale,
-        m.cores,
-        m.shared,
-        m.shared_block,
-    )
-    return out

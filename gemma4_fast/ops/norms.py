@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_fast.ops import checks, cpu_backend, cuda_backend, triton_backend
+from gemma4_fast.ops import checks, cpu_backend, cuda_attention, cuda_backend, triton_backend
 from gemma4_fast.ops.table import Cost, Impl, Maker, Op, register
 from gemma4_fast.reference import ops as reference
 
@@ -324,7 +324,9 @@ QKV_NORM_ROPE = register(
         },
         impls={
             "cuda": Impl(
-                "gemma4_fast.ops.cuda_backend:qkv_norm_rope", cuda_backend.DTYPES, accepts=cuda_backend.accepts_qkv_norm_rope
+                "gemma4_fast.ops.cuda_attention:qkv_norm_rope",
+                cuda_backend.DTYPES,
+                accepts=cuda_attention.accepts_qkv_norm_rope,
             ),
             "cpu": Impl(
                 "gemma4_fast.ops.cpu_backend:qkv_norm_rope", cpu_backend.DTYPES, accepts=cpu_backend.accepts_qkv_norm_rope

@@ -372,14 +372,18 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p:
 def restrict(logits: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor | None]:
     """logits [T, V] fp32, temperature applied -> log-weights [T, n] with -inf where a filter removes a token, and the ids
     [T, n] they belong to (None: n = V, in order). At least the likeliest token stays."""
-    ids = None
-    if 0 < top_k < logits.shape[-1]:
-        logits, ids = logits.topk(top_k, dim=-1)  # falling
+    ids, last = None, logits.shape[-1] - 1
+    if 0 < top_k <= last:
+        # Integers in the order of the logits, the lower id the larger of equals: topk itself promises no order of equals.
+        bits = (logits + 0.0).view(torch.int32).long()
+        keys = bits.where(bits >= 0, bits ^ 0x7FFFFFFF) << 32 | torch.arange(last, -1, -1, device=logits.device)
+        ids = last - (keys.topk(top_k, dim=-1).values & 0xFFFFFFFF)  # falling
+        logits = logits.gather(-1, ids)
     elif top_p < 1:
         logits, ids = logits.sort(dim=-1, descending=True, stable=True)
     if top_p < 1:  # keep the shortest head that reaches top_p
-        before = logits.softmax(-1).cumsum(-1) - logits.softmax(-1)
-        drop = before >= top_p
+        p = logits.softmax(-1)
+        drop = p.cumsum(-1) - p >= top_p
         drop[..., 0] = False
         logits = logits.masked_fill(drop, -math.inf)
     if min_p > 0:
