@@ -7,6 +7,7 @@ length: they travel end to end, without padding.
 from __future__ import annotations
 
 import math
+import random
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -155,8 +156,10 @@ class Session:
         batch = len(self.prompts)
         self.going = [True] * batch
         if not self.sampling.greedy:  # a sequence draws by its own numbers, alone or in a batch, on any device
-            draws = [torch.rand(self.max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in self.seeds]
-            self.uniform = torch.stack(draws, 1).to(self.model.device)
+            # Not torch's generators, of whose seeds 32 bits count.
+            sources = [random.Random(seed) for seed in self.seeds]
+            draws = [[source.getrandbits(24) for source in sources] for _ in range(self.max_new_tokens)]
+            self.uniform = (torch.tensor(draws) / (1 << 24)).to(self.model.device)
         start = time.perf_counter()
         cache, hidden = self._prefill(on_prefill)
         graph = self.graph = self._decode_graph(cache)

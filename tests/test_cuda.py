@@ -184,8 +184,8 @@ def test_draws_fall_where_they_should(bits: int, vocab: int, filters: str) -> No
     ends = torch.zeros(2, vocab, dtype=torch.float64, device=DEVICE)  # of each id, where its share begins and ends
     ends[1, ids[0]] = p[0].cumsum(-1) / p.sum()
     ends[0, ids[0]] = (p[0].cumsum(-1) - p[0]) / p.sum()
-    uniform = torch.cat((torch.tensor([0.0, 2**-24, 1 - 2**-24]), torch.arange(1, 46) / 46)).to(DEVICE)
-    for some in uniform.split(16):
+    at_the_end = 1 - 2.0**-24 * torch.arange(1, 5)
+    for some in torch.cat((torch.tensor([0.0, 2**-24]), at_the_end, torch.arange(1, 43) / 43)).to(DEVICE).split(16):
         got = on_cuda(SAMPLE)(x.expand(len(some), -1).contiguous(), weight, some, 9.0, *settings.values())
         low, high = ends[:, got]
         assert (low - 2e-6 <= some).all() and (some <= high + 2e-6).all()
@@ -201,6 +201,14 @@ def test_a_row_draws_the_same_alone_and_in_a_batch(filters: str) -> None:
     for row in (0, 4, 8):
         one = slice(row, row + 1)
         assert torch.equal(on_cuda(SAMPLE)(x[one], weight, uniform[one], *settings), together[one])
+
+
+def test_the_last_of_many_blocks_has_the_end() -> None:
+    """Where rounding leaves more of the draw than there is: its last token, not its first."""
+    uniform = torch.tensor([1 - 2.0**-53], dtype=torch.float64, device=DEVICE)  # in fp32 it is 1
+    for vocab in (3, 300, 640, 1000, 12000):
+        x, weight = (torch.zeros(n, 16, dtype=torch.bfloat16, device=DEVICE) for n in (1, vocab))
+        assert on_cuda(SAMPLE)(x, weight, uniform).tolist() == [vocab - 1]
 
 
 def test_of_equal_logits_the_lower_ids_stay() -> None:
@@ -891,6 +899,7 @@ OWN_MUTANTS: list[tuple[str, str, str, str, str, Callable[[], None]]] = [
         "gqa_decode.cu",
         test_what_is_not_a_number_stays_where_it_is,
     ),
+    ("end", "sample.cu", "s.rest = of_last;", "s.rest = rest;", "sample.cu", test_the_last_of_many_blocks_has_the_end),
     (
         "ids",
         "embedding.cu",

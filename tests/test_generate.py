@@ -414,9 +414,19 @@ def test_a_kept_prefix_belongs_to_its_model(tiny: Gemma4) -> None:
     assert token(other, prefix, ids) == token(other, None, ids)
 
 
+def test_all_of_a_seed_counts_and_a_longer_generation_begins_the_same(tiny: Gemma4) -> None:
+    def tokens(seed: int, new: int = 12) -> list[int]:
+        result = tiny.generate([5, 6], temperature=1.0, seed=seed, max_new_tokens=new, stop_token_ids=())
+        assert isinstance(result, Generation)
+        return result.token_ids
+
+    assert len({tuple(tokens(seed)) for seed in (1, 1 + 2**32, 1 + 2**40, 2**63 - 1, 2**32 - 1)}) == 5
+    assert tokens(7, 20)[:12] == tokens(7)
+
+
 def test_a_tiny_temperature_is_greedy_and_a_huge_one_refused() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.5]])
-    for t in (1e-40, 1e-39, 1e-10):
+    for t in (1e-300, 1e-46, 1e-40, 1e-39, 1e-10):
         assert draw(logits, torch.tensor([0.9]), t, 0, 1.0, 0.0).tolist() == [1]
     with pytest.raises(ValueError, match="temperature"):
         Sampling(temperature=10**400)

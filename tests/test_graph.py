@@ -21,7 +21,7 @@ from torch import Tensor
 from gemma4_fast import Gemma4, Gemma4Config, ops, use_backend, verify
 from gemma4_fast.graph import DecodeGraph, Spares, _Recording
 from gemma4_fast.ops import cpu_backend
-from gemma4_fast.sampling import GREEDY
+from gemma4_fast.sampling import GREEDY, Sampling
 
 
 @pytest.fixture(autouse=True)
@@ -318,6 +318,20 @@ def test_a_captured_step_gives_the_same_bits(member: str, gpu: type[Captured]) -
     with use_backend("torch"):
         compare(model_of(member), batch=3, steps=14)
     assert [c.replays for c in gpu.made] == [13]  # the first one runs op by op, and warms up
+
+
+def test_numbers_belong_to_a_step_that_draws(gpu: type[Captured]) -> None:
+    model = model_of("26b-a4b")
+    graph = DecodeGraph(model, model.new_cache(1, 16))
+    ids, uniform = torch.tensor([5]), torch.tensor([0.5])
+    with use_backend("torch"), torch.inference_mode():
+        for choose in (None, GREEDY):
+            for _ in range(3):
+                graph.run(ids, [1], choose=choose, uniform=uniform)
+            graph.run(ids, [1], choose=choose)  # by the same recording
+        with pytest.raises(ValueError, match="uniform"):
+            graph.run(ids, [1], choose=Sampling(1.0))
+    assert [c.replays for c in gpu.made] == [3, 3] and all(c.inputs.uniform is None for c in gpu.made)
 
 
 def test_a_step_that_cannot_be_captured_runs_op_by_op(

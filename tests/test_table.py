@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,19 @@ BAD_CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("logits", dict(softcap=-1.0), "softcap"),
     ("logits", dict(x=torch.ones(2816)), "axes"),
     ("logits", dict(weight=torch.ones(0, 2816)), "rows"),
+    ("logits", dict(softcap=math.inf), "softcap"),
+    ("sample", dict(uniform=torch.ones(3)), "uniform has shape"),
+    ("sample", dict(uniform=torch.ones(2, dtype=torch.int64)), "uniform has dtype"),
+    ("sample", dict(x=torch.ones(2816)), "axes"),
+    ("sample", dict(softcap=0), "softcap"),
+    ("sample", dict(temperature=0), "temperature"),
+    ("sample", dict(temperature=math.inf), "temperature"),
+    ("sample", dict(top_k=-1), "top_k"),
+    ("sample", dict(top_k=5.0), "top_k"),
+    ("sample", dict(top_p=0), "top_p"),
+    ("sample", dict(top_p=math.nan), "top_p"),
+    ("sample", dict(min_p=None), "min_p"),
+    ("sample", dict(min_p=1.5), "min_p"),
     ("rms_norm", dict(x=torch.tensor(1.0)), "axes"),
     ("rms_norm", dict(eps="small"), "eps"),
     ("norm_add_norm", dict(residual=None), "residual"),

@@ -120,16 +120,16 @@ DEVICE int draw_from_all(const Sample& a, Draw& s, int row, float u) {
   const int thread = first_beyond(mine, sum, u * total, s.integers);
   if (thread < 0) return -1;
   if (thread_index() == thread) {
-    float rest = u * total - (sum - mine);
-    int at = -1, last = -1;
+    float rest = u * total - (sum - mine), of_last = rest;
+    int at = -1, last = 0;
     UNROLL for (int i = 0; i < kEach; ++i) {
       if (at < 0 && weights[i] > 0.0f) {
-        last = i;
+        last = i, of_last = rest;
         if (rest < weights[i]) at = i;
         else rest -= weights[i];
       }
     }
-    s.blocks[0] = first + (at < 0 ? last : at), s.rest = rest;
+    s.blocks[0] = first + last, s.rest = of_last;  // by rounding it may be beyond the last one, and so behind that one's end
   }
   sync_block();
   const int block = s.blocks[0];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -105,6 +106,12 @@ def integer(op: str, name: str, value: object, low: int, high: int | None = None
 
 
 def positive(op: str, name: str, value: object) -> None:
-    """value is a number > 0."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+    """value is a number > 0, and not infinite."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"{op}: {name} must be a positive number, got {value!r}")
+
+
+def share(op: str, name: str, value: object) -> None:
+    """value is a number in [0, 1]."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name} must be a number in [0, 1], got {value!r}")

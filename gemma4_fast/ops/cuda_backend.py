@@ -251,6 +251,8 @@ def accepts_sample(
     min_p: float = 0.0,
 ) -> str | None:
     vocab = weight.shape[0]
+    if x.shape[1] == 0:
+        return "takes rows of some columns"
     if not 0 < top_k < vocab and (top_p < 1 or min_p > 0):
         return "takes top_p and min_p with a top_k"
     if top_k < vocab and top_k > MAX_TOP_K:
@@ -270,10 +272,10 @@ def sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Tensor:
-    x, (m, k), n = whole(x), x.shape, weight.shape[0]
+    x, m, n = whole(x), x.shape[0], weight.shape[0]
     out = x.new_empty(m, dtype=torch.int64)
-    if m == 0 or k == 0:
-        return out.zero_()
+    if m == 0:
+        return out
     values, scales, bits = parts(weight)
     rows = _ROWS_OF_A_BLOCK[bits]
     blocks = -(-n // rows)

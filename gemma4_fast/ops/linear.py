@@ -114,12 +114,16 @@ GEGLU_MLP = register(
 )
 
 
-def _check_logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: bool = False) -> None:
-    checks.floating("logits", "x", x, 2)
-    checks.weight("logits", "weight", weight, (-1, x.shape[1]), x)
-    checks.require("logits", weight.shape[0] > 0, "weight has no rows")
+def _check_head(op: str, x: Tensor, weight: WeightLike, softcap: float | None) -> None:
+    checks.floating(op, "x", x, 2)
+    checks.weight(op, "weight", weight, (-1, x.shape[1]), x)
+    checks.require(op, weight.shape[0] > 0, "weight has no rows")
     if softcap is not None:
-        checks.positive("logits", "softcap", softcap)
+        checks.positive(op, "softcap", softcap)
+
+
+def _check_logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: bool = False) -> None:
+    _check_head("logits", x, weight, softcap)
 
 
 def _logits_case(
@@ -200,13 +204,13 @@ def _check_sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> None:
-    _check_logits(x, weight, softcap)
+    _check_head("sample", x, weight, softcap)
     checks.shaped("sample", "uniform", uniform, (x.shape[0],), x, (torch.float32, torch.float64))
     checks.positive("sample", "temperature", temperature)
     checks.integer("sample", "top_k", top_k, 0)
-    checks.positive("sample", "top_p", top_p)
-    checks.require("sample", top_p <= 1, f"top_p must lie in (0, 1], got {top_p!r}")
-    checks.require("sample", 0 <= min_p <= 1, f"min_p must lie in [0, 1], got {min_p!r}")
+    checks.share("sample", "top_p", top_p)
+    checks.require("sample", top_p > 0, f"top_p must be more than 0, got {top_p!r}")
+    checks.share("sample", "min_p", min_p)
 
 
 def _compose_sample(

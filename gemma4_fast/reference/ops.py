@@ -437,16 +437,19 @@ def sample(
     2020; min-p: Nguyen et al. 2024.
     """
     p, ids = restricted(logits(x, weight, softcap), temperature, top_k, top_p, min_p)
-    at = (p.cumsum(-1) <= uniform[:, None] * p.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+    sums = p.cumsum(-1)
+    at = (sums <= uniform[:, None] * sums[:, -1:]).sum(-1, keepdim=True)
     chosen = ids.gather(-1, at.clamp(max=p.shape[-1] - 1)).squeeze(-1)
     return torch.where(x.isfinite().all(-1), chosen, -1)
 
 
 def restricted(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:
     """What `sample` draws from: logits [T, V] -> p [T, n], 0 where it is left out, and whose it is, [T, n]."""
+    ids = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
+    in_order = 0 < top_k < logits.shape[-1] or top_p < 1
+    if in_order:
+        logits, ids = (x[:, : top_k or None] for x in logits.sort(dim=-1, descending=True, stable=True))
     p = (logits / temperature).softmax(-1)
-    ids = torch.arange(p.shape[-1], device=p.device).expand(p.shape)
-    if 0 < top_k < p.shape[-1] or top_p < 1:
-        p, ids = (x[:, : top_k or None] for x in p.sort(dim=-1, descending=True, stable=True))
+    if in_order:
         p = p.where(p.cumsum(-1) - p < top_p * p.sum(-1, keepdim=True), 0)
     return p.where(p >= min_p * p.amax(-1, keepdim=True), 0), ids
