@@ -1,8 +1,9 @@
 """The CUDA kernels on a CPU: csrc/cuda compiled for the host over tests/emulator, built by ninja into build/emulator.
 
 `load()` builds and loads torch.ops.gemma4_fast_cuda; `use()` names the kernels that its ops run, and the seed of the order that
-threads run in; `mutant()` builds kernels with a change in one of their sources. With GEMMA4_FAST_SANITIZE=1, as `make sanitize`
-sets it beside what must be loaded first, all of them are built for AddressSanitizer and UndefinedBehaviorSanitizer.
+threads run in; `mutant()` builds kernels with a change in one of their sources, `built_beside()` many while tests run. With
+GEMMA4_FAST_SANITIZE=1, as `make sanitize` sets it beside what must be loaded first, all of them are built for AddressSanitizer
+and UndefinedBehaviorSanitizer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,8 +85,30 @@ def use(kernels: Path | None = None, seed: int = 0) -> None:
     torch.ops.gemma4_fast_cuda.use(str(kernels or real), seed)
 
 
+Mistake = tuple[str, str, str, str, str]  # what `mutant` takes
+_BESIDE: dict[Mistake, Future[Path]] = {}
+
+
+@contextmanager
+def built_beside(mistakes: Iterable[Mistake]) -> Iterator[None]:
+    """Inside, they are built in this order, while tests run, which keep one core busy; `mutant` waits for the one it needs."""
+    load()
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:
+        try:
+            _BESIDE.update({mistake: pool.submit(_mutant, *mistake) for mistake in mistakes})
+            yield
+        finally:
+            _BESIDE.clear()
+            pool.shutdown(cancel_futures=True)
+
+
 def mutant(name: str, file: str, before: str, after: str, source: str) -> Path:
     """Kernels with `before`, which stands there once, changed in `file` of csrc/cuda, a source or a header of `source`."""
+    beside = _BESIDE.get((name, file, before, after, source))
+    return _mutant(name, file, before, after, source) if beside is None else beside.result()
+
+
+def _mutant(name: str, file: str, before: str, after: str, source: str) -> Path:
     load()
     folder = BUILD / "mutants" / name
     changed = folder / "cuda" / file  # where `#include "cuda/..."` looks first
