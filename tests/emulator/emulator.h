@@ -5,13 +5,14 @@
 //               the blocks. A warp may so run far ahead of another.
 //   shared      memory holds NaN when a block begins.
 //   copy_async  fills its target with NaN at once, and brings the bytes when its group is waited for, no sooner.
-//   store       reaches the block at its next barrier, other blocks by a fence, others at the end of the launch.
+//   store       reaches the block at its next barrier, other blocks by a fence, others at the end of the launch; so does what is
+//               fenced only when the block has counted itself.
 //   load        of what another block of this launch stored, without load_fresh, is an error; so is any access to global memory
 //               outside the op's tensors (`allow`), to shared memory outside the block's, or unaligned; an access to what may
 //               not be there yet, before wait_for_inputs(); and a barrier or a warp's exchange that some thread does not come to.
 // Blocks do not run beside each other, nor do launches: what only that would show (a fence after the count, a counter in use by
-// two launches) is not seen. The first error ends the launch, and is thrown from it. Plain loads from outside of shared memory are seen by AddressSanitizer
-// alone.
+// two launches) is not seen. The first error ends the launch, and is thrown from it. Plain loads from outside of shared memory are
+// seen by AddressSanitizer alone.
 #pragma once
 
 #include "cuda/kernels.h"
@@ -73,6 +74,7 @@ struct Store {
   uintptr_t at;
   uint32_t bytes;
   unsigned char data[16];
+  bool late = false;  // the block has counted itself since, without a fence between: no later fence brings it in time
 };
 
 struct Copy {
@@ -369,14 +371,17 @@ inline void to_block(Fiber& f) {
   f.stores.clear();
 }
 
-inline void to_memory(std::vector<Store>& stores, bool tell) {
+// By a fence, or at the end of the launch.
+inline void to_memory(std::vector<Store>& stores, bool by_fence) {
   Machine& m = machine();
-  for (const Store& s : stores) {
+  const auto done = [&](const Store& s) {
+    if (by_fence && s.late) return false;
     std::memcpy(reinterpret_cast<void*>(s.at), s.data, s.bytes);
-    if (tell)
+    if (by_fence)
       for (uintptr_t word = s.at / 4; word <= (s.at + s.bytes - 1) / 4; ++word) m.written[word] = m.block_number;
-  }
-  stores.clear();
+    return true;
+  };
+  stores.erase(std::remove_if(stores.begin(), stores.end(), done), stores.end());
 }
 
 inline void check_shared(const void* p, size_t bytes, const char* what) {
@@ -600,6 +605,7 @@ DEVICE void fence() {
 }
 DEVICE uint32_t count_up(uint32_t* counter, uint32_t last) {
   emulator::check_access(counter, 4, true, false, "count_up");
+  for (emulator::Store& s : machine().stores) s.late = true;
   const uint32_t before = *counter;
   *counter = before >= last ? 0 : before + 1;
   return before;
