@@ -190,7 +190,7 @@ def test_draws_fall_where_they_should(bits: int, vocab: int, filters: str) -> No
     at_the_end = 1 - 2.0**-24 * torch.arange(1, 5)
     for some in torch.cat((torch.tensor([0.0, 2**-24]), at_the_end, torch.arange(1, 43) / 43)).to(DEVICE).split(16):
         got = on_cuda(SAMPLE)(x.expand(len(some), -1).contiguous(), weight, some, 9.0, *settings.values())
-        assert 0 <= int(got.min()) and int(got.max()) < vocab
+        assert int(got.min()) >= 0 and int(got.max()) < vocab
         low, high = ends[:, got]
         assert (low - 2e-6 <= some).all() and (some <= high + 2e-6).all()
 
