@@ -223,7 +223,7 @@ def _compose_sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Tensor:
-    ids = draw(LOGITS(x, weight, softcap), uniform, temperature, top_k, top_p, min_p)
+    ids = draw(LOGITS(x, weight, softcap, False), uniform, temperature, top_k, top_p, min_p)
     return torch.where(x.isfinite().all(-1), ids, -1)
 
 
