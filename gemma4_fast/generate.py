@@ -6,6 +6,7 @@ length: they travel end to end, without padding.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import secrets
@@ -110,7 +111,6 @@ class Session:
             raise ValueError(f"seed must be an integer in [0, 2^63), got {seed!r}")
         first = secrets.randbits(48) if seed is None else seed
         self.seeds = [(first + b) % 2**63 for b in range(len(prompts))]
-        self.uniform: Tensor | None = None  # [max_new_tokens, B], while it runs, if tokens are drawn
         self.prefill_seconds = self.decode_seconds = 0.0
         self.graph: DecodeGraph | None = None  # while it runs, with the cache
 
@@ -155,29 +155,26 @@ class Session:
     def _run(self, on_prefill: Callable[[int, int], None] | None) -> Iterator[list[Token]]:
         batch = len(self.prompts)
         self.going = [True] * batch
-        if not self.sampling.greedy:  # a sequence draws by its own numbers, alone or in a batch, on any device
-            # Not torch's generators, of whose seeds 32 bits count.
-            sources = [random.Random(seed) for seed in self.seeds]
-            draws = [[source.getrandbits(24) for source in sources] for _ in range(self.max_new_tokens)]
-            self.uniform = (torch.tensor(draws) / (1 << 24)).to(self.model.device)
+        numbers = self._numbers()
         start = time.perf_counter()
         cache, hidden = self._prefill(on_prefill)
         graph = self.graph = self._decode_graph(cache)
+        uniform = next(numbers)
         with self.model.running():
             if self.logprobs is None and graph.can_choose(hidden, self.sampling):
                 self.choose = self.sampling
-            tokens, ids = self._choose(graph.finish(hidden, self.choose, self._draws(0)), 0)
+            tokens, ids = self._choose(graph.finish(hidden, self.choose, uniform), uniform, 0)
         self.prefill_seconds = time.perf_counter() - start
         yield tokens
         for step in range(1, self.max_new_tokens):
             if not any(self.going):
                 return
             start = time.perf_counter()
-            going = [int(g) for g in self.going]
+            going, uniform = [int(g) for g in self.going], next(numbers)
             with self.model.running():
-                run = partial(graph.run, ids, going, choose=self.choose, uniform=self._draws(step))
+                run = partial(graph.run, ids, going, choose=self.choose, uniform=uniform)
                 out = self._pass(run, [tokens[0].id], cache)
-                tokens, ids = self._choose(out, step)
+                tokens, ids = self._choose(out, uniform, step)
             self.decode_seconds += time.perf_counter() - start
             yield tokens
 
@@ -255,15 +252,22 @@ class Session:
             kept.cache, kept.ids, kept.model, kept.changes = cache, [], self.model, self.model.changes
         return cache, [len(kept.ids)]
 
-    def _draws(self, step: int) -> Tensor | None:
-        return None if self.uniform is None else self.uniform[step]
+    def _numbers(self) -> Iterator[Tensor | None]:
+        """What tokens are drawn by, step by step, [B] in [0, 1): a sequence's own, alone or in a batch, on any device. ROOM
+        steps at a time: a chat's turn has room for many more than it takes."""
+        if self.sampling.greedy:
+            yield from itertools.repeat(None)
+        sources = [random.Random(seed) for seed in self.seeds]  # not torch's generators, of whose seeds 32 bits count
+        while True:
+            drawn = [[source.getrandbits(24) for source in sources] for _ in range(ROOM)]
+            yield from (torch.tensor(drawn) / (1 << 24)).to(self.model.device)
 
-    def _choose(self, out: Tensor, step: int) -> tuple[list[Token], Tensor]:
+    def _choose(self, out: Tensor, uniform: Tensor | None, step: int) -> tuple[list[Token], Tensor]:
         """Hidden states [B, H], or with `self.choose` the ids [B] -> the tokens of the sequences still going, and all ids [B]
         on the device."""
         values, top = None, None
         # The likeliest never from the logits: softcapped and rounded to bf16, the largest have equals.
-        ids = out if self.choose is not None else self.model.choose(out, self.sampling, self._draws(step))
+        ids = out if self.choose is not None else self.model.choose(out, self.sampling, uniform)
         chosen = ids.tolist()
         if min(chosen) < 0:  # an idle sequence that has gone wrong is no one's concern, but its id must be one
             ids = ids.clamp(min=0)

@@ -375,8 +375,15 @@ class _Check:
         if not all(r.ok for r in rows) and not all(r.ok for r in again()):  # one that does not come again has no name
             op = next((name for name in self._suspects() if self._mended(name, again)), None)
             if op is not None:
-                rows = [r if r.ok else replace(r, op=f"{op} [{self.report.backends[op]}]") for r in rows]
+                rows = [self._blamed(r, op) for r in rows]
         self.report.comparisons += rows
+
+    def _note(self, row: Comparison, op: str) -> None:
+        """Record the row; if it is wrong, this op is."""
+        self.report.comparisons.append(self._blamed(row, op))
+
+    def _blamed(self, row: Comparison, op: str) -> Comparison:
+        return row if row.ok else replace(row, op=f"{op} [{self.report.backends[op]}]")
 
     def _suspects(self) -> list[str]:
         """The model's ops. One made of others is not at fault where they are; one that a backend has in one comes before them,
@@ -390,13 +397,12 @@ class _Check:
 
     def _head(self, hidden: Tensor) -> None:
         """Logits of given hidden states [T, H], and the argmax form, for different numbers of rows."""
-        op = f"logits [{self.report.backends['logits']}]"
         for rows in (LOGIT_TOKENS, 5, 1):
             h = hidden[-rows:]
             truth, plain = (self._reference_logits(h, wide) for wide in (True, False))
             errors = relative_error(self.model.logits(h), truth), relative_error(plain, truth)
             row = Comparison("logits", f"{h.shape[0]} rows", *errors)
-            self.report.comparisons.append(row if row.ok else replace(row, op=op))
+            self._note(row, "logits")
             # A greedy choice is right if the truth's logit there is the largest, within what plain PyTorch loses.
             ids = self.model.logits(h, argmax=True)
             missed, allowed = math.inf, (plain.to(truth.dtype) - truth).abs().max().item()
@@ -404,7 +410,7 @@ class _Check:
                 missed = (truth.amax(-1) - truth.gather(-1, ids[:, None]).squeeze(-1)).max().item()
             scale = truth.abs().max().item() + 1e-30
             row = Comparison("greedy choice", f"{h.shape[0]} rows", missed / scale, allowed / scale)
-            self.report.comparisons.append(row if row.ok else replace(row, op=op))
+            self._note(row, "logits")
             if rows < LOGIT_TOKENS:  # a quarter of a million logits are sorted for each
                 self._draws(h, truth, allowed)
 
@@ -439,9 +445,7 @@ class _Check:
             elif int(got.min()) >= 0 and int(got.max()) < vocab:
                 wanted = ids.gather(-1, wanted[:, None])
                 missed = (truth.gather(-1, wanted) - truth.gather(-1, got[:, None])).abs().max().item()
-            compared = Comparison("drawn token", f"{rows} rows, {what}", missed / scale, allowed / scale)
-            op = f"sample [{self.report.backends['sample']}]"
-            self.report.comparisons.append(compared if compared.ok else replace(compared, op=op))
+            self._note(Comparison("drawn token", f"{rows} rows, {what}", missed / scale, allowed / scale), "sample")
 
     def _recorded_step(self) -> None:
         """The decode step as generation replays it, beside op by op on another cache; before the last one a sequence ends. The
@@ -527,4 +531,4 @@ class _Check:
         """
         for op, phase, error, plain in window_edges(self.model, layer, self.wide):
             row = Comparison("window edge", phase, error, plain, layer.index, layer.label)
-            self.report.comparisons.append(row if row.ok else replace(row, op=f"{op} [{self.report.backends[op]}]"))
+            self._note(row, op)

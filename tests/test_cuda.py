@@ -593,8 +593,8 @@ MUTANTS: list[tuple[str, str, str, str, str, str, str]] = [
     (
         "tile_too_many",
         "linear.cuh",
-        "return sums + (a.end",
-        "return sums / 2 + (a.end",
+        "return sums + (is_of_head(a)",
+        "return sums / 2 + (is_of_head(a)",
         "linear.cu",
         "linear",
         "odd",
@@ -623,8 +623,8 @@ MUTANTS: list[tuple[str, str, str, str, str, str, str]] = [
     (
         "found_too_early",
         "sample.cu",
-        "  sync_block();\n  const bool mine",
-        "  const bool mine",
+        "put(place++, i);\n  sync_block();",
+        "put(place++, i);",
         "sample.cu",
         "sample",
         "26b_slice",
@@ -632,7 +632,7 @@ MUTANTS: list[tuple[str, str, str, str, str, str, str]] = [
     (
         "another_s_logits",
         "sample.cu",
-        "kept + (int64_t(row) * blocks + block) * rows",
+        "kept + row * a.head.kept_stride + block * rows",
         "kept + block * rows",
         "sample.cu",
         "sample",

@@ -174,19 +174,21 @@ DEVICE void linear_block(const Linear& a, int block, int blocks) {
 
 // ---- on the host ----
 
+inline bool is_of_head(const Linear& a) { return a.end == End::argmax || a.end == End::keep; }
+
 // How the kernel cuts it: what `a` says of tiles is set here.
 inline Linear tiled(const Linear& args) {
   Linear a = args;
-  const int outputs = (a.bits ? 32 : 16) / (a.end == End::geglu ? 2 : 1);
+  const int outputs = rows_of_tile(a.bits) / (a.end == End::geglu ? 2 : 1);
   a.tiles = (a.n + outputs - 1) / outputs;
-  a.shared = a.tiles < kManyTiles && a.end != End::argmax && a.end != End::keep;
+  a.shared = a.tiles < kManyTiles && !is_of_head(a);
   return a;
 }
 inline int64_t linear_blocks(const Linear& a) { return a.shared ? a.tiles : (a.tiles + kWarps - 1) / kWarps; }
 inline int linear_shared(const Linear& a, int token_tiles) {
-  const int rows = a.bits ? 32 : 16, tokens = 8 * token_tiles;
-  const int sums = kWarps * rows * tokens * (int)sizeof(float), bests = kWarps * tokens * (int)sizeof(Best);
-  return sums + (a.end == End::argmax || a.end == End::keep ? bests : 0);
+  const int tokens = 8 * token_tiles;
+  const int sums = kWarps * rows_of_tile(a.bits) * tokens * (int)sizeof(float), bests = kWarps * tokens * (int)sizeof(Best);
+  return sums + (is_of_head(a) ? bests : 0);
 }
 inline bool linear_whole(const Linear& a) {
   return a.k % 8 == 0 && (a.m == 1 || a.x_stride % 8 == 0) && aligned(a.x) && aligned(a.weight);

@@ -165,15 +165,14 @@ DEVICE void down_block(const MoeDecode& a, int tile) {
 // The first of the two kernels alone.
 void experts_gate_up(const Stream& on, const MoeDecode& a);
 
-inline int tile_rows(const MoeDecode& a) { return a.bits ? 32 : 16; }
 inline int pairs_shared(int token_tiles) { return sizeof(Pairs) + kWarps * 8 * token_tiles * sizeof(int32_t); }
 inline Launch gate_up_launch(const MoeDecode& a, int token_tiles) {
-  const int sums = kWarps * tile_rows(a) * 8 * token_tiles * (int)sizeof(float);
-  return {{divide_up(a.inter, tile_rows(a) / 2), a.tokens * a.top_k}, kThreads, sums + pairs_shared(token_tiles)};
+  const int sums = kWarps * rows_of_tile(a.bits) * 8 * token_tiles * (int)sizeof(float);
+  return {{divide_up(a.inter, rows_of_tile(a.bits) / 2), a.tokens * a.top_k}, kThreads, sums + pairs_shared(token_tiles)};
 }
 inline Launch down_launch(const MoeDecode& a, int token_tiles) {
-  const int sums = a.tokens * a.top_k * tile_rows(a) * (int)sizeof(float);
-  return {{divide_up(a.hidden, tile_rows(a))}, kThreads, sums + pairs_shared(token_tiles)};
+  const int sums = a.tokens * a.top_k * rows_of_tile(a.bits) * (int)sizeof(float);
+  return {{divide_up(a.hidden, rows_of_tile(a.bits))}, kThreads, sums + pairs_shared(token_tiles)};
 }
 inline bool moe_whole(const MoeDecode& a) {
   return a.hidden % 8 == 0 && a.inter % 8 == 0 && aligned(a.x) && aligned(a.gate_up) && aligned(a.down);

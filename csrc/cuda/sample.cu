@@ -70,9 +70,10 @@ DEVICE int first_beyond(float weight, float sum, float target, uint32_t* scratch
   return first != 0xffffffffu ? int(first) : int(block_max(weight > 0.0f ? me + 1 : 0, scratch)) - 1;
 }
 
-// Which of a thread's keys are among the block's k largest, the lower thread's and item's first of equals. Keys of 0 are none.
-template <int kItems>
-DEVICE uint32_t among_largest(const uint32_t (&keys)[kItems], uint32_t k, uint32_t* scratch) {
+// put(place, item) for each of a thread's keys that is among the block's k largest, the lower thread's and item's first of equals;
+// places from 0 on, in that order. Keys of 0 are none. Ends with a barrier.
+template <int kItems, class Put>
+DEVICE void put_largest(const uint32_t (&keys)[kItems], uint32_t k, uint32_t* scratch, Put put) {
   uint32_t least = 0;  // the largest number that at least k keys reach, bit by bit
   for (int bit = 31; bit >= 0; --bit) {
     const uint32_t more = least | 1u << bit;
@@ -90,7 +91,11 @@ DEVICE uint32_t among_largest(const uint32_t (&keys)[kItems], uint32_t k, uint32
     if (tied) --left;
     if (tied || keys[i] > least) mask |= 1u << i;
   }
-  return mask;
+  const uint32_t mine = count_bits(mask);
+  uint32_t place = sums_so_far(mine, scratch, &all) - mine;
+  UNROLL for (int i = 0; i < kItems; ++i)
+    if (mask >> i & 1) put(place++, i);
+  sync_block();
 }
 
 // ---- the draw ----
@@ -134,7 +139,7 @@ DEVICE int draw_from_all(const Sample& a, Draw& s, int row, float u) {
   sync_block();
   const int block = s.blocks[0];
   const float rest = s.rest;
-  const float* logits = a.head.kept + (int64_t(row) * blocks + block) * rows;
+  const float* logits = a.head.kept + row * a.head.kept_stride + block * rows;
   const float weight = thread_index() < rows ? weight_of(a, load(logits + thread_index()), largest) : 0.0f;
   return block * rows + first_beyond(weight, sums_so_far(weight, s.floats, &total), rest, s.integers);
 }
@@ -145,34 +150,28 @@ DEVICE int draw_from_largest(const Sample& a, Draw& s, int row, float u) {
   {
     constexpr int kEach = kMostBlocks / kDrawers;
     const int each = divide_up(blocks, kDrawers);
-    uint32_t keys[kEach], all;
+    uint32_t keys[kEach];
     UNROLL for (int i = 0; i < kEach; ++i) {
       const int block = me * each + i;
       keys[i] = i < each && block < blocks ? to_key(load(a.head.best + int64_t(row) * blocks + block)) : 0;
     }
-    uint32_t mask = among_largest(keys, k, s.integers), at = sums_so_far(uint32_t(count_bits(mask)), s.integers, &all) - count_bits(mask);
-    UNROLL for (int i = 0; i < kEach; ++i)
-      if (mask >> i & 1) s.blocks[at++] = me * each + i;
+    put_largest(keys, k, s.integers, [&](uint32_t place, int i) { s.blocks[place] = me * each + i; });
   }
-  sync_block();
   {
     constexpr int kEach = kMostLogits / kDrawers;
     const int logits = k * rows, each = divide_up(logits, kDrawers);
     const auto id_of = [&](int i) { return s.blocks[i / rows] * rows + i % rows; };
-    uint32_t keys[kEach], all;
+    uint32_t keys[kEach];
     UNROLL for (int i = 0; i < kEach; ++i) {
       const int logit = me * each + i;
       keys[i] = 0;
       if (i < each && logit < logits) {
         const int id = id_of(logit);
-        if (id < a.head.n) keys[i] = to_key(load(a.head.kept + int64_t(row) * blocks * rows + id));
+        if (id < a.head.n) keys[i] = to_key(load(a.head.kept + row * a.head.kept_stride + id));
       }
     }
-    uint32_t mask = among_largest(keys, a.top_k, s.integers), at = sums_so_far(uint32_t(count_bits(mask)), s.integers, &all) - count_bits(mask);
-    UNROLL for (int i = 0; i < kEach; ++i)
-      if (mask >> i & 1) s.found[at++] = {keys[i], id_of(me * each + i)};
+    put_largest(keys, a.top_k, s.integers, [&](uint32_t place, int i) { s.found[place] = {keys[i], id_of(me * each + i)}; });
   }
-  sync_block();
   const bool mine = me < a.top_k;
   if (mine) {  // found in the order of their ids
     const Draw::Candidate own = s.found[me];
@@ -213,7 +212,7 @@ KERNEL(kDrawers, 1) sample_kernel(KERNEL_ARGS(Sample) a) {
 
 void sample(const Stream& on, const Sample& args) {
   Sample a = args;
-  a.rows = kWarps * (a.head.bits ? 32 : 16), a.blocks = (int)linear_blocks(tiled(a.head));
+  a.rows = kWarps * rows_of_tile(a.head.bits), a.blocks = (int)(a.head.kept_stride / a.rows);
   linear(on, a.head);
   by_type(a.head.dtype, [&](auto type) {
     launch(on, {{a.head.m}, kDrawers, sizeof(Draw)}, sample_kernel<decltype(type)>, a);

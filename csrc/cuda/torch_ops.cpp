@@ -2,8 +2,8 @@
 //
 // Callers are gemma4_fast/ops/cuda_backend.py and cuda_attention.py: arguments come checked, tensors contiguous where kernels.h
 // says so, outputs and scratch allocated, the device set. Each op ends with the stream, and whether its kernels may be launched
-// early. Of torch's macros only those that its headers have since 2.10. With GEMMA4_EMULATED the same ops take CPU tensors, and the kernels are
-// those of the library that `use` names: see tests/emulator.
+// early. Of torch's macros only those that its headers have since 2.10. With GEMMA4_EMULATED the same ops take CPU tensors, and
+// the kernels are those of the library that `use` names: see tests/emulator.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>

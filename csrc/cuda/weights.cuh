@@ -19,6 +19,7 @@ using device::Bytes8;
 constexpr int kStep = 32;  // columns
 template <int kBits>
 constexpr int kTileRows = kBits ? 32 : 16;
+inline int rows_of_tile(int bits) { return bits ? kTileRows<8> : kTileRows<0>; }
 template <int kBits>
 constexpr int kProducts = kTileRows<kBits> / 16;  // of 16 rows each
 template <int kBits>

@@ -111,6 +111,11 @@ def positive(op: str, name: str, value: object) -> None:
         raise ValueError(f"{op}: {name} must be a positive number, got {value!r}")
 
 
+def in_fp32(temperature: float) -> float:
+    """The nearest one that kernels can divide by: in fp32 neither 0 nor infinite, nor is its inverse."""
+    return min(max(temperature, 1e-30), 1e30)
+
+
 def share(op: str, name: str, value: object) -> None:
     """value is a number in [0, 1]."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:

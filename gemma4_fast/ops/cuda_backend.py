@@ -280,7 +280,7 @@ def sample(
     rows = _ROWS_OF_A_BLOCK[bits]
     blocks = -(-n // rows)
     logits, most, sums = (x.new_empty(m, size, dtype=torch.float32) for size in (blocks * rows, blocks, blocks))
-    draws = whole(uniform.float()), softcap or 0.0, min(max(temperature, 1e-30), 1e30), top_k if top_k < n else 0, top_p, min_p
+    draws = whole(uniform.float()), softcap or 0.0, checks.in_fp32(temperature), top_k if top_k < n else 0, top_p, min_p
     run("sample", x, x, values, scales, n, *draws, logits, most, sums, out)
     return out
 

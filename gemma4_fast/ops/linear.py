@@ -261,19 +261,6 @@ GEMMA = dict(temperature=1.0, top_k=64, top_p=0.95, min_p=0.0)  # what its check
 FREE = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 
 
-def _sample_cost(
-    x: Tensor,
-    weight: WeightLike,
-    uniform: Tensor,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-) -> Cost:
-    return _logits_cost(x, weight, softcap, argmax=True)
-
-
 SAMPLE = register(
     Op(
         name="sample",
@@ -293,7 +280,7 @@ SAMPLE = register(
             "int8": lambda m: sample_case(m, 3, 256, 1001, bits=8, top_k=64, top_p=0.95),
             "int4_odd": lambda m: sample_case(m, 3, 97, 1001, cap=None, bits=4),
         },
-        cost=_sample_cost,
+        cost=lambda x, weight, *_: _logits_cost(x, weight, argmax=True),
         bench_cases={
             "26b_1_token": lambda m: _drawn(_logits_case(m, 1, 2816, 262144), **GEMMA),
             "26b_1_token_free": lambda m: _drawn(_logits_case(m, 1, 2816, 262144), **FREE),

@@ -113,11 +113,14 @@ class Op:
         if self.compose is not None:
             if _SELECTION.get().for_op(self.name)[:1] == ("reference",):
                 return self.reference(*args)
-            impl = self.fused(args[0].device, args[0].dtype)
-            if impl is None or _refusal(impl, args) is not None:
-                return self.compose(*args)
-            return _on(args[0].device, impl.function)(*args)
+            impl = self.in_one(args)
+            return self.compose(*args) if impl is None else _on(args[0].device, impl.function)(*args)
         return self.select(args)(*args)
+
+    def in_one(self, args: tuple[Any, ...]) -> Impl | None:
+        """Of an op made of others: what has it in one for these arguments; looks at no values."""
+        impl = self.fused(args[0].device, args[0].dtype)
+        return impl if impl is not None and _refusal(impl, args) is None else None
 
     def fused(self, device: torch.device, dtype: torch.dtype) -> Impl | None:
         """Of an op made of others: what has it in one, if that is of the backend that would serve its parts. A part for which
@@ -371,10 +374,8 @@ def require(device: torch.device, dtype: torch.dtype, ops: Iterable[str]) -> Non
 
 
 def in_one(name: str, *args: Any) -> bool:
-    """Whether the selection in force has this op, which others make up, in one for these arguments; looks at no values."""
-    op = TABLE[name]
-    impl = op.fused(args[0].device, args[0].dtype)
-    return impl is not None and _refusal(impl, args) is None
+    """Whether the selection in force has this op, which others make up, in one for these arguments."""
+    return TABLE[name].in_one(args) is not None
 
 
 def recordable(name: str, device: torch.device, dtype: torch.dtype) -> bool:

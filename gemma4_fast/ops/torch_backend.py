@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gemma4_fast.ops import checks
 from gemma4_fast.quant import WeightLike
 from gemma4_fast.reference.ops import embedding, geglu, rope_angles, rotate, route_topk
 
@@ -361,8 +362,8 @@ def logits(x: Tensor, weight: WeightLike, softcap: float | None = None, argmax: 
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
     """Of `sample`, what follows the logits [T, V] -> ids [T]; -1 where none is finite."""
     logits = logits.float()
-    temperature = min(max(temperature, 1e-30), 1e30)  # in fp32 neither 0 nor infinite
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: a tiny temperature cannot overflow
+    # At most 0: a tiny temperature cannot overflow.
+    logits = (logits - logits.amax(-1, keepdim=True)) / checks.in_fp32(temperature)
     kept, ids = restrict(logits, top_k, top_p, min_p)
     sums = kept.exp().cumsum(-1, dtype=torch.float64)  # in fp32 a quarter of a million summands lose digits that `uniform` has
     at = torch.searchsorted(sums, uniform.double()[:, None] * sums[:, -1:], right=True).clamp(max=kept.shape[-1] - 1)
