@@ -533,21 +533,15 @@ def test_a_captured_step_draws_the_next_tokens(filters: str, monkeypatch: pytest
     """The tokens of steps that hand out hidden states, from which the same op draws."""
     model, options = Gemma4.from_pretrained("tiny", check=False, backend="cuda,torch"), dict(temperature=1.0, **DRAWS[filters])
     prompts = [[5, 6, 7], [8, 9]]
-    made: list[Any] = []
-
-    class Captured(test_graph.Captured):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            made.append(self)
 
     def tokens() -> list[list[int]]:
         model.spares.clear()
         return [g.token_ids for g in model.generate(prompts, max_new_tokens=9, stop_token_ids=(), seed=3, **options)]
 
-    test_graph.Captured.made = []
+    made = test_graph.Captured.made = []
     monkeypatch.setattr(graph.DecodeGraph, "on_gpu", True)
     monkeypatch.setattr(ops, "recordable", lambda *_: True)
-    monkeypatch.setattr(graph, "_Captured", Captured)
+    monkeypatch.setattr(graph, "_Captured", test_graph.Captured)
     drawn = tokens()
     assert [c.inputs.uniform is not None for c in made] == [True] and made[0].replays == 7
     monkeypatch.setattr(graph.DecodeGraph, "can_choose", lambda *_: False)
