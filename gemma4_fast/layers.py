@@ -130,6 +130,7 @@ class Step:
     rows: dict[int, Tensor] = field(default_factory=dict)  # by slots per sequence: cache row [T] of each token
     shared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by donor layer: this pass's K and V
     limit: int | None = None  # no sequence in a cache that is read is longer. For kernels that do not ask the device
+    image_ids: Tensor | None = None  # [T] int32, of a prefill: tokens of one image, which sliding layers show each other; -1: text
 
 
 class Attention(nn.Module):
@@ -174,7 +175,8 @@ class Attention(nn.Module):
             before: tuple[Tensor | None, ...] = (None, None, None)
             if read is not None and step.prefix_lens is not None:
                 before = read.k, read.v, step.prefix_lens
-            a = ops.gqa_prefill(q, k, v, step.cu_seqlens, layer.window, *before, None, *rebuild)  # type: ignore[call-arg, arg-type]
+            images = step.image_ids if layer.is_sliding else None
+            a = ops.gqa_prefill(q, k, v, step.cu_seqlens, layer.window, *before, None, *rebuild, images)  # type: ignore[arg-type]
             if self.is_donor:  # its cache is written once the layers that share it are through: see Text.forward
                 step.shared[layer.index] = k, v
             elif own and kv is not None:
@@ -284,9 +286,10 @@ class Layer(nn.Module):
         return ops.ple_gate(x, ple, gate, proj, self.post_per_layer_input_norm.weight, *end)
 
 
-def quantize(model: nn.Module, bits: int) -> None:
+def quantize(model: nn.Module, bits: int, done: Callable[[str], None] | None = None) -> None:
     """Projections, experts and tables of the model become quantized ones, one after the other, so that memory never holds
-    more than one of them twice. What stays: norms, scalars, the router, and the small matrices of per-layer embeddings."""
+    more than one of them twice. What stays: norms, scalars, the router, and the small matrices of per-layer embeddings.
+    done: is told the name of each module as it has been."""
     tables = {name: module for name, module in model.named_modules() if isinstance(module, Quantizable)}
     for name, module in tables.items():
         for parameter, w in module.named_parameters(recurse=False):
@@ -294,8 +297,13 @@ def quantize(model: nn.Module, bits: int) -> None:
                 low, high = torch.aminmax(w)
                 if not max(-low, high).item() <= LARGEST_WEIGHT[max(bits, module.least_bits)]:
                     raise ValueError(f"{name}.{parameter}: a value is not finite, or too large for a scale in fp16")
-    for module in tables.values():
+    for name, module in tables.items():
         module.quantize(bits)
+        if done is not None:
+            done(name)
+
+
+Embedded = tuple[Tensor, Tensor | None]  # x [T, H], and the layers' PLE inputs [T, L, P] where a model has them
 
 
 class Text(nn.Module):
@@ -382,18 +390,23 @@ class Text(nn.Module):
         kinds = {c.is_sliding for c in self.config.layers()}
         return {s: ops.rope_angles(positions, self.inv_freq(s, positions.device)) for s in kinds}
 
-    def embed(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def embed(self, ids: Tensor) -> Embedded:
         """ids [T] int64 -> x [T, H], and the layers' PLE inputs [T, L, P] (None for models without)."""
         c, weight = self.config, self.embed_tokens.weight
         x = ops.embedding(weight, ids, _rounded(c.hidden_size**0.5, weight.dtype))
         if not (size := c.hidden_size_per_layer_input):
             return x, None
         token = ops.embedding(self.embed_tokens_per_layer.weight, ids, _rounded(size**0.5, weight.dtype))
+        return x, self.per_layer_inputs(x, token)
+
+    def per_layer_inputs(self, x: Tensor, token: Tensor) -> Tensor:
+        """Embeddings x [T, H] and those per layer, token [T, L * P] -> the layers' PLE inputs [T, L, P]."""
+        c, size = self.config, self.config.hidden_size_per_layer_input
         context = ops.linear(x, self.per_layer_model_projection.weight)
         # (rms(context * H^-0.5) + token) * 2^-0.5. A factor before a norm acts on its eps alone.
         norm, eps = self.per_layer_projection_norm.weight, c.rms_norm_eps * c.hidden_size
         ple, _, _ = ops.norm_add_norm(context.view(-1, size), token.view(-1, size), norm, self._ple_scale(norm), None, eps)
-        return x, ple.view(-1, c.num_hidden_layers, size)
+        return ple.view(-1, c.num_hidden_layers, size)
 
     def _ple_scale(self, like: Tensor) -> Tensor:
         """[1]: 2^-0.5. Kept, as `inv_freq` is and for the same reason."""
@@ -411,20 +424,37 @@ class Text(nn.Module):
         donor = self.config.layer(index).kv_donor
         return self.layer(index if donor is None else donor).self_attn
 
-    def forward(self, ids: Tensor, step: Step, cache: KVCache | None, last: list[bool] | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor | Embedded,
+        step: Step,
+        cache: KVCache | None,
+        last: list[bool] | None = None,
+        outputs: list[Tensor] | None = None,
+    ) -> Tensor:
         """`run`, after which the cache counts the new tokens."""
-        h = self.run(ids, step, cache, last)
+        h = self.run(ids, step, cache, last, outputs)
         if cache is not None:
             cache.advance(step.new_lens)
         return h
 
-    def run(self, ids: Tensor, step: Step, cache: KVCache | None, last: list[bool] | None = None) -> Tensor:
+    def run(
+        self,
+        ids: Tensor | Embedded,
+        step: Step,
+        cache: KVCache | None,
+        last: list[bool] | None = None,
+        outputs: list[Tensor] | None = None,
+    ) -> Tensor:
         """ids [T] int64 -> final normed hidden states [T, H]; the new tokens are in the cache, and not counted yet.
 
-        last: only the newest token's hidden state of each sequence b with last[b] is wanted -> [B, H]; other rows are
-        undefined. Layers that share KV then see these tokens alone, since they add nothing to any cache.
+        ids: or what `embed` makes of them. last: only the newest token's hidden state of each sequence b with last[b] is
+        wanted -> [B, H]; other rows are undefined. Layers that share KV then see these tokens alone, since they add nothing to
+        any cache. outputs: a list that is given the residual stream before the first layer and after each [T, H].
         """
-        x, ple = self.embed(ids)
+        x, ple = self.embed(ids) if isinstance(ids, Tensor) else ids
+        if outputs is not None:
+            outputs.append(x)
         h: Tensor | None = None
         picked = last is None or step.kv_lens is not None  # a decode step has one token a sequence already
         for index in range(self.config.num_hidden_layers):
@@ -435,6 +465,8 @@ class Text(nn.Module):
                 step = self.last_step(step, cache, last)
                 picked = True
             x, h = self.run_layer(index, x, h, step, cache, None if ple is None else ple[:, index])
+            if outputs is not None:
+                outputs.append(x)
         if cache is not None:
             self.write_donors(step, cache)
         h = cast(Tensor, h)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -155,11 +155,11 @@ class Gemma4(nn.Module):
             native.use_huge_pages(parameter)
         return self
 
-    def quantize(self, to: str) -> Gemma4:
+    def quantize(self, to: str, done: Callable[[str], None] | None = None) -> Gemma4:
         """Weights of 8 or 4 bits, in place: "int8" has the values of GGUF's Q8_0, "int4" those of Q4_0, with a scale for each
         32 of a row. Projections and experts; embeddings and the head never below 8 bits; norms, router and the small matrices
         of per-layer embeddings stay. ValueError, before any work, for another word, for a model that is quantized already, and
-        for a weight with values that no scale serves, by its name.
+        for a weight with values that no scale serves, by its name. done: is told the name of each module as it has been.
         """
         bits = parse_quantize(to)
         if bits is None:
@@ -167,7 +167,7 @@ class Gemma4(nn.Module):
         if self.quantization is not None:
             raise ValueError(f"this model is quantized to {self.quantization} already")
         self._changed()
-        quantize(self, bits)
+        quantize(self, bits, done)
         self.quantization = to
         return self
 
