@@ -130,7 +130,9 @@ class Step:
     rows: dict[int, Tensor] = field(default_factory=dict)  # by slots per sequence: cache row [T] of each token
     shared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by donor layer: this pass's K and V
     limit: int | None = None  # no sequence in a cache that is read is longer. For kernels that do not ask the device
-    image_ids: Tensor | None = None  # [T] int32, of a prefill: tokens of one image, which sliding layers show each other; -1: text
+    image_ids: Tensor | None = (
+        None  # [T] int32, of a prefill: tokens of one image, which sliding layers show each other; -1: text
+    )
 
 
 class Attention(nn.Module):
