@@ -256,7 +256,7 @@ def _cases(p: Parser) -> None:
 def _peers(p: Parser) -> None:
     p.add_argument(
         "--peers", metavar="P", type=names, action=Several, default=[],
-        help="what runs beside this package: transformers, torch.compile, vllm, llama.cpp, llama-bench",
+        help="what runs beside this package: transformers, torch.compile, accelerate, vllm, llama.cpp, llama-bench",
     )  # fmt: skip
     p.add_argument("--peer-python", metavar="PEER=PROGRAM", action="append", default=[],
                    help="the interpreter that has a peer, if it is not this one; may be repeated")  # fmt: skip

@@ -178,7 +178,7 @@ class Attention(nn.Module):
             if read is not None and step.prefix_lens is not None:
                 before = read.k, read.v, step.prefix_lens
             images = step.image_ids if layer.is_sliding else None
-            a = ops.gqa_prefill(q, k, v, step.cu_seqlens, layer.window, *before, None, *rebuild, images)  # type: ignore[arg-type]
+            a = ops.gqa_prefill(q, k, v, step.cu_seqlens, layer.window, *before, None, *rebuild, images)  # type: ignore[call-arg, arg-type]
             if self.is_donor:  # its cache is written once the layers that share it are through: see Text.forward
                 step.shared[layer.index] = k, v
             elif own and kv is not None:

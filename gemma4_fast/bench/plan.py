@@ -21,6 +21,7 @@ PEERS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     OURS: ("with_ours.py", ("",), ("",)),
     "transformers": ("with_transformers.py", ("grouped_mm", "eager", "batched_mm"), ("",)),
     "torch.compile": ("with_transformers.py", ("compile",), ("compile",)),
+    "accelerate": ("with_transformers.py", ("accelerate",), ("accelerate",)),  # transformers' generate on this package
     "vllm": ("with_vllm.py", ("",), ("",)),
     "llama.cpp": ("with_llama_cpp.py", ("",), ("",)),
     "llama-bench": ("with_llama_bench.py", ("",), ("",)),
@@ -54,7 +55,7 @@ class Contender:
 
     @property
     def label(self) -> str:
-        return self.peer if not self.variant or self.variant == "compile" else f"{self.peer} {self.variant}"
+        return self.peer if self.variant in ("", "compile", "accelerate") else f"{self.peer} {self.variant}"
 
     @property
     def is_heavy(self) -> bool:
@@ -104,8 +105,8 @@ def room_for(processes: int, free: int) -> int:
 
 
 def process_of(peer: str, peers: Sequence[str]) -> str:
-    """Whose process runs it: torch.compile's contender shares transformers', if that is there."""
-    return "transformers" if peer == "torch.compile" and "transformers" in peers else peer
+    """Whose process runs it: those that run transformers in another way share its process, if that is there."""
+    return "transformers" if peer in ("torch.compile", "accelerate") and "transformers" in peers else peer
 
 
 def processes(peers: Sequence[str]) -> list[str]:

@@ -22,9 +22,9 @@ from gemma4_fast.model import DTYPES, Gemma4
 _PLAIN = ("torch.nn.modules.linear", "torch.nn.modules.container", "torch.nn.modules.sparse", "transformers.activations")
 
 
-def config_of(text: nn.Module) -> Gemma4Config:
-    """The configuration of transformers' text model. ValueError says what this package does not serve."""
-    return Gemma4Config.from_dict(cast(Any, text).config.to_dict())
+def config_of(told: dict[str, Any]) -> Gemma4Config:
+    """Of what transformers' configuration of a text model tells. ValueError says what this package does not serve."""
+    return Gemma4Config.from_dict(told)
 
 
 def unfit(text: nn.Module) -> str | None:
@@ -76,7 +76,7 @@ def _tensors(text: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def addresses(text: nn.Module, head: nn.Module | None) -> list[int]:
     """Where the weights lie: they are the native model's as long as this is the same."""
-    tensors = [w for _, w in _tensors(text)] + ([] if head is None else [head.weight])  # type: ignore[list-item]
+    tensors = [w for _, w in _tensors(text)] + ([] if head is None else [cast(Tensor, head.weight)])
     return [w.data_ptr() for w in tensors]
 
 

@@ -8,6 +8,7 @@ code does) gets transformers' own layers, filled with what was there: from then 
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
 
 from gemma4_fast.cache import TILE, KVCache
 from gemma4_fast.generate import ROOM
@@ -23,6 +25,9 @@ from gemma4_fast.reference.ops import cached_sequence
 
 if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
+
+# What a model calls its cache: `past_key_values` up to transformers 5.23.
+CACHE = "cache" if "cache" in inspect.signature(Gemma4TextModel.forward).parameters else "past_key_values"
 
 
 class Gemma4Cache(Cache):
@@ -42,11 +47,12 @@ class Gemma4Cache(Cache):
         self.room = room
         self.kv: KVCache | None = None  # None as long as it is empty, and once it is `plain`
         self.seen = 0  # columns
-        self.mask: Tensor | None = None  # [B, seen] bool, on the host: columns that hold a token. None: all of them
+        self.mask: Tensor | None = None  # [B, seen] bool: columns that hold a token. None: all of them
         self.base: list[int] = []  # of each sequence: the position that the caller gives its first token
         self.plain = False  # transformers' own layers hold what there is
         self.record_past = False
         self._since_crop = 0  # columns since the last crop, which may take them back
+        self.changes = -1  # the model's, when it was filled
         self._own = DynamicCache(config=text_config)  # its layers: empty ones unless `plain`
         self._graph: list[DecodeGraph] = []  # the recorded decode step over `kv`, if any
         weakref.finalize(self, _give, self._graph).atexit = False
@@ -57,24 +63,23 @@ class Gemma4Cache(Cache):
         if type(cache) is not DynamicCache or cache.offloading or any(_is_used(layer) for layer in cache.layers):
             return None
         record_past = any(getattr(layer, "record_past", False) for layer in cache.layers)
-        kept = {k: v for k, v in vars(cache).items() if k.startswith("_is_")}  # marks that `generate` leaves
+        marks = {k: v for k, v in vars(cache).items() if k.startswith("_is_")}  # that `generate` leaves
         vars(cache).clear()
         cache.__class__ = cls
         adopted = cast(Gemma4Cache, cache)
         adopted.__init__(model, text_config, room)  # type: ignore[misc]
-        vars(adopted).update(kept)
+        adopted.__dict__.update(marks)
         adopted.record_past = record_past
         return adopted
 
     # ---------------------------------------------------------------- for the passes of the native model
-    def prepare(self, batch: int, columns: int) -> KVCache:
-        """The caches, with room for so many columns more of each sequence. ValueError for another batch size, or one that
-        holds more than the model has positions."""
-        assert not self.plain
+    def prepare(self, batch: int, columns: int) -> None:
+        """Sees to it that `kv` has room for so many columns more of each of its `batch` sequences."""
         longest = columns + (0 if self.kv is None else max(self.kv.host_lens))
         limit = self.model.config.max_position_embeddings
         spare = -(-(self._since_crop + columns) // TILE) * TILE if self.record_past else 0
         if self.kv is None:
+            self.changes = self.model.changes
             room = min(limit, -(-max(longest, self.room or longest + ROOM) // ROOM) * ROOM)
             graph = None if spare else self.model.spares.take(self.model, batch, room)
             if graph is not None:
@@ -83,12 +88,9 @@ class Gemma4Cache(Cache):
             else:
                 device, dtype = self.model.device, self.model.dtype
                 self.kv = KVCache(self.model.config, batch, max(room, longest), dtype, device, spare)
-        if self.kv.batch_size != batch:
-            raise ValueError(f"the cache holds {self.kv.batch_size} sequences, the input {batch}")
         if longest > self.kv.max_len or spare > self.kv.spare:
             room = self.kv.max_len if longest <= self.kv.max_len else min(limit, max(2 * self.kv.max_len, longest))
             self._set(self.kv.resized(room, max(spare, self.kv.spare)))
-        return self.kv
 
     @property
     def graph(self) -> DecodeGraph:
@@ -104,7 +106,7 @@ class Gemma4Cache(Cache):
         self._since_crop += columns
         self.mask, self.base = mask, base
 
-    def broken(self) -> None:
+    def broke(self) -> None:
         """A pass did not end: what it has written, it has not counted. The memory is not for others."""
         self._graph.clear()
 
@@ -267,14 +269,14 @@ class Gemma4Cache(Cache):
 
     def _reorder(self, indices: Tensor) -> None:
         order = indices.tolist()
-        self.mask = None if self.mask is None else self.mask[order]
+        self.mask = None if self.mask is None else self.mask[indices.to(self.mask.device)]
         self.base = [self.base[i] for i in order] if self.base else []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gemma4Cache:
         """A copy for the same model: of a common beginning, say, that several texts go on from."""
         new = Gemma4Cache(self.model, self.text_config, self.room)
         memo[id(self)] = new
-        for name in ("seen", "mask", "base", "plain", "record_past", "_since_crop", "_own"):
+        for name in ("seen", "mask", "base", "plain", "record_past", "changes", "_since_crop", "_own"):
             setattr(new, name, copy.deepcopy(getattr(self, name), memo))
         new.kv = None if self.kv is None else self.kv.selected(torch.arange(self.kv.batch_size))
         return new
@@ -368,11 +370,3 @@ def _give(graph: list[DecodeGraph]) -> None:
     for g in graph:
         if g.cache.spare == 0:
             g.model.spares.give(g)
-
-
-def spans(mm_token_type_ids: Tensor) -> Tensor:
-    """[B, S] kinds of tokens, 1 an image's and 2 a video's -> [B, S] int32, the number of the image, -1 for the others."""
-    image = (mm_token_type_ids == 1) | (mm_token_type_ids == 2)
-    starts = image.clone()
-    starts[:, 1:] &= ~image[:, :-1]
-    return torch.where(image, starts.cumsum(1) - 1, -1).to(torch.int32)

@@ -1,4 +1,4 @@
-"""transformers as a contender: `generate` with its defaults, each experts implementation, and torch.compile."""
+"""transformers as a contender: `generate` with its defaults, each experts implementation, torch.compile, and accelerated."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ class Peer:
         import transformers
         from transformers.utils import logging
 
-        if spec["quantize"]:
-            raise Unsupported(f"quantize={spec['quantize']} is not measured with transformers")
+        self.quantize = spec["quantize"]
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         if spec["device"] == "cpu":
@@ -47,6 +46,7 @@ class Peer:
         # No stop token, so that all make the same number of tokens; and nothing that a checkpoint recommends.
         self.model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
         self.device = spec["device"]
+        self._own, self._accelerated = self.model, None
         self._eager, self._variant = self.model.forward, ""
         self._kept: tuple[list[list[int]], torch.Tensor, Any] | None = None  # ids at depth, all ids so far, cache
         note = f"{getattr(self.model.config, '_attn_implementation', '?')} attention"
@@ -56,6 +56,12 @@ class Peer:
         if variant == self._variant:
             return
         self._kept, self._variant = None, variant
+        self.model = self._own
+        if variant == "accelerate":
+            self.model = self._accelerated = self._accelerated or self._twin()
+            return
+        if self.quantize:
+            raise Unsupported(f"quantize={self.quantize} is not measured with transformers")
         if variant == "compile":
             if hasattr(self.model, "set_experts_implementation"):
                 self.model.set_experts_implementation("grouped_mm")  # the default, whatever contender ran before
@@ -64,6 +70,16 @@ class Peer:
         self.model.forward = self._eager
         if variant:
             self.model.set_experts_implementation(variant)
+
+    def _twin(self) -> Any:
+        """A second model on the same weights, accelerated. Quantized it is the only one, as the weights are freed."""
+        import gemma4_fast
+
+        if self.quantize:
+            return gemma4_fast.accelerate(self.model, quantize=self.quantize, check=False)
+        twin = copy.deepcopy(self.model, {id(p): p for p in [*self.model.parameters(), *self.model.buffers()]})
+        gemma4_fast.accelerate(twin, check=False)
+        return twin
 
     def _generate(self, ids: torch.Tensor, new: int, cache: Any = None) -> tuple[list[float], torch.Tensor]:
         """Times [new] from the call or the token before to each new token, and all ids [B, P + new]."""
@@ -96,8 +112,8 @@ class Peer:
         """The cache is filled with noise: a decode step takes as long over it as over a prompt's keys and values. It is
         kept from call to call, and a call adds its few tokens to it."""
         self._use(variant)
-        if variant == "compile":
-            raise Unsupported("depth is not measured with torch.compile")
+        if variant in ("compile", "accelerate"):
+            raise Unsupported(f"depth is not measured with {variant}")
         if self._kept is None or self._kept[0] != ids:
             self._kept = None
             self._kept = ids, *self._filled(ids)
