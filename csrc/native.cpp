@@ -193,14 +193,17 @@ py::dict build_info() {
   return d;
 }
 
-// Asks the system to back memory that nobody has touched yet by huge pages, where whole ones fit. False: it does not.
-bool use_huge_pages(uintptr_t address, size_t bytes) {
+// Asks the system to back memory by huge pages, where whole ones fit: when it is touched, or `now`, what it holds moving into
+// them (Linux 6.1 and newer). False: it does not.
+bool use_huge_pages(uintptr_t address, size_t bytes, bool now) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;  // of x86-64, and of ARM with 4 KB pages; where they are larger, no harm
+  constexpr int kCollapse = 25;                    // MADV_COLLAPSE, which older headers lack
   const uintptr_t first = (address + kHuge - 1) / kHuge * kHuge, last = (address + bytes) / kHuge * kHuge;
-  return first < last && madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) == 0;
+  if (first >= last || madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) != 0) return false;
+  return !now || madvise(reinterpret_cast<void*>(first), last - first, kCollapse) == 0;
 #else
-  return (void)address, (void)bytes, false;
+  return (void)address, (void)bytes, (void)now, false;
 #endif
 }
 
@@ -222,7 +225,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "What this processor can do, how this module was compiled, and advice about memory.";
   m.def("cpu_features", &cpu_features, "Instruction sets that the processor has and the operating system supports.");
   m.def("hardware_threads", [] { return std::thread::hardware_concurrency(); }, "Number of hardware threads; 0 if unknown.");
-  m.def("use_huge_pages", &use_huge_pages, py::arg("address"), py::arg("bytes"), "Asks for huge pages behind untouched memory.");
+  m.def("use_huge_pages", &use_huge_pages, py::arg("address"), py::arg("bytes"), py::arg("now"), "Asks for huge pages.");
   m.def("release_pages", &release_pages, py::arg("address"), py::arg("bytes"), "Drops the pages of a file that was read.");
   m.def("build_info", &build_info, "Compiler, standard, architecture and flags of this build.");
 }

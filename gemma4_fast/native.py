@@ -81,15 +81,16 @@ def build_info() -> dict[str, str | bool] | None:
     return None if module is None else module.build_info()
 
 
-def use_huge_pages(tensor: Tensor) -> None:
-    """Asks for huge pages behind a new CPU tensor, which nothing has written to yet; does nothing where there are none.
+def use_huge_pages(tensor: Tensor, *, now: bool = False) -> None:
+    """Asks for huge pages behind a new CPU tensor, which nothing has written to yet; with `now` behind one that holds values,
+    which move into them. Does nothing where there are none.
 
     Weights and caches are streams of hundreds of megabytes: with pages of 4 KB each costs the processor a walk through its
     page tables, and its prefetcher a stop.
     """
     module, _ = _load()
     if module is not None and tensor.device.type == "cpu" and tensor.nbytes:
-        module.use_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        module.use_huge_pages(tensor.data_ptr(), tensor.nbytes, now)
 
 
 def release_pages(tensor: Tensor) -> None:

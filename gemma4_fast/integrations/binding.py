@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from gemma4_fast.config import Gemma4Config
 from gemma4_fast.layers import PackedWeight
 from gemma4_fast.model import DTYPES, Gemma4
+from gemma4_fast.native import use_huge_pages
 
 # Where the classes of an untouched text model come from, beside its own modeling file.
 _PLAIN = ("torch.nn.modules.linear", "torch.nn.modules.container", "torch.nn.modules.sparse", "transformers.activations")
@@ -97,6 +98,7 @@ def share(native: Gemma4, text: nn.Module, head: nn.Module | None) -> None:
             if not isinstance(shared, Tensor) or shared.shape != parameter.shape:
                 got = "none" if not isinstance(shared, Tensor) else str(list(shared.shape))
                 raise ValueError(f"{name}.{own}: got {got}, the configuration says {list(parameter.shape)}")
+            use_huge_pages(shared, now=True)
             setattr(module, own, nn.Parameter(shared.detach(), requires_grad=False))
     native._changed()
 

@@ -106,18 +106,21 @@ class Engine:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """A copied model's own, which finds the copied weights at its first call."""
-        self._only_if_whole()
+        self.only_if_whole("copied")
         new = memo[id(self)] = Engine(self.backend)
         new.head = copy.deepcopy(self.head, memo)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        self._only_if_whole()
+        self.only_if_whole("pickled")
         return {**vars(Engine(self.backend)), "head": self.head}
 
-    def _only_if_whole(self) -> None:
+    def only_if_whole(self, done: str) -> None:
+        """UnsupportedError if the weights of transformers' model are gone."""
         if self.quantization is not None:
-            raise UnsupportedError(f"a model quantized to {self.quantization} is neither copied nor pickled; load it again")
+            raise UnsupportedError(
+                f"a model quantized to {self.quantization} cannot be {done}: its weights were freed; load it again instead"
+            )
 
     # ---------------------------------------------------------------- which calls
     def call(self, text: nn.Module, kwargs: dict[str, Any], mm_token_type_ids: Tensor | None = None) -> Call | str:

@@ -212,6 +212,7 @@ class Gemma4Cache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest columns: so many as -tokens_to_remove says. RuntimeError if the sliding window has moved on past
         them; `activate_past_recording` before they are written keeps what they push out of it."""
+        tokens_to_remove = int(tokens_to_remove)  # some versions hand over a tensor
         if tokens_to_remove > 0:  # as it was up to transformers 5.17: the length to be left
             tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         if self.plain:

@@ -49,6 +49,12 @@ class _Accelerated:
     def _can_set_experts_implementation(cls) -> bool:
         return bool(ORIGINAL[cls]._can_set_experts_implementation())
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        text = text_of(cast(nn.Module, self))
+        if text is not None and ENGINE in vars(text):
+            _engine(text).only_if_whole("saved")
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
 
 class _Text(_Accelerated):
     """The text model."""
@@ -63,8 +69,8 @@ class _Text(_Accelerated):
         every = bool(_told(text, kwargs, "output_hidden_states"))
         config = cast(Gemma4, engine.native).config
         # The layers that share keys and values need not see the columns of which no one wants anything.
-        newest = config.num_kv_shared_layers > 0 and call.columns > 1 and kwargs.get("logits_to_keep") == 1
-        newest = newest and cache is not None and not every and (call.new is None or bool(call.new[:, -1].all()))
+        newest = config.num_kv_shared_layers > 0 and call.columns > 1 and cache is not None and not every
+        newest = newest and _is_one(kwargs.get("logits_to_keep")) and (call.new is None or bool(call.new[:, -1].all()))
         h, streams = engine.run(call, self._tokens(call, kwargs), cache, newest=newest, every=every)
         h = _callers(h)
         hidden = (*(_callers(s) for s in streams[:-1]), h) if every else None
@@ -107,8 +113,7 @@ class _Text(_Accelerated):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """UnsupportedError for a quantized model, which holds no weights of transformers'."""
-        if (to := _engine(self).quantization) is not None:
-            raise UnsupportedError(f"a model quantized to {to} cannot be saved; keep what it was loaded from")
+        _engine(self).only_if_whole("saved")
         return super().state_dict(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -266,6 +271,10 @@ def _told(text: Any, kwargs: dict[str, Any], name: str) -> Any:
     return getattr(text.config, name, None) if value is None else value
 
 
+def _is_one(value: Any) -> bool:
+    return isinstance(value, int) and value == 1
+
+
 def _callers(x: Tensor) -> Tensor:
     """A tensor that the caller can use with others that want gradients: one of inference mode could not be."""
     return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
@@ -386,8 +395,7 @@ def restore(model: Any) -> Any:
     if text is None or ENGINE not in vars(text):
         raise ValueError(f"this {type(model).__name__} is not accelerated")
     engine = _engine(text)
-    if engine.quantization is not None:
-        raise UnsupportedError(f"its weights were freed when it was quantized to {engine.quantization}; load it again")
+    engine.only_if_whole("restored")
     for module in model.modules():
         if vars(module).pop(ENGINE, None) is not None or type(module) in MODELS:
             module.__class__ = ORIGINAL[type(module)]
