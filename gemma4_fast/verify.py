@@ -45,11 +45,11 @@ ROWS = (1, 2, 5, 16)  # and numbers of rows it is run with again: kernels differ
 LOGIT_TOKENS = 64  # newest tokens that are compared end to end
 DRAWN = Sampling(temperature=1.0, top_k=64, top_p=0.95)  # as Gemma 4's checkpoints recommend
 CLOSE_CALL = 1e-4  # relative margin between the last expert taken and the next, below which either choice is right
+HALF_CLOSE = 0.1  # and where others' router computes in half precision
 
 
-@torch.inference_mode()
 def verify(
-    model: Gemma4,
+    model: Any,
     *,
     level: str = "quick",
     input_ids: Sequence[int] | Tensor | None = None,
@@ -58,13 +58,32 @@ def verify(
 ) -> Report:
     """Compare `model` with the reference; nothing is raised for a wrong answer, see Report.raise_if_wrong.
 
+    model: a Gemma4, or a model of transformers that `accelerate` has been given: that is also held to transformers' own code,
+    layer by layer and, at level "full", end to end.
     level "quick": the first layer of each kind, and the head. "full": every layer, and the whole model end to end.
     input_ids: the tokens to run, default random ones (seeded), enough to pass the sliding window and wrap its cache.
     progress(done, total) counts layers. Extra memory: one layer in the wider dtype, and the activations of the tokens.
     """
+    from gemma4_fast.model import Gemma4
+
     if level not in ("quick", "full"):
         raise ValueError(f"level must be 'quick' or 'full', got {level!r}")
-    ids = _tokens(model, input_ids, seed)
+    if isinstance(model, Gemma4):
+        return _verify(model, level, _tokens(model, input_ids, seed), progress)
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"expected a Gemma4 or an accelerated model of transformers, got {type(model).__name__}")
+    from gemma4_fast.integrations.beside import compare, native_of
+
+    native = native_of(model)
+    ids = _tokens(native, input_ids, seed)
+    report = _verify(native, level, ids, progress)
+    if not report.not_finite:
+        compare(model, report, ids)
+    return report
+
+
+@torch.inference_mode()
+def _verify(model: Gemma4, level: str, ids: Tensor, progress: Callable[[int, int], None] | None) -> Report:
     with model.running():
         report = Report(level, str(model.device), str(model.dtype).removeprefix("torch."), _backends(model))
         tensors = model.state_dict()
@@ -105,6 +124,39 @@ def _all_finite(x: WeightLike) -> bool:
 
 def _backends(model: Gemma4) -> dict[str, str]:
     return {name: ops.decide(name, model.device, model.dtype)[0] for name in model_ops(model.config)}
+
+
+@dataclass(frozen=True)
+class Layered:
+    """What another implementation's layer was given, and gave: the residual stream [T, H], and its PLE inputs [T, P]."""
+
+    x: Tensor
+    ple: Tensor | None
+    out: Tensor
+
+
+@torch.inference_mode()
+def compare_layers(model: Gemma4, ids: Tensor, layers: Sequence[Layered], whose: str, report: Report) -> None:
+    """All layers on what `whose` layers were given, for one prompt ids [T]: their outputs' errors against the wider reference.
+    It is `whose` error that decides how large ours may be."""
+    with model.running():
+        tensors = model.state_dict()
+        check = _Check(model, tensors, ids, report)
+        kinds = {c.index for c in (check.config.layers() if report.level == "full" else check._kinds())}
+        step, kv = model.model.step([len(ids)], None), dict[int, tuple[Tensor, Tensor]]()
+        for layer, other in zip(check.config.layers(), layers, strict=True):
+            x, i = other.x, layer.index
+            got, _ = model.model.run_layer(i, x, None, step, None, other.ple)
+            if i not in kinds:
+                continue
+            w, wide = check._weights(True).layer(i), check.wide
+            between = reference.attention_block(w, check.config, layer, x.to(wide), kv)
+            ple = None if other.ple is None else other.ple.to(wide)
+            truth = reference.feed_forward_block(w, check.config, layer, between, ple)
+            margin = HALF_CLOSE if model.dtype in (torch.bfloat16, torch.float16) else CLOSE_CALL
+            keep = check._clear_calls(layer, between, margin)[:, None]
+            ours, theirs = (relative_error(torch.where(keep, y.to(wide), truth), truth) for y in (got, other.out))
+            report.comparisons.append(Comparison(f"beside {whose}", "prefill", ours, theirs, layer=i, kind=layer.label))
 
 
 class _Plan:
@@ -352,8 +404,8 @@ class _Check:
 
         self._add(judge(lambda: torch.cat([p[1] for p in picked])), lambda: judge(replay))
 
-    def _clear_calls(self, layer: LayerConfig, x: Tensor) -> Tensor:
-        """[T] bool: False where the router's last choice and the runner-up are too close to call in fp32."""
+    def _clear_calls(self, layer: LayerConfig, x: Tensor, margin: float = CLOSE_CALL) -> Tensor:
+        """[T] bool: False where the router's last choice and the runner-up are too close to call: in fp32, by default."""
         clear = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
         if not layer.is_moe or self.config.top_k_experts == self.config.num_experts:
             return clear
@@ -361,7 +413,7 @@ class _Check:
         one = torch.ones_like(w["router.per_expert_scale"])
         args = w["router.scale"], w["router.proj.weight"], one, self.config.top_k_experts + 1
         probs, _ = reference_ops.route_topk(x.to(self.wide), *args, self.config.rms_norm_eps)
-        clear = (probs[:, -2] - probs[:, -1]) > CLOSE_CALL * probs[:, -2]
+        clear = (probs[:, -2] - probs[:, -1]) > margin * probs[:, -2]
         if not clear.any():  # experts that are equal everywhere have a rule (the lower id), and it is checked
             return torch.ones_like(clear)
         self.report.close_calls += int((~clear).sum())

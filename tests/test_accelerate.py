@@ -692,6 +692,45 @@ def test_a_wrong_kernel_is_found(moe: tuple[Any, Any], monkeypatch: pytest.Monke
     near(model(family.prompt(1, 9)).logits, moe[0](family.prompt(1, 9)).logits)
 
 
+def test_verify_holds_it_to_transformers_code(pair: tuple[Any, Any]) -> None:
+    report = gemma4_fast.verify(pair[1], level="full")
+    assert report.ok, report.verdict()
+    layers = [c for c in report.comparisons if c.what == "beside transformers"]
+    assert [c.layer for c in layers] == list(range(pair[0].config.num_hidden_layers))
+    assert [c.phase for c in report.comparisons if c.what == "logits beside transformers"] == ["prefill", "decode"]
+    quick = gemma4_fast.verify(pair[1])
+    assert quick.ok and 0 < sum(c.what == "beside transformers" for c in quick.comparisons) < len(layers)
+    assert gemma4_fast.verify(pair[1], input_ids=[5, 6, 7], level="full").ok
+    with torch.no_grad():
+        assert not cache_of(pair[1](family.prompt(1, 9))).plain  # its hooks are gone
+
+
+@pytest.mark.parametrize("member", ["26b-a4b", "12b"])
+def test_verify_finds_a_layer_that_is_not_transformers(member: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = accelerate(copy.deepcopy(family.transformers_model(member)))
+    impl = gemma4_fast.ops.TABLE["geglu_mlp"].impls["torch"]
+    right = impl.function
+    monkeypatch.setitem(vars(impl), "function", lambda x, gate_up, down: right(x, gate_up, down) + 1e-3 * x)
+    with gemma4_fast.use_backend("torch"):
+        report = gemma4_fast.verify(ours, level="full")
+    wrong = [c.what for c in report.comparisons if not c.ok]
+    assert "beside transformers" in wrong and "logits beside transformers" in wrong
+
+
+def test_verify_says_what_it_cannot_compare(moe: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match="not accelerated"):
+        gemma4_fast.verify(moe[0])
+    with pytest.raises(ValueError, match="expected a Gemma4"):
+        gemma4_fast.verify("tiny")
+    quantized = accelerate(copy.deepcopy(moe[0]), quantize="int8", check=False)
+    report = gemma4_fast.verify(quantized, level="full")
+    assert report.ok and not any("beside" in c.what for c in report.comparisons)
+    _, ours = fresh()
+    ours.model.layers[3].self_attn.q_proj = Adapted(ours.model.layers[3].self_attn.q_proj)
+    with pytest.raises(UnsupportedError, match="q_proj"):
+        gemma4_fast.verify(ours)
+
+
 # ---------------------------------------------------------------- the weights
 def test_the_weights_are_the_same_memory(pair: tuple[Any, Any]) -> None:
     native, model = engine(pair[1]).native, pair[1]
@@ -809,7 +848,8 @@ def with_image(batch: int = 1, pad: int = 0) -> dict[str, Tensor]:
     place = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="xy"), -1).reshape(1, 36, 2)
     pixels = torch.rand(batch, 36, 48, generator=torch.Generator().manual_seed(4))
     return dict(
-        input_ids=ids, mm_token_type_ids=kinds, pixel_values=pixels, image_position_ids=place.repeat(batch, 1, 1), attention_mask=mask
+        input_ids=ids, mm_token_type_ids=kinds, attention_mask=mask, pixel_values=pixels,
+        image_position_ids=place.repeat(batch, 1, 1),
     )  # fmt: skip
 
 
