@@ -574,6 +574,14 @@ def test_gradients_in_evaluation_mode(warned: Callable[[], list[str]]) -> None:
     assert not logits.requires_grad
 
 
+def test_compiling(warned: Callable[[], list[str]]) -> None:
+    theirs, ours = fresh("12b")
+    ids = family.prompt(1, 12)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    near(compiled(ids, use_cache=False).logits, theirs(ids).logits)
+    assert not warned()
+
+
 def test_autocast(warned: Callable[[], list[str]]) -> None:
     theirs, ours = fresh()
     with torch.autocast("cpu", torch.bfloat16):
@@ -915,6 +923,24 @@ def test_text_streamer(tiny: tuple[Any, Any, Any], capsys: pytest.CaptureFixture
     inputs = tokenizer("It is a truth", return_tensors="pt")
     out = ours.generate(**inputs, streamer=TextStreamer(tokenizer), max_new_tokens=20, do_sample=False)
     assert tokenizer.decode(out[0]) in capsys.readouterr().out
+
+
+def test_adapters_once_they_are_merged() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(
+        copy.deepcopy(family.transformers_model("26b-a4b")),
+        LoraConfig(target_modules=["q_proj", "down_proj"], r=4, init_lora_weights=False),
+    ).eval()
+    ids = family.prompt(2, 12)
+    wanted = adapted(ids).logits
+    assert accelerate(adapted) is adapted
+    near(adapted(ids).logits, wanted)
+    assert any("peft" in reason for reason in engine(adapted).said)
+    merged = adapted.merge_and_unload()
+    out = merged(ids)
+    near(out.logits, wanted)
+    assert not cache_of(out).plain
 
 
 def test_automodel(tiny: tuple[Any, Any, Any]) -> None:

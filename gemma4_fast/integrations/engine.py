@@ -275,8 +275,8 @@ def _unusual(text: nn.Module, kwargs: dict[str, Any], given: Any) -> str | None:
     config = cast(Any, text).config
     if text.training:
         return "the model is in training mode"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "it is being compiled or traced"
+    if torch.jit.is_tracing():
+        return "it is being traced"
     if not isinstance(given, Tensor) or (kwargs.get("input_ids") is None) == (kwargs.get("inputs_embeds") is None):
         return "it is given neither or both of input_ids and inputs_embeds"
     if given.dim() != (3 if given.is_floating_point() else 2) or given.numel() == 0:
