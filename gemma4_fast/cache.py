@@ -119,7 +119,7 @@ class KVCache:
         """Whether all that sequence b held before its newest tokens[b] is still there, as far as its windows reach."""
         # The token that comes next, at position have - n, sees those from have - n - window + 1.
         both = zip(self.host_lens, self.lost, tokens, strict=True)
-        return all(lost <= max(0, have - n - self._window + 1) for have, lost, n in both)
+        return all(n == have or lost <= max(0, have - n - self._window + 1) for have, lost, n in both)
 
     def take_back(self, tokens: list[int]) -> None:
         """Forget the newest tokens[b] of each sequence b. ValueError if there are fewer, or a ring has lost what was before."""
@@ -128,6 +128,7 @@ class KVCache:
         if not self.can_take_back(tokens):
             raise ValueError(f"taking back {tokens} of {self.host_lens} tokens: the sliding window has moved on past them")
         self.host_lens = [have - n for have, n in zip(self.host_lens, tokens, strict=True)]
+        self.lost = [lost if have else 0 for lost, have in zip(self.lost, self.host_lens, strict=True)]
         self._set_lens()
 
     def _set_lens(self) -> None:

@@ -427,8 +427,22 @@ def test_a_window_that_moved_on_cannot_be_cropped(moe: tuple[Any, Any]) -> None:
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         cache.crop(-60)
     assert cache.get_seq_length() == 100
-    cache.reset()
+    cache.crop(-100)
     assert cache.get_seq_length() == 0
+    cache.reset()
+    near(moe[1](ids, **{CACHE: cache}).logits, moe[0](ids).logits)
+
+
+def test_a_pass_that_was_interrupted(moe: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = family.prompt(1, 30)
+    cache = cache_of(moe[1](ids))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine(moe[1]).native.model), "write_donors", lambda *_: 1 / 0)  # type: ignore[union-attr]
+        with pytest.raises(ZeroDivisionError):
+            moe[1](ids, **{CACHE: cache})
+    with pytest.raises(RuntimeError, match="interrupted"):
+        moe[1](ids[:, :1], **{CACHE: cache})
+    cache.reset()
     near(moe[1](ids, **{CACHE: cache}).logits, moe[0](ids).logits)
 
 

@@ -28,7 +28,7 @@ CHUNK = 2048  # tokens of a prompt that run at once
 # What a text model is called with that is served, or says nothing about its keys, values and hidden states.
 SERVED = frozenset((
     "input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "per_layer_inputs", "use_cache", "logits_to_keep",
-    "return_dict", "output_hidden_states", "labels", "num_items_in_batch",
+    "return_dict", "output_hidden_states", "labels", "num_items_in_batch", "token_type_ids", "mm_token_type_ids",
 ))  # fmt: skip
 # Ids [B, T], or embeddings [B, T, H] with, in a model that has them, the same per layer [B, T, L * P].
 Tokens = Tensor | tuple[Tensor, Tensor | None]
@@ -168,6 +168,8 @@ class Engine:
         if not isinstance(cache, Gemma4Cache):
             fresh = type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0
             return None if fresh else f"its cache is a {type(cache).__name__} that transformers' code fills"
+        if cache.cut_off:
+            raise RuntimeError("a call was interrupted while it wrote this cache: start with a new one, or `reset()` it")
         if cache.plain:
             return "its cache was filled by transformers' code"
         if cache.kv is None:

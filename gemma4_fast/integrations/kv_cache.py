@@ -53,6 +53,7 @@ class Gemma4Cache(Cache):
         self.record_past = False
         self._since_crop = 0  # columns since the last crop, which may take them back
         self.changes = -1  # the model's, when it was filled
+        self.cut_off = False  # whether a pass that wrote it did not end
         self._own = DynamicCache(config=text_config)  # its layers: empty ones unless `plain`
         self._graph: list[DecodeGraph] = []  # the recorded decode step over `kv`, if any
         weakref.finalize(self, _give, self._graph).atexit = False
@@ -107,8 +108,9 @@ class Gemma4Cache(Cache):
         self.mask, self.base = mask, base
 
     def broke(self) -> None:
-        """A pass did not end: what it has written, it has not counted. The memory is not for others."""
-        self._graph.clear()
+        """A pass did not end: it has written more than it has counted, and into a ring over what is still to be seen."""
+        self.cut_off = True
+        self._set(None)
 
     def _set(self, kv: KVCache | None) -> None:
         self._graph.clear()
@@ -207,7 +209,7 @@ class Gemma4Cache(Cache):
             super().reset()
         elif self.kv is not None:
             self.kv.clear()
-        self.seen, self.mask, self.base, self._since_crop = 0, None, [], 0
+        self.seen, self.mask, self.base, self._since_crop, self.cut_off = 0, None, [], 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest columns: so many as -tokens_to_remove says. RuntimeError if the sliding window has moved on past
@@ -231,7 +233,8 @@ class Gemma4Cache(Cache):
                 )
             self.kv.take_back(tokens)
             self.seen = kept
-            self.mask = None if self.mask is None else self.mask[:, :kept]
+            if self.mask is not None:
+                self.mask = None if bool(self.mask[:, :kept].all()) else self.mask[:, :kept]
         self._since_crop = 0
         if self.kv is not None and self.kv.spare > 8 * TILE:  # a long prompt's; what is drafted is short
             self._set(self.kv.resized(self.kv.max_len, 2 * TILE))
@@ -277,7 +280,7 @@ class Gemma4Cache(Cache):
         """A copy for the same model: of a common beginning, say, that several texts go on from."""
         new = Gemma4Cache(self.model, self.text_config, self.room)
         memo[id(self)] = new
-        for name in ("seen", "mask", "base", "plain", "record_past", "changes", "_since_crop", "_own"):
+        for name in ("seen", "mask", "base", "plain", "record_past", "changes", "cut_off", "_since_crop", "_own"):
             setattr(new, name, copy.deepcopy(getattr(self, name), memo))
         new.kv = None if self.kv is None else self.kv.selected(torch.arange(self.kv.batch_size))
         return new

@@ -125,9 +125,12 @@ class _Multimodal(_Accelerated):
         if ENGINE not in vars(text) or isinstance(mask, dict):
             return original(self, **kwargs)
         engine = _engine(text)
-        asked = {name: value for name, value in kwargs.items() if name in SERVED or name.startswith("output_")}
+        own = inspect.signature(original).parameters  # what goes on to the text model is what is not its own
+        asked = {name: value for name, value in kwargs.items() if name in SERVED or name not in own}
         call: Call | str
-        if kinds is not None and isinstance(text, TEXT_MODELS[1]) and bool((spans(kinds) >= 0).any()):
+        if torch.is_grad_enabled() and any(p.requires_grad for p in cast(nn.Module, self).parameters()):
+            call = "gradients are on: call it under torch.no_grad() or torch.inference_mode()"
+        elif kinds is not None and isinstance(text, TEXT_MODELS[1]) and bool((spans(kinds) >= 0).any()):
             call = "it has images, which gemma4_unified shows each other in all layers"
         else:
             call = engine.call(text, asked, kinds)
