@@ -5,8 +5,9 @@ Where this package packs several projections into one matrix, transformers' para
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -28,57 +29,73 @@ def config_of(told: dict[str, Any]) -> Gemma4Config:
     return Gemma4Config.from_dict(told)
 
 
-def unfit(text: nn.Module) -> str | None:
-    """Why this text model does more, or other things, than its weights say; None if it does not.
+@dataclass
+class Look:
+    """What a text model is like now. unfit: why it does more, or other things, than its weights say; None if it does not.
+    addresses: where its weights lie, and the head's."""
 
-    A module of another library (an adapter's, a quantized one), a hook, a replaced `forward`, tensors that are not all there.
-    """
-    own = next(c.__module__ for c in type(text).__mro__ if c.__module__.startswith("transformers."))
+    unfit: str | None
+    addresses: list[int]
+    needs_grad: bool = False
+
+
+def look(text: nn.Module, head: nn.Module | None) -> Look:
+    """Once through all modules and weights, before each prompt: by their dictionaries, since `modules()` takes milliseconds."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return "there are hooks for all modules (torch.nn.modules.module)"
-    for name, m in text.named_modules():
-        kind = type(m)
-        if name and kind.__module__ not in (own, *_PLAIN) and not kind.__module__.startswith("gemma4_fast."):
-            return f"{name} is a {kind.__module__}.{kind.__qualname__}"
-        if kind.__module__ == "transformers.activations" and kind.__name__ != "GELUTanh":
-            return f"{name} is a {kind.__name__}, Gemma 4 has GELUTanh"
-        if name and "forward" in vars(m):
-            return f"the forward of {name} was replaced"
-        if name and any(_counts(hook) for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())):
-            return f"{name} has a hook"
+        return Look("there are hooks for all modules (torch.nn.modules.module)", [])
+    own = next(c.__module__ for c in type(text).__mro__ if c.__module__.startswith("transformers."))
     first: Tensor = cast(Any, text).norm.weight
-    for name, w in _tensors(text):
-        if type(w.data) is not Tensor:
-            return f"{name} is a {type(w.data).__name__}"
-        if w.is_meta:
-            return f"{name} is on the meta device"
-        if w.device != first.device or w.dtype != first.dtype:
-            return f"{name} is {w.dtype} on {w.device}, norm.weight {first.dtype} on {first.device}"
-    if first.dtype not in DTYPES:
-        return f"its weights are {first.dtype}"
+    dtype, device = first.dtype, first.device
+    found, modules = Look(None, []), [text]
+    while modules:
+        m = modules.pop()
+        if m is not text and (reason := _odd(m, own)) is not None:
+            return Look(f"{_name(text, m)} {reason}", [])
+        modules += [child for child in m._modules.values() if child is not None]
+        weights: list[Any] = [w for w in m._parameters.values() if w is not None]
+        if (scalar := m._buffers.get("layer_scalar")) is not None:
+            weights.append(scalar)
+        for w in weights:
+            if type(w) not in (nn.Parameter, Tensor) or w.is_meta or w.dtype != dtype or w.device != device:
+                what = f"{type(w).__name__}, {w.dtype} on {w.device}"
+                return Look(f"a weight of {_name(text, m) or 'the model'} is a {what}; its norm is {dtype} on {device}", [])
+            found.addresses.append(w.data_ptr())
+            found.needs_grad = found.needs_grad or w.requires_grad
+    if dtype not in DTYPES:
+        return Look(f"its weights are {dtype}", [])
+    if head is not None:
+        found.addresses.append(cast(Tensor, head.weight).data_ptr())
+    return found
+
+
+def _odd(m: nn.Module, own: str) -> str | None:
+    """What a module does beside what its class in transformers' file `own`, or PyTorch's, does with its weights."""
+    kind = type(m)
+    if not _is_plain(cast(Any, kind), own):
+        return f"is a {kind.__module__}.{kind.__qualname__}"
+    if "forward" in m.__dict__:
+        return "has another forward than its class"
+    for hooks in (m._forward_hooks, m._forward_pre_hooks):
+        # Not those by which transformers itself records outputs that are asked for.
+        if hooks and any(getattr(h, "__module__", None) != "transformers.utils.output_capturing" for h in hooks.values()):
+            return "has a hook"
     return None
 
 
-def _counts(hook: Any) -> bool:
-    """Whether a hook is someone's: not one of those by which transformers itself records outputs that are asked for."""
-    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
+@functools.cache
+def _is_plain(kind: type, own: str) -> bool:
+    if kind.__module__ == "transformers.activations":
+        return kind.__name__ == "GELUTanh"
+    return kind.__module__ in (own, *_PLAIN) or kind.__module__.startswith("gemma4_fast.")
+
+
+def _name(text: nn.Module, module: nn.Module) -> str:
+    return next(name for name, m in text.named_modules() if m is module)
 
 
 def hooks_made() -> int:
     """How many hooks this process has made: as long as it is the same, no module has got one."""
     return RemovableHandle.next_id
-
-
-def _tensors(text: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and the layers' scalars: what the state dict holds."""
-    yield from text.named_parameters()
-    yield from ((name, b) for name, b in text.named_buffers() if name.endswith("layer_scalar"))
-
-
-def addresses(text: nn.Module, head: nn.Module | None) -> list[int]:
-    """Where the weights lie: they are the native model's as long as this is the same."""
-    tensors = [w for _, w in _tensors(text)] + ([] if head is None else [cast(Tensor, head.weight)])
-    return [w.data_ptr() for w in tensors]
 
 
 def share(native: Gemma4, text: nn.Module, head: nn.Module | None) -> None:

@@ -71,17 +71,18 @@ class Engine:
         return self._unfit
 
     def _bind(self, text: nn.Module) -> str | None:
-        if (reason := binding.unfit(text)) is not None:
-            return reason
+        now = binding.look(text, self.head)
+        if now.unfit is not None:
+            return now.unfit
         told: dict[str, Any] = cast(Any, text).config.to_dict()
-        if self.native is None or told != self._config or binding.addresses(text, self.head) != self._addresses:
+        if self.native is None or told != self._config or now.addresses != self._addresses:
             try:
                 self._share(text, told)
             except ValueError as error:
                 self.native = None
                 return str(error)
-            self._config, self._addresses = told, binding.addresses(text, self.head)
-        self._needs_grad = any(p.requires_grad for p in text.parameters())
+            self._config, self._addresses = told, binding.look(text, self.head).addresses
+        self._needs_grad = now.needs_grad
         return None
 
     def _share(self, text: nn.Module, told: dict[str, Any]) -> None:
