@@ -32,7 +32,7 @@ log = logging.getLogger("gemma4_fast")
 TEXT = ("gemma4_text", "gemma4_unified_text")  # model types whose attention is as this module expects it
 AUDIO = "gemma4_audio"
 # Arguments of other models' attention that change what it computes. Any further ones are for other implementations.
-FOREIGN = ("softcap", "position_bias", "s_aux", "cache")
+FOREIGN = ("softcap", "position_bias", "s_aux")
 _PADDING = "gemma4_fast_padding"  # attribute of a mask that has one; a slice or a copy of the mask has none
 
 _said: set[str] = set()
@@ -136,7 +136,7 @@ class Padding:
         first = real.int().argmax(1)  # [B]: of equals the first
         at = torch.arange(keys, device=real.device)  # [S]
         piece = (at >= first[:, None]) & (at < (first + count)[:, None])
-        if not torch.equal(piece, real) or (tokens < keys and not bool(real[:, -1].all())):
+        if not torch.equal(piece, real) or (tokens < keys and not bool((real[:, -1] | (count == 0)).all())):
             return None
         new = real[:, keys - tokens :]  # [B, T]
         return cls(
