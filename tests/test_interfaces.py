@@ -470,6 +470,22 @@ def test_what_the_kernels_cannot_do_is_not_theirs(
     assert not took and got["mask"] is mask and kwargs.items() <= got.items()
 
 
+def test_no_scale_is_the_usual_one_and_a_layer_that_sees_all_is_left_alone(took: Counter[str]) -> None:
+    from transformers.models.gemma4.modeling_gemma4 import eager_attention_forward
+
+    module, (query, key, value) = layer(None), (torch.randn(1, heads, 9, 64) for heads in (4, 2, 2))
+    eager, _ = masks(9, 9, None, None, batch=1)
+    out, _ = interfaces.attention(module, query, key, value, None)
+    want, _ = eager_attention_forward(module, query, key, value, eager.float())
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=0)
+    assert set(took) == {"prefill"}
+    module.is_causal = False
+    out, _ = interfaces.attention(module, query, key, value, None)
+    want, _ = eager_attention_forward(module, query, key, value, None)
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=0)
+    assert took["sdpa"] == 1
+
+
 def test_what_the_masks_tell() -> None:
     plain: dict[str, Any] = dict(
         batch_size=2, q_length=6, kv_length=20, q_offset=14, kv_offset=0, local_size=8, dtype=torch.float32
@@ -484,6 +500,7 @@ def test_what_the_masks_tell() -> None:
     for change in (
         dict(allow_is_causal_skip=False),  # something is on top of it
         dict(allow_is_bidirectional_skip=True),
+        dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=True, local_size=None),
         dict(use_vmap=True),
         dict(local_size=9),  # no window of this model
         dict(kv_length=21),  # keys behind the last query
@@ -662,7 +679,7 @@ def test_all_tokens_see_each_other() -> None:
         with torch.no_grad():
             a, b = (m(prompt(2, NEW), use_cache=False, **kwargs).logits for m in (theirs, ours))
         torch.testing.assert_close(b, a, atol=TOLERANCE, rtol=0)
-    # And where the layers were not told, which sdpa has wrong: what was asked for is in the config.
+    # And where the config alone says it, after the layers were made.
     plain, told = transformers_model("26b-a4b"), fast("26b-a4b")
     for model in (plain, told):
         model.config.is_causal = False
