@@ -278,7 +278,10 @@ def _why_not(
     if torch.compiler.is_compiling():
         return "the model is compiled"
     if mask is not None and padding is None:
-        return "the mask is neither causal nor sliding alone: a mask of the caller's, images, packed sequences, a static cache"
+        return (
+            "the mask is more than causal, a window and padding on one side: a mask of the caller's, images, packed sequences, a "
+            "static cache, or a slice of a padded one"
+        )
     if padding is not None and (padding.tokens, padding.keys, padding.window) != (query.shape[2], key.shape[2], window):
         return "a mask is used for other shapes than those it was made for"
     if dropout > 0:
