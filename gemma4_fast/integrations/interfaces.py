@@ -116,13 +116,13 @@ def _whole_parameter(module: nn.Module, name: str) -> Tensor:
 class Padding:
     """Which tokens of a padded batch are none, for T queries that are the last of S keys. All tensors are on the keys' device.
 
-    Row b's real keys are first[b] .. first[b] + count[b], of which `prefix_lens[b]` come before the queries.
+    Row b's real keys are first .. first + count[b], of which `prefix_lens[b]` come before the queries.
     """
 
     tokens: int  # T
     keys: int  # S
     window: int | None
-    count: Tensor  # [B] int32
+    count: list[int]  # [B]
     prefix_lens: Tensor  # [B] int32
     cu_seqlens: Tensor  # [B + 1] int32: real queries up to each row's
     rows: Tensor  # [N] int64: where they are among the B * T
@@ -143,7 +143,7 @@ class Padding:
             tokens=tokens,
             keys=keys,
             window=window,
-            count=count.int(),
+            count=count.tolist(),
             prefix_lens=(count - new.sum(1)).int(),
             cu_seqlens=F.pad(new.sum(1).cumsum(0), (1, 0)).int(),
             rows=new.flatten().nonzero().squeeze(1),
@@ -279,8 +279,8 @@ def _why_not(
         return "the model is compiled"
     if mask is not None and padding is None:
         return (
-            "the mask is more than causal, a window and padding on one side: a mask of the caller's, images, packed sequences, a "
-            "static cache, or a slice of a padded one"
+            "the mask is more than causal, a window and padding on one side: a mask of the caller's, images, packed sequences, "
+            "a static cache, or a slice of a padded one"
         )
     if padding is not None and (padding.tokens, padding.keys, padding.window) != (query.shape[2], key.shape[2], window):
         return "a mask is used for other shapes than those it was made for"
@@ -341,12 +341,17 @@ def _padded(query: Tensor, key: Tensor, value: Tensor, padding: Padding, scale: 
     """Each row's own tokens alone, however many those are."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T or S, heads, D]
     batch, tokens, keys = q.shape[0], q.shape[1], k.shape[1]
+    if tokens == 1:  # a row at a time, for which the padding is behind a window: to push its keys together is to copy them
+        rows = []
+        for b, count in enumerate(padding.count):
+            seen = count if padding.window is None else min(count, padding.window)
+            row = slice(b, b + 1)
+            rows.append(_decode(query[row], key[row], value[row], seen, scale) if seen else torch.zeros_like(q[row]))
+        return torch.cat(rows)
     old_k = old_v = None
     if tokens < keys:  # each row's cache from its first real token on
-        row = torch.arange(batch, device=query.device)[:, None]
-        old_k, old_v = k[row, padding.shifted], v[row, padding.shifted]  # [B, S, Hkv, D]
-    if tokens == 1 and old_k is not None and old_v is not None:
-        return ops.gqa_decode(q.flatten(0, 1), old_k, old_v, padding.count, padding.window, scale=scale).view(q.shape)
+        at = torch.arange(batch, device=query.device)[:, None]
+        old_k, old_v = k[at, padding.shifted], v[at, padding.shifted]  # [B, S, Hkv, D]
     new_q, new_k, new_v = (x[:, x.shape[1] - tokens :].flatten(0, 1)[padding.rows] for x in (q, k, v))  # [N, heads, D]
     lens = None if old_k is None else padding.prefix_lens
     new = ops.gqa_prefill(new_q, new_k, new_v, padding.cu_seqlens, padding.window, old_k, old_v, lens, scale=scale)
