@@ -12,6 +12,7 @@ from gemma4_fast import ops
 from gemma4_fast.config import Gemma4Config
 from gemma4_fast.errors import CheckpointError, SelfCheckError, UnsupportedError
 from gemma4_fast.explain import explain
+from gemma4_fast.integrations import when_imported
 from gemma4_fast.model import Gemma4
 from gemma4_fast.ops import use_backend
 from gemma4_fast.verify import verify
@@ -46,3 +47,5 @@ __all__ = [
     "use_backend",
     "verify",
 ]
+
+when_imported.install()

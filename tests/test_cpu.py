@@ -451,11 +451,9 @@ def test_indices_that_would_leave_memory_are_refused() -> None:
     order, offsets, _ = ops.expert_dispatch(experts["ids"], 4)
     grouped = dict(x=experts["x"], weight=experts["gate_up"], order=order, offsets=offsets, top_k=2, epilogue="geglu")
     bad = [
-        ("moe_decode", {**experts, "ids": experts["ids"] + 3}, "expert ids must lie in"),
-        ("moe_decode", {**experts, "ids": experts["ids"] - 4}, "expert ids must lie in"),
-        ("expert_dispatch", dict(ids=experts["ids"] + 3, num_experts=4), "expert ids must lie in"),
         ("grouped_gemm", {**grouped, "order": order + 1}, "order must lie in"),
         ("grouped_gemm", {**grouped, "offsets": offsets.flip(0)}, "offsets must"),
+        ("grouped_gemm", {**grouped, "offsets": offsets + 1}, "offsets must go from 0"),
         ("gqa_decode", {**decode, "block_table": decode["block_table"] + 9}, "block_table must lie in"),
         ("gqa_decode", {**long, "kv_lens": torch.tensor([-1], dtype=torch.int32)}, "lengths must lie in"),
         ("gqa_prefill", {**prefill, "cu_seqlens": prefill["cu_seqlens"] + 1}, "cu_seqlens must go from 0"),

@@ -31,6 +31,23 @@ ALLOWED: dict[str, set[str]] = {
     "edges": {"ops", "cache", "config", "reference"},
     "bench": LOW | {"bench", "reference", "ops", "cache", "layers", "model", "terminal", "explain", "weights", "quant"},
     "verify": {"ops", "cache", "config", "graph", "layers", "edges", "report", "reference", "quant", "sampling"},
+    "integrations": {
+        "integrations",
+        "ops",
+        "errors",
+        "cache",
+        "config",
+        "edges",
+        "generate",
+        "graph",
+        "layers",
+        "model",
+        "native",
+        "quant",
+        "reference",
+        "report",
+        "verify",
+    },
 }
 
 

@@ -187,12 +187,16 @@ struct GqaPrefill {
 };
 
 // Counting sort of (token, expert) pairs by expert, stable, so that an expert sees its tokens in order: sorted row r is pair
-// order[r] [pairs], expert e owns rows offsets[e] .. offsets[e + 1] [experts + 1].
+// order[r] [pairs], expert e owns rows offsets[e] .. offsets[e + 1] [experts + 1]. An id outside of [0, experts) is no expert
+// here, but another device's: those pairs come last, behind offsets[experts].
 static inline void sort_by_expert(const int32_t* ids, int64_t pairs, int64_t experts, int32_t* order, int32_t* offsets) {
   for (int64_t e = 0; e <= experts; ++e) offsets[e] = 0;
-  for (int64_t p = 0; p < pairs; ++p) ++offsets[ids[p] + 1];
+  const auto here = [=](int64_t p) { return ids[p] >= 0 && ids[p] < experts; };
+  for (int64_t p = 0; p < pairs; ++p)
+    if (here(p)) ++offsets[ids[p] + 1];
   for (int64_t e = 0; e < experts; ++e) offsets[e + 1] += offsets[e];
-  for (int64_t p = 0; p < pairs; ++p) order[offsets[ids[p]]++] = static_cast<int32_t>(p);
+  int32_t elsewhere = offsets[experts];
+  for (int64_t p = 0; p < pairs; ++p) order[here(p) ? offsets[ids[p]]++ : elsewhere++] = static_cast<int32_t>(p);
   for (int64_t e = experts; e > 0; --e) offsets[e] = offsets[e - 1];
   offsets[0] = 0;
 }

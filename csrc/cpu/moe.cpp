@@ -4,7 +4,7 @@
 // For one token or thousands the same: (token, expert) pairs are sorted by expert, each expert's weights are read once, and
 // nothing is padded. First half: one task is some columns of one expert. Second half: one task is some columns of the output,
 // to which it adds expert by expert, in the order of their ids: no atomics, no scratch for the single products, and a
-// token's bits are the same alone or in a batch.
+// token's bits are the same alone or in a batch. Pairs of no expert here come last in the order, and are in no task.
 #include "cpu/geglu.h"
 #include "cpu/quantized.h"
 
@@ -107,7 +107,8 @@ void moe_of(const Moe& a) {
   const int64_t pairs = a.tokens * a.top_k;
   sort_by_expert(a.ids, pairs, a.experts, a.order, a.offsets);
   const Sorted s{a.order, a.offsets};
-  const int64_t active = count_active(s, a.experts), per_expert = active ? (pairs + active - 1) / active : 0;
+  const int64_t active = count_active(s, a.experts), here = s.offsets[a.experts];
+  const int64_t per_expert = active ? (here + active - 1) / active : 0;
   const int64_t columns = rows_per_task(per_expert, a.inter, 2 * a.hidden * sizeof(T));
   const int64_t chunks = (a.inter + columns - 1) / columns;
   const int64_t rows = rows_per_task(per_expert, a.hidden, a.inter * sizeof(T));
@@ -117,7 +118,7 @@ void moe_of(const Moe& a) {
   Phase second((a.hidden + rows - 1) / rows, [=](int64_t task) {
     second_half(s, task * rows, rows, h, down, a.topk_weights, a.sum, out, a.tokens, a.hidden, a.inter, a.experts, a.top_k);
   });
-  run_phases(threads_for(pairs * a.hidden * a.inter), first, second);
+  run_phases(threads_for(here * a.hidden * a.inter), first, second);
 }
 
 // The same over quantized weights: x is rounded before the first half, h as the first half writes it.
@@ -131,7 +132,8 @@ void quantized_moe_of(const Moe& a) {
   const Panels<Bits> gate_up = panels_of<Bits>(a.gate_up, a.q_gate_up), down = panels_of<Bits>(a.down, a.q_down);
   sort_by_expert(a.ids, pairs, a.experts, a.order, a.offsets);
   const Sorted s{a.order, a.offsets};
-  const int64_t active = count_active(s, a.experts), per_expert = active ? (pairs + active - 1) / active : 0;
+  const int64_t active = count_active(s, a.experts), here = s.offsets[a.experts];
+  const int64_t per_expert = active ? (here + active - 1) / active : 0;
   const int64_t columns = panels_per_task(per_expert, h_groups, 4 * gate_up.bytes());
   const int64_t chunks = (h_groups + columns - 1) / columns;
   const int64_t rows = panels_per_task(per_expert, out_panels, down.bytes());
@@ -173,7 +175,7 @@ void quantized_moe_of(const Moe& a) {
     }
     round_sums(a.sum, a.tokens, a.hidden, n, columns, out);
   });
-  run_phases(threads_for(pairs * a.hidden * a.inter), round, first, second);
+  run_phases(threads_for(here * a.hidden * a.inter), round, first, second);
 }
 
 template <class T>
@@ -181,8 +183,8 @@ void grouped_gemm_of(const GroupedGemm& a) {
   const T *x = static_cast<const T*>(a.x), *w = static_cast<const T*>(a.weight);
   T* out = static_cast<T*>(a.out);
   const Sorted s{a.order, a.offsets};
-  const int64_t active = count_active(s, a.experts), per_expert = active ? (a.rows + active - 1) / active : 0;
-  const int64_t work = a.rows * a.n * a.k;
+  const int64_t active = count_active(s, a.experts), here = s.offsets[a.experts];
+  const int64_t per_expert = active ? (here + active - 1) / active : 0, work = here * a.n * a.k;
   if (a.epilogue == 2) {
     const int64_t rows = rows_per_task(per_expert, a.n, a.k * sizeof(T));
     parallel((a.n + rows - 1) / rows, work, [=](int64_t task) {

@@ -87,10 +87,15 @@ def _check_dispatch(ids: Tensor, num_experts: int, block_m: int = 64) -> None:
 
 
 def _ids(m: Maker, tokens: int, experts: int, top_k: int, skew: str = "") -> Tensor:
-    """Distinct experts per token. skew "one": all tokens to the same; "empty": the upper half of the experts gets none."""
-    limit = {"": experts, "one": top_k, "empty": max(top_k, experts // 2)}[skew]
+    """Distinct experts per token. skew "one": all tokens to the same; "empty": the upper half of the experts gets none;
+    "elsewhere": half of the ids are other devices' experts, on both sides of [0, experts); "none": all of them are."""
+    limit = {"": experts, "one": top_k, "empty": max(top_k, experts // 2)}.get(skew, 2 * experts)
     rows = [torch.randperm(limit, generator=m.generator)[:top_k] for _ in range(tokens)]
     ids = torch.stack(rows) if rows else torch.empty(0, top_k)
+    if skew == "elsewhere":
+        ids -= experts // 2
+    elif skew == "none":
+        ids += experts
     return ids.to(m.device, torch.int32)
 
 
@@ -109,6 +114,8 @@ EXPERT_DISPATCH = register(
             "one_token": lambda m: _dispatch_case(m, 1, 128, 8, 64),
             "skewed": lambda m: _dispatch_case(m, 50, 16, 2, 16, "one"),
             "empty_experts": lambda m: _dispatch_case(m, 33, 16, 4, 32, "empty"),
+            "elsewhere": lambda m: _dispatch_case(m, 50, 16, 4, 16, "elsewhere"),
+            "none_here": lambda m: _dispatch_case(m, 9, 5, 2, 4, "none"),
             "no_tokens": lambda m: _dispatch_case(m, 0, 16, 4, 16),
             "odd": lambda m: _dispatch_case(m, 37, 13, 3, 7),
         },
@@ -182,7 +189,7 @@ def _grouped_cost(
     rows, n = order.shape[0], weight.shape[1]
     hit = int((offsets.diff() > 0).sum())
     out = {"none": rows * n, "geglu": rows * n // 2, "combine": rows // top_k * n}[epilogue]
-    return Cost(2 * rows * n * x.shape[1], x.nbytes + out * x.element_size() + hit * weight[0].nbytes)
+    return Cost(2 * int(offsets[-1]) * n * x.shape[1], x.nbytes + out * x.element_size() + hit * weight[0].nbytes)
 
 
 GROUPED_GEMM = register(
@@ -197,6 +204,10 @@ GROUPED_GEMM = register(
             "none": lambda m: _grouped_case(m, 20, 16, 4, 96, 64, "none"),
             "skewed_geglu": lambda m: _grouped_case(m, 40, 16, 2, 64, 96, "geglu", "one"),
             "empty_experts_combine": lambda m: _grouped_case(m, 25, 16, 4, 96, 32, "combine", "empty"),
+            "elsewhere_geglu": lambda m: _grouped_case(m, 25, 5, 3, 34, 97, "geglu", "elsewhere"),
+            "elsewhere_combine": lambda m: _grouped_case(m, 25, 16, 4, 96, 32, "combine", "elsewhere"),
+            "elsewhere_none": lambda m: _grouped_case(m, 9, 16, 4, 64, 32, "none", "elsewhere"),
+            "none_here": lambda m: _grouped_case(m, 3, 16, 4, 64, 96, "geglu", "none"),
             "one_token": lambda m: _grouped_case(m, 1, 16, 4, 64, 96, "geglu"),
             "odd": lambda m: _grouped_case(m, 7, 5, 3, 34, 97, "combine"),
         },
@@ -246,9 +257,10 @@ def moe_case(
 
 
 def _moe_cost(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> Cost:
-    hit = int(ids.unique().numel())
+    here = ids[(ids >= 0) & (ids < gate_up.shape[0])]
+    hit = int(here.unique().numel())
     per_row = 2 * (gate_up[0].numel() + down[0].numel())
-    return Cost(ids.numel() * per_row, hit * (gate_up[0].nbytes + down[0].nbytes) + 2 * x.nbytes)
+    return Cost(here.numel() * per_row, hit * (gate_up[0].nbytes + down[0].nbytes) + 2 * x.nbytes)
 
 
 MOE_DECODE = register(
@@ -261,10 +273,16 @@ MOE_DECODE = register(
             "26b_one_token": lambda m: moe_case(m, 1, 2816, 704, 8, 8),
             "26b": lambda m: moe_case(m, 5, 2816, 704, 8, 2),
             "skewed": lambda m: moe_case(m, 16, 96, 32, 16, 4, "one"),
+            "elsewhere": lambda m: moe_case(m, 9, 96, 32, 16, 4, "elsewhere"),
+            "elsewhere_one_token": lambda m: moe_case(m, 1, 96, 32, 16, 8, "elsewhere"),
+            "none_here": lambda m: moe_case(m, 2, 97, 33, 5, 3, "none"),
+            "none_here_one_token": lambda m: moe_case(m, 1, 96, 32, 16, 4, "none"),
             "no_tokens": lambda m: moe_case(m, 0, 96, 32, 16, 4),
             "odd": lambda m: moe_case(m, 3, 97, 33, 5, 3),
             "int8_one_token": lambda m: moe_case(m, 1, 2816, 704, 8, 8, bits=8),
             "int8_odd": lambda m: moe_case(m, 13, 97, 49, 5, 3, bits=8),
+            "int8_elsewhere": lambda m: moe_case(m, 13, 97, 49, 5, 3, "elsewhere", bits=8),
+            "int4_elsewhere": lambda m: moe_case(m, 3, 97, 33, 5, 3, "elsewhere", bits=4),
             "int4": lambda m: moe_case(m, 30, 256, 704, 8, 2, bits=4),
             "int4_few": lambda m: moe_case(m, 11, 256, 704, 8, 4, bits=4),
             "int4_odd": lambda m: moe_case(m, 3, 97, 33, 5, 3, bits=4),
@@ -336,6 +354,8 @@ MOE = register(
             "many": lambda m: moe_case(m, 200, 96, 32, 16, 4),
             "skewed": lambda m: moe_case(m, 40, 96, 32, 16, 4, "one"),
             "empty_experts": lambda m: moe_case(m, 40, 96, 32, 16, 4, "empty"),
+            "elsewhere": lambda m: moe_case(m, 40, 96, 32, 16, 4, "elsewhere"),
+            "none_here": lambda m: moe_case(m, 20, 97, 33, 5, 3, "none"),
             "odd": lambda m: moe_case(m, 19, 97, 33, 5, 3),
             "int8": lambda m: moe_case(m, 40, 96, 32, 16, 4, bits=8),
             "int4": lambda m: moe_case(m, 70, 97, 33, 5, 3, bits=4),

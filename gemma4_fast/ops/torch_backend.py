@@ -276,9 +276,11 @@ def _attend_blocks(
 
 def expert_dispatch(ids: Tensor, num_experts: int, block_m: int = 64) -> tuple[Tensor, Tensor, Tensor]:
     flat = ids.flatten().long()
+    flat = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)  # the last: no expert here
     order = flat.argsort(stable=True)
-    counts = torch.zeros(num_experts, dtype=torch.long, device=ids.device)
+    counts = torch.zeros(num_experts + 1, dtype=torch.long, device=ids.device)
     counts.scatter_add_(0, flat, torch.ones_like(flat))  # integers: the order of the sum does not matter
+    counts = counts[:num_experts]
     offsets = F.pad(counts.cumsum(0), (1, 0))
     tiles_of = (counts + block_m - 1) // block_m
     ends = tiles_of.cumsum(0)
@@ -303,8 +305,10 @@ def grouped_gemm(
     rows = x[order.long() // top_k] if epilogue == "geglu" else x
     if x.device.type == "cuda" and x.dtype == torch.bfloat16 and isinstance(weight, Tensor):  # no host sync
         y = F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets[1:])
+        # Rows of no expert here are left as they were in memory.
+        y.masked_fill_((torch.arange(rows.shape[0], device=x.device) >= offsets[-1])[:, None], 0.0)
     else:
-        y = rows.new_empty(rows.shape[0], weight.shape[1])
+        y = rows.new_zeros(rows.shape[0], weight.shape[1])
         bounds = offsets.tolist()
         for expert, (lo, hi) in enumerate(itertools.pairwise(bounds)):
             if lo < hi:
@@ -324,15 +328,19 @@ def _combine(y: Tensor, topk_weights: Tensor) -> Tensor:
 
 def moe_decode(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: WeightLike, down: WeightLike) -> Tensor:
     tokens, top_k = ids.shape
-    flat = ids.flatten().long()
+    flat, num_experts = ids.flatten().long(), gate_up.shape[0]
     if x.device.type != "cpu" and isinstance(gate_up, Tensor):  # no host sync: copies of the weights of few experts
+        here = (flat >= 0) & (flat < num_experts)
+        flat = torch.where(here, flat, 0)
         h = geglu(torch.bmm(gate_up[flat], x.repeat_interleave(top_k, 0)[..., None]).squeeze(-1))
-        y = torch.bmm(down[flat], h[..., None]).squeeze(-1)
+        y = torch.bmm(down[flat], h[..., None]).squeeze(-1).masked_fill(~here[:, None], 0.0)
     elif tokens == 1:  # no weight is copied, nothing is sorted
-        experts = flat.tolist()
-        y = torch.cat([F.linear(geglu(F.linear(x, dense(gate_up[e]))), dense(down[e])) for e in experts])
+        y = x.new_zeros(top_k, x.shape[1])
+        for k, e in enumerate(flat.tolist()):
+            if 0 <= e < num_experts:
+                y[k] = F.linear(geglu(F.linear(x, dense(gate_up[e]))), dense(down[e]))[0]
     else:  # each expert's weights are read once for all of its tokens
-        order, offsets, _ = expert_dispatch(ids, gate_up.shape[0])
+        order, offsets, _ = expert_dispatch(ids, num_experts)
         h = grouped_gemm(x, gate_up, order, offsets, top_k, "geglu")
         return grouped_gemm(h, down, order, offsets, top_k, "combine", topk_weights)
     return _combine(y, topk_weights).to(x.dtype)

@@ -279,10 +279,12 @@ def expert_dispatch(ids: Tensor, num_experts: int, block_m: int = 64) -> tuple[T
     ids [T, K] int32. Returns order [T*K] int32: sorted row r is assignment order[r] (token order[r] // K), stable, so that
     an expert sees its tokens in order; offsets [E + 1] int32: expert e owns sorted rows offsets[e]:offsets[e + 1];
     tiles [ceil(T*K / block_m) + min(E, T*K), 2] int32: (expert, first sorted row), -1 where there is no tile.
+    An id outside [0, E) is another device's expert: such assignments come last, behind offsets[E], and have no tile.
     """
-    flat = ids.flatten()
-    order = flat.long().argsort(stable=True)
-    counts = torch.bincount(flat.long(), minlength=num_experts)
+    flat = ids.flatten().long()
+    flat = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=num_experts)[:num_experts]
     offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
     rows = [
         (expert, start)
@@ -317,9 +319,10 @@ def grouped_gemm(
     epilogue "none": x [M, Kdim] sorted rows -> [M, N].
     epilogue "combine": x [M, Kdim] sorted rows; out[t] = sum_k topk_weights[t, k] * (row of (t, k)) @ weight^T -> [T, N],
     summed in fp32 or wider, here in the order of k; each backend has its own fixed order.
+    Rows behind offsets[E], of no expert: 0, and nothing in the sum.
     """
     rows = x[order.long() // top_k] if epilogue == "geglu" else x
-    y = rows.new_empty(order.shape[0], weight.shape[1])
+    y = rows.new_zeros(order.shape[0], weight.shape[1])
     bounds = offsets.tolist()
     for expert, (lo, hi) in enumerate(itertools.pairwise(bounds)):
         if lo < hi:
@@ -340,6 +343,7 @@ def moe(x: Tensor, topk_weights: Tensor, ids: Tensor, gate_up: Tensor, down: Ten
     """Routed experts: out[t] = sum_k topk_weights[t, k] * down[e] @ geglu(gate_up[e] @ x[t]), e = ids[t, k].
 
     x [T, H]; topk_weights [T, K]; ids [T, K] int32; gate_up [E, 2I, H], gate rows first; down [E, H, I]. Returns [T, H].
+    An id outside [0, E), another device's expert, adds nothing.
     """
     order, offsets, _ = expert_dispatch(ids, gate_up.shape[0])
     h = grouped_gemm(x, gate_up, order, offsets, ids.shape[1], "geglu")
