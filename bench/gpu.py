@@ -77,9 +77,11 @@ def parts(folder: Path, python: str = sys.executable) -> Iterator[Part]:
     if compiling:
         yield Part("compile", 55, all_of(*compiling))
     test = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", ""]
-    cuda, triton = str(ROOT / "tests/test_cuda.py"), str(ROOT / "tests/test_triton.py")
+    cuda, triton, tests = str(ROOT / "tests/test_cuda.py"), str(ROOT / "tests/test_triton.py"), [*test]
+    if importlib.util.find_spec("transformers"):
+        tests.append(str(ROOT / "tests/test_accelerate.py::test_on_a_gpu"))
     many = ["-n", str(jobs)] if importlib.util.find_spec("xdist") else []
-    yield Part("tests", 95, [*test, cuda, triton, *many])
+    yield Part("tests", 95, [*tests, cuda, triton, *many])
     bench = [python, "-m", "gemma4_fast", "bench"]
     file = folder / "gpu-ops.jsonl"
     rows = ["--backend", "cuda,triton,torch" if nvidia else "triton,torch", "--seconds", "0.1", "--append", "-o", str(file)]
@@ -100,7 +102,7 @@ def parts(folder: Path, python: str = sys.executable) -> Iterator[Part]:
         yield Part("race checker", 35, all_of(races, barriers), **checker)
     beside = [*model, "--rounds", "2", "--prompt", "128", "--decode", "16", "--peers"]
     theirs = dict(may_stop=True, module="transformers")
-    yield Part("transformers", 30, [*beside, "transformers"], **theirs)  # cut to what fits twice, if need be
+    yield Part("transformers", 30, [*beside, "transformers,accelerate"], **theirs)  # cut to what fits twice, if need be
     # By itself, as compiling may take all of its time: nothing is counted before everyone has warmed up. A fifth of the model,
     # since each layer is compiled.
     fifth = ["--layers", "6", "--vocab", "52428"]

@@ -340,6 +340,26 @@ def test_decode_steps_are_recorded_once(moe: tuple[Any, Any]) -> None:
         native.spares.clear()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("member", ["e2b", "26b-a4b"])
+def test_on_a_gpu(member: str) -> None:
+    theirs = copy.deepcopy(family.transformers_model(member)).cuda()
+    pair = theirs, accelerate(copy.deepcopy(theirs))
+    ids, mask = (x.cuda() for x in left_padded())
+    for mode in ("greedy", "beams"):
+        a, b = (m.generate(ids, attention_mask=mask, **GREEDY, **MODES[mode]) for m in pair)
+        assert torch.equal(a, b)
+    out = pair[1].generate(ids[1:], return_dict_in_generate=True, **GREEDY)
+    assert out[CACHE].graph.recorded, "a decode step in generate replays a CUDA graph"
+    half = family.transformers_in(member, torch.bfloat16).cuda()
+    fast = accelerate(copy.deepcopy(half))
+    truth = theirs(ids).logits  # in fp32
+    a, b = both((half, fast), ids)
+    error, allowed = ((x.logits.float() - truth).norm(dim=-1).median() for x in (b, a))
+    assert error <= 2 * allowed
+    assert not engine(pair[1]).said and gemma4_fast.verify(fast).ok
+
+
 # ---------------------------------------------------------------- the cache
 def filled(pair: tuple[Any, Any]) -> tuple[Any, Any]:
     ids, mask = left_padded()

@@ -436,7 +436,7 @@ def test_all_that_needs_a_gpu_ends_in_ten_minutes(monkeypatch: pytest.MonkeyPatc
         if "bench" in part.command:
             parsed[name] = parser(COMMANDS).parse_args(part.command[part.command.index("bench") :])
     assert parsed["ops"].rivals and set(parsed["ops"].op) <= set(ops.TABLE)
-    assert parsed["transformers"].peers == ["transformers"] and parsed["torch.compile"].peers == ["torch.compile"]
+    assert parsed["transformers"].peers == ["transformers", "accelerate"] and parsed["torch.compile"].peers == ["torch.compile"]
     assert gpu.run(gpu.Part("all", 9, gpu.all_of(["true"], ["true"]))) == "ok"
     assert gpu.run(gpu.Part("all", 9, gpu.all_of(["false"], ["true"]))) == "exit code 1"
     start, mark = time.perf_counter(), tmp_path / "not stopped"

@@ -158,8 +158,12 @@ class _Generates(_Accelerated):
         """The cache that `generate` makes, with room for all that it may write."""
         out = super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest, **more)  # type: ignore[misc]
         text, cache = text_of(cast(nn.Module, self)), model_kwargs.get(CACHE)
-        native = None if text is None or ENGINE not in vars(text) else _engine(text).native
-        if native is None or cache is None or getattr(cache, "_is_user_defined", False):
+        if text is None or ENGINE not in vars(text) or cache is None or getattr(cache, "_is_user_defined", False):
+            return out
+        if (native := _engine(text).native) is None:  # it was moved, and has not run since
+            _engine(text).bind(text)
+            native = _engine(text).native
+        if native is None:
             return out
         if not any(getattr(generation_config, name, False) for name in ("output_attentions", "output_router_logits")):
             Gemma4Cache.adopt(cache, native, cast(Any, text).config, getattr(generation_config, "max_length", None))
