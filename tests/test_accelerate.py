@@ -859,6 +859,18 @@ def test_quantized(to: str, pair: tuple[Any, Any]) -> None:
     assert model.bfloat16()(ids).logits.dtype == torch.bfloat16
 
 
+def test_a_head_of_its_own() -> None:
+    """Whatever the configuration says: the weights decide."""
+    theirs = copy.deepcopy(family.transformers_model("12b"))
+    theirs.lm_head.weight = nn.Parameter(theirs.lm_head.weight.roll(1, 0))
+    ids = family.prompt(2, 12)
+    a, b = both((theirs, accelerate(copy.deepcopy(theirs))), ids)
+    near(b.logits, a.logits)
+    quantized = accelerate(copy.deepcopy(theirs), quantize="int8")(ids).logits
+    tied = accelerate(copy.deepcopy(family.transformers_model("12b")), quantize="int8")(ids).logits
+    near(quantized, tied.roll(1, -1))
+
+
 # ---------------------------------------------------------------- images
 def multimodal(member: str) -> Any:
     """A model with a small vision tower; its images weigh as much as its words."""

@@ -86,9 +86,9 @@ class Engine:
         return None
 
     def _share(self, text: nn.Module, told: dict[str, Any]) -> None:
-        config = binding.config_of(told)
-        if self.head is None:  # a text model alone, of which no one asks logits
-            config = dataclasses.replace(config, tie_word_embeddings=True)
+        table, head = cast(Any, text).embed_tokens.weight, None if self.head is None else cast(Tensor, self.head.weight)
+        tied = head is None or head.data_ptr() == table.data_ptr()  # no head: a text model alone, of which no one asks logits
+        config = dataclasses.replace(binding.config_of(told), tie_word_embeddings=tied)
         if self.native is None or self.native.config != config:
             with torch.device("meta"):
                 self.native = Gemma4(config, self.backend)
