@@ -130,9 +130,8 @@ class Step:
     rows: dict[int, Tensor] = field(default_factory=dict)  # by slots per sequence: cache row [T] of each token
     shared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by donor layer: this pass's K and V
     limit: int | None = None  # no sequence in a cache that is read is longer. For kernels that do not ask the device
-    image_ids: Tensor | None = (
-        None  # [T] int32, of a prefill: tokens of one image, which sliding layers show each other; -1: text
-    )
+    image_ids: Tensor | None = None  # [T] int32, of a prefill: tokens of one image see each other in sliding layers; -1: text
+    images_everywhere: bool = False  # and in full ones
 
 
 class Attention(nn.Module):
@@ -177,7 +176,7 @@ class Attention(nn.Module):
             before: tuple[Tensor | None, ...] = (None, None, None)
             if read is not None and step.prefix_lens is not None:
                 before = read.k, read.v, step.prefix_lens
-            images = step.image_ids if layer.is_sliding else None
+            images = step.image_ids if layer.is_sliding or step.images_everywhere else None
             a = ops.gqa_prefill(q, k, v, step.cu_seqlens, layer.window, *before, None, *rebuild, images)  # type: ignore[call-arg, arg-type]
             if self.is_donor:  # its cache is written once the layers that share it are through: see Text.forward
                 step.shared[layer.index] = k, v

@@ -1,13 +1,16 @@
 """One set of weights for two models: transformers' text model, and this package's, whose parameters are the same memory.
 
-Where this package packs several projections into one matrix, transformers' parameters become views of that matrix.
+Where this package packs several projections into one matrix, transformers' parameters lie in that matrix. And what a text
+model must be like for its weights to say all about it: its own classes, nothing added, nothing replaced.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -15,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-from gemma4_fast.config import Gemma4Config
 from gemma4_fast.layers import PackedWeight
 from gemma4_fast.model import DTYPES, Gemma4
 from gemma4_fast.native import use_huge_pages
@@ -24,48 +26,77 @@ from gemma4_fast.native import use_huge_pages
 _PLAIN = ("torch.nn.modules.linear", "torch.nn.modules.container", "torch.nn.modules.sparse", "transformers.activations")
 
 
-def config_of(told: dict[str, Any]) -> Gemma4Config:
-    """Of what transformers' configuration of a text model tells. ValueError says what this package does not serve."""
-    return Gemma4Config.from_dict(told)
-
-
-@dataclass
 class Look:
-    """What a text model is like now. unfit: why it does more, or other things, than its weights say; None if it does not.
-    addresses: where its weights lie, and the head's."""
+    """A text model, and its head, as they were when they were looked at.
 
-    unfit: str | None
-    addresses: list[int]
-    needs_grad: bool = False
+    unfit: why the model does more, or other things, than its weights say; None if it does not. addresses: where these lie.
+    All goes by the modules' dictionaries: `modules()` and `parameters()` of 26B-A4B take milliseconds.
+    """
+
+    def __init__(self, text: nn.Module, head: nn.Module | None) -> None:
+        self._text = text
+        self._all = [m.__dict__ for m in (*_modules(text), *([] if head is None else [head]))]
+        self._hooks = RemovableHandle.next_id  # how many this process has made
+        self._objects = self._now()
+        self._weights = [w for w in self._objects if isinstance(w, Tensor)]
+        self.addresses, self._sizes = self._where(), self._lengths()
+        self.needs_grad = any(w.requires_grad for w in self._weights)
+
+    def holds(self) -> bool:
+        """Whether no module, weight or hook has come, gone or become another since; one that was written to is the same."""
+        if RemovableHandle.next_id != self._hooks or self._lengths() != self._sizes:
+            return False
+        now = self._now()
+        same = len(now) == len(self._objects) and all(map(operator.is_, now, self._objects))
+        return same and self._where() == self.addresses
+
+    def _now(self) -> list[Any]:
+        """Modules, weights and buffers."""
+        inner = ([d["_modules"], d["_parameters"], d["_buffers"]] for d in self._all)
+        return [*itertools.chain.from_iterable(d.values() for d in itertools.chain.from_iterable(inner))]
+
+    def _where(self) -> list[int]:
+        return [*map(Tensor.data_ptr, self._weights)]
+
+    def _lengths(self) -> list[int]:
+        """A `forward` of its own is one attribute more."""
+        return [*map(len, self._all)]
+
+    def unfit(self, *, weights: bool = True) -> str | None:
+        """weights: False where they are known to be gone."""
+        text = self._text
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return "there are hooks for all modules (torch.nn.modules.module)"
+        if getattr(text, "_is_replica", False):
+            return "it is a replica of torch.nn.DataParallel"
+        own = next(c.__module__ for c in type(text).__mro__ if c.__module__.startswith("transformers."))
+        for m in _modules(text):
+            if m is not text and (reason := _odd(m, own)) is not None:
+                return f"{_name(text, m)} {reason}"
+        return self._odd_weight() if weights else None
+
+    def _odd_weight(self) -> str | None:
+        first: Tensor = cast(Any, self._text).norm.weight
+        dtype, device = first.dtype, first.device
+        for m in _modules(self._text):
+            scalar = m._buffers.get("layer_scalar")
+            for name, w in (*m._parameters.items(), ("layer_scalar", scalar)):
+                if w is None:
+                    continue
+                if type(w) not in (nn.Parameter, Tensor) or w.is_meta or w.dtype != dtype or w.device != device:
+                    where = f"{_name(self._text, m)}.{name}".removeprefix(".")
+                    return f"{where} is a {type(w).__name__}, {w.dtype} on {w.device}; norm.weight is {dtype} on {device}"
+                if name == "bias":
+                    return f"{_name(self._text, m)} has a bias"
+        return None if dtype in DTYPES else f"its weights are {dtype}"
 
 
-def look(text: nn.Module, head: nn.Module | None) -> Look:
-    """Once through all modules and weights, before each prompt: by their dictionaries, since `modules()` takes milliseconds."""
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return Look("there are hooks for all modules (torch.nn.modules.module)", [])
-    own = next(c.__module__ for c in type(text).__mro__ if c.__module__.startswith("transformers."))
-    first: Tensor = cast(Any, text).norm.weight
-    dtype, device = first.dtype, first.device
-    found, modules = Look(None, []), [text]
-    while modules:
-        m = modules.pop()
-        if m is not text and (reason := _odd(m, own)) is not None:
-            return Look(f"{_name(text, m)} {reason}", [])
-        modules += [child for child in m._modules.values() if child is not None]
-        weights: list[Any] = [w for w in m._parameters.values() if w is not None]
-        if (scalar := m._buffers.get("layer_scalar")) is not None:
-            weights.append(scalar)
-        for w in weights:
-            if type(w) not in (nn.Parameter, Tensor) or w.is_meta or w.dtype != dtype or w.device != device:
-                what = f"{type(w).__name__}, {w.dtype} on {w.device}"
-                return Look(f"a weight of {_name(text, m) or 'the model'} is a {what}; its norm is {dtype} on {device}", [])
-            found.addresses.append(w.data_ptr())
-            found.needs_grad = found.needs_grad or w.requires_grad
-    if dtype not in DTYPES:
-        return Look(f"its weights are {dtype}", [])
-    if head is not None:
-        found.addresses.append(cast(Tensor, head.weight).data_ptr())
-    return found
+def _modules(text: nn.Module) -> Iterator[nn.Module]:
+    waiting = [text]
+    while waiting:
+        m = waiting.pop()
+        yield m
+        waiting += [child for child in m._modules.values() if child is not None]
 
 
 def _odd(m: nn.Module, own: str) -> str | None:
@@ -73,12 +104,14 @@ def _odd(m: nn.Module, own: str) -> str | None:
     kind = type(m)
     if not _is_plain(cast(Any, kind), own):
         return f"is a {kind.__module__}.{kind.__qualname__}"
-    if "forward" in m.__dict__:
+    if "forward" in m.__dict__ or not _is_from(kind.forward.__module__, own):
         return "has another forward than its class"
     for hooks in (m._forward_hooks, m._forward_pre_hooks):
         # Not those by which transformers itself records outputs that are asked for.
         if hooks and any(getattr(h, "__module__", None) != "transformers.utils.output_capturing" for h in hooks.values()):
             return "has a hook"
+    if getattr(m, "scaling", 1.0) != 1.0:
+        return "has a scaling that is not 1"
     return None
 
 
@@ -86,42 +119,58 @@ def _odd(m: nn.Module, own: str) -> str | None:
 def _is_plain(kind: type, own: str) -> bool:
     if kind.__module__ == "transformers.activations":
         return kind.__name__ == "GELUTanh"
-    return kind.__module__ in (own, *_PLAIN) or kind.__module__.startswith("gemma4_fast.")
+    return _is_from(kind.__module__, own)
+
+
+def _is_from(module: str, own: str) -> bool:
+    return module in (own, *_PLAIN, "torch.nn.modules.module") or module.startswith("gemma4_fast.")
 
 
 def _name(text: nn.Module, module: nn.Module) -> str:
     return next(name for name, m in text.named_modules() if m is module)
 
 
-def hooks_made() -> int:
-    """How many hooks this process has made: as long as it is the same, no module has got one."""
-    return RemovableHandle.next_id
+def odd_rotary(text: Any, native: Gemma4) -> str | None:
+    """Whether someone has given the model other frequencies. Rounded ones are not: casting a model rounds its buffers."""
+    for sliding, name in ((True, "sliding_attention"), (False, "full_attention")):
+        theirs = getattr(text.rotary_emb, f"{name}_inv_freq", None)
+        if theirs is None or not any(c.is_sliding == sliding for c in native.config.layers()):
+            continue
+        ours, theirs = native.model.inv_freq(sliding, torch.device("cpu")).float(), theirs.float().cpu()
+        rest = theirs[len(ours) :]  # columns that do not turn
+        scale = getattr(text.rotary_emb, f"{name}_attention_scaling", 1.0)
+        if scale != 1.0 or not torch.allclose(theirs[: len(ours)], ours, rtol=2**-7, atol=0.0) or bool(rest.any()):
+            return f"its RoPE of {name.replace('_', ' ')} is not the configuration's"
+    return None
 
 
 def share(native: Gemma4, text: nn.Module, head: nn.Module | None) -> None:
-    """Makes the native model's parameters the memory of `text`'s and the head's. Peak memory: one packed matrix more.
+    """Makes the native model's parameters the memory of `text`'s and the head's; those that are quantized stay. Peak memory:
+    one packed matrix more.
 
     ValueError for a weight that is missing or has another shape than the configuration says.
     """
     for name, module in native.named_modules():
         for own, parameter in list(module.named_parameters(recurse=False)):
-            if name == "lm_head":
-                shared = None if head is None else head.weight
-            elif isinstance(module, PackedWeight):
-                parent = text.get_submodule(name.removeprefix("model.").rpartition(".")[0])
-                shared = packed([getattr(parent, part).weight for part in module.parts])
-            else:
-                shared = getattr(text.get_submodule(name.removeprefix("model").removeprefix(".")), own, None)
-            if not isinstance(shared, Tensor) or shared.shape != parameter.shape:
-                got = "none" if not isinstance(shared, Tensor) else str(list(shared.shape))
-                raise ValueError(f"{name}.{own}: got {got}, the configuration says {list(parameter.shape)}")
+            try:
+                if name == "lm_head":
+                    shared = cast(Any, head).weight
+                elif isinstance(module, PackedWeight):
+                    parent = text.get_submodule(name.removeprefix("model.").rpartition(".")[0])
+                    shared = packed([getattr(parent, part).weight for part in module.parts])
+                else:
+                    shared = getattr(text.get_submodule(name.removeprefix("model").removeprefix(".")), own)
+            except AttributeError as error:
+                raise ValueError(f"it lacks {name}.{own}, of which the configuration tells: {error}") from error
+            if shared.shape != parameter.shape:
+                raise ValueError(f"{name}.{own} is {list(shared.shape)}, {list(parameter.shape)} by the configuration")
             use_huge_pages(shared, now=True)
             setattr(module, own, nn.Parameter(shared.detach(), requires_grad=False))
     native._changed()
 
 
 def packed(parts: list[nn.Parameter]) -> Tensor:
-    """Weights [N_i, K] end to end in one matrix [sum N_i, K], of which they become views, if they are not yet."""
+    """Weights [N_i, K] end to end in one matrix [sum N_i, K], in which they lie from now on, if they do not yet."""
     first, rows = parts[0].data, sum(p.shape[0] for p in parts)
     end = first.data_ptr()
     for p in parts:
@@ -129,18 +178,19 @@ def packed(parts: list[nn.Parameter]) -> Tensor:
             break
         end += p.nbytes
     else:
-        same = all(p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for p in parts)
-        if same or len(parts) == 1:
+        storage = first.untyped_storage()
+        if storage.data_ptr() + storage.nbytes() >= end:
             return first.as_strided((rows, first.shape[1]), (first.shape[1], 1), first.storage_offset())
     whole = torch.empty(rows, first.shape[1], dtype=first.dtype, device=first.device)
     for p, view in zip(parts, whole.split([p.shape[0] for p in parts]), strict=True):
         view.copy_(p.data)
-        p.data = view
+        # Through DLPack: a storage of its own, over its part of the memory. Views of one storage would each be pickled whole.
+        p.data = torch.from_dlpack(view)
     return whole
 
 
 def unpack(native: Gemma4, text: nn.Module) -> None:
-    """Gives transformers' parameters that are views of a packed matrix memory of their own again."""
+    """Gives transformers' parameters that lie in a packed matrix memory of their own again."""
     for name, module in native.named_modules():
         if isinstance(module, PackedWeight) and module._parameters:
             parent = text.get_submodule(name.removeprefix("model.").rpartition(".")[0])
@@ -150,7 +200,14 @@ def unpack(native: Gemma4, text: nn.Module) -> None:
             del module._parameters["weight"]  # before the next one is copied
 
 
-def output_class(text_class: type) -> type:
+def release(native: Gemma4) -> None:
+    """Lets go of the weights, but for those that a cache rebuilds its keys from."""
+    for name, parameter in native.named_parameters():
+        if not name.endswith("k_norm.weight"):
+            parameter.data = parameter.data.new_empty(0)
+    native._changed()
+
+
+def output_class(text_class: type) -> Any:
     """What a text model of this class of transformers returns."""
-    found: type = getattr(sys.modules[text_class.__module__], text_class.__name__ + "OutputWithPast")
-    return found
+    return getattr(sys.modules[text_class.__module__], text_class.__name__ + "OutputWithPast")

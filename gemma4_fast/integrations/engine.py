@@ -9,22 +9,26 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import re
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from gemma4_fast.config import Gemma4Config
 from gemma4_fast.errors import UnsupportedError
-from gemma4_fast.integrations import binding
+from gemma4_fast.integrations.binding import Look, odd_rotary, release, share
 from gemma4_fast.integrations.kv_cache import CACHE, Gemma4Cache
 from gemma4_fast.layers import Embedded
 from gemma4_fast.model import Gemma4
 
 log = logging.getLogger("gemma4_fast")
 CHUNK = 2048  # tokens of a prompt that run at once
+GRADIENTS = "gradients are on: call it under torch.no_grad() or torch.inference_mode()"
 # What a text model is called with that is served, or says nothing about its keys, values and hidden states.
 SERVED = frozenset((
     "input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "per_layer_inputs", "use_cache", "logits_to_keep",
@@ -34,9 +38,14 @@ SERVED = frozenset((
 Tokens = Tensor | tuple[Tensor, Tensor | None]
 
 
+# transformers' own ways to attend and to run experts, and this package's: what comes out is the same. Others are someone's own.
+ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention", "kernels-community/", "paged|", "gemma4_fast")
+EXPERTS = ("eager", "grouped_mm", "batched_mm", "deepgemm", "gemma4_fast")
+
+
 @dataclass
 class Call:
-    """What a call of the text model asks for, once it is known that it can be served."""
+    """What a call of the text model asks for, once it is known that it can be served. B sequences, T columns."""
 
     batch: int
     columns: int
@@ -45,65 +54,78 @@ class Call:
     base: list[int]  # of each sequence: the caller's position of its first token
     decode: bool  # one token for each sequence, after others
     image_ids: Tensor | None = None  # [B, T] int32, -1: text
+    images_everywhere: bool = False  # they see each other in all layers, not in the sliding ones alone
     input_ids: Tensor | None = None  # [B, T], where the caller has them but passes embeddings
 
 
-@dataclass
 class Engine:
     """backend: as `Gemma4`'s. head: the lm_head whose weight the native model has too, if there is one."""
 
-    backend: str | None = None
-    head: nn.Module | None = field(default=None, repr=False)
-    quantization: str | None = None  # what the weights were quantized to, after which transformers' own are gone
-    native: Gemma4 | None = field(default=None, repr=False)
-    said: set[str] = field(default_factory=set)
-    _unfit: str | None = None  # why the text model cannot be served, as it was when it was looked at last,
-    _hooks: int = -1  # and how many hooks there were then
-    _needs_grad: bool = False
-    _config: dict[str, Any] = field(default_factory=dict, repr=False)
-    _addresses: list[int] = field(default_factory=list, repr=False)
+    def __init__(self, backend: str | None = None, head: nn.Module | None = None) -> None:
+        self.backend, self.head = backend, head
+        self.native: Gemma4 | None = None
+        self.quantization: str | None = None  # what the weights were quantized to, after which transformers' own are gone
+        self.said: set[str] = set()
+        self._caches: weakref.WeakSet[Gemma4Cache] = weakref.WeakSet()  # those that were made for `native`
+        self._look: Look | None = None
+        self._unfit: str | None = None
+        self._config: dict[str, Any] = {}  # what transformers' tells
+        self._addresses: list[int] = []  # of the weights that `native` has
+        self._rotary: list[tuple[int, int]] = []
 
     # ---------------------------------------------------------------- weights
     def bind(self, text: nn.Module) -> str | None:
         """Sees to it that the native model has the text model's weights. Returns why it cannot, or None."""
-        self._hooks = binding.hooks_made()
-        self._unfit = self._bind(text) if self.quantization is None else None
+        look = self._look = Look(text, self.head)
+        self._unfit = look.unfit(weights=self.quantization is None)
+        if self._unfit is None and self.quantization is None:
+            try:
+                self._unfit = self._bind(text, look)
+            except ValueError as error:
+                self._unfit, self._addresses = str(error), []
         return self._unfit
 
-    def _bind(self, text: nn.Module) -> str | None:
-        now = binding.look(text, self.head)
-        if now.unfit is not None:
-            return now.unfit
+    def _bind(self, text: nn.Module, look: Look) -> str | None:
         told: dict[str, Any] = cast(Any, text).config.to_dict()
-        if self.native is None or told != self._config or now.addresses != self._addresses:
-            try:
-                self._share(text, told)
-            except ValueError as error:
-                self.native = None
-                return str(error)
-            self._config, self._addresses = told, binding.look(text, self.head).addresses
-        self._needs_grad = now.needs_grad
-        return None
-
-    def _share(self, text: nn.Module, told: dict[str, Any]) -> None:
+        buffers = [b for b in cast(nn.Module, text.rotary_emb).buffers() if not b.is_inference()]
+        rotary = [(b.data_ptr(), b._version) for b in buffers]  # which goes up as someone writes into one
+        same = told == self._config and look.addresses == self._addresses and rotary == self._rotary
+        if self.native is not None and same:
+            return None
+        if told.get("num_hidden_layers") != len(cast(nn.ModuleList, text.layers)):
+            return "it has another number of layers than its configuration"
         table, head = cast(Any, text).embed_tokens.weight, None if self.head is None else cast(Tensor, self.head.weight)
         tied = head is None or head.data_ptr() == table.data_ptr()  # no head: a text model alone, of which no one asks logits
-        config = dataclasses.replace(binding.config_of(told), tie_word_embeddings=tied)
+        config = dataclasses.replace(Gemma4Config.from_dict(told), tie_word_embeddings=tied)
         if self.native is None or self.native.config != config:
             with torch.device("meta"):
                 self.native = Gemma4(config, self.backend)
-        binding.share(self.native, text, self.head)
+            self.native.to(table.dtype)
+        if (reason := odd_rotary(text, self.native)) is not None:
+            return reason
+        share(self.native, text, self.head)
+        self._look = Look(text, self.head)
+        self._config, self._addresses, self._rotary = told, self._look.addresses, rotary
+        return None
 
-    def moving(self) -> None:
-        """The text model's weights are about to become other tensors."""
-        self._hooks = -1
-        if self.quantization is None:
-            self.native, self._addresses = None, []  # what it holds would stay beside the new ones
+    def quantizing(self) -> None:
+        """The weights are about to go."""
+        self._look = None  # which holds them
 
-    def moved(self, fn: Callable[[Tensor], Tensor]) -> None:
+    def moving(self, moves: bool) -> None:
+        """The text model's weights are about to become other tensors; or not, as in a `.to` where they are."""
+        self._look = None
+        if moves and self.quantization is None and self.native is not None:
+            for cache in self._caches:
+                cache.forget_graph()
+            release(self.native)  # what it holds would stay beside the new ones, for as long as one of its caches
+            self.native, self._addresses = None, []
+
+    def moved(self, text: nn.Module, fn: Callable[[Tensor], Tensor], moves: bool) -> None:
         """They have, each by fn. The quantized ones are the native model's alone."""
-        if self.quantization is not None and self.native is not None:
+        if moves and self.quantization is not None and self.native is not None:
             self.native._apply(fn)
+            share(self.native, text, self.head)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """A copied model's own, which finds the copied weights at its first call."""
@@ -114,7 +136,10 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         self.only_if_whole("pickled")
-        return {**vars(Engine(self.backend)), "head": self.head}
+        return {"backend": self.backend, "head": self.head}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def only_if_whole(self, done: str) -> None:
         """UnsupportedError if the weights of transformers' model are gone."""
@@ -129,18 +154,22 @@ class Engine:
         serve."""
         given = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         cache: Cache | None = kwargs.get(CACHE)
+        if isinstance(cache, Gemma4Cache):
+            cache.only_if_whole()
         if (reason := _unusual(text, kwargs, given)) is not None:
             return reason
         assert isinstance(given, Tensor)
         batch, columns = given.shape[:2]
         decode = columns == 1 and cache is not None and cache.get_seq_length() > 0
-        # Modules and weights are looked at before a prompt; for one token if a hook was made, or something was moved.
-        if not decode or self._hooks != binding.hooks_made():
+        # Before a prompt all is looked at, its configuration too; before a token, whether anything has become another.
+        if not decode or self._look is None or not self._look.holds():
             self.bind(text)
-        if self._unfit is not None or self.native is None:
+        if self._unfit is not None or self.native is None or self._look is None:
             return self._unfit or "it has no weights"
-        if torch.is_grad_enabled() and (self._needs_grad or given.requires_grad):
-            return "gradients are on: call it under torch.no_grad() or torch.inference_mode()"
+        if torch.is_grad_enabled():
+            wants = any(isinstance(v, Tensor) and v.requires_grad for v in kwargs.values())
+            if wants or Look(text, self.head).needs_grad:
+                return GRADIENTS
         if given.device != self.native.device:
             return f"its input is on {given.device}, the model on {self.native.device}"
         if given.is_floating_point() and given.dtype != self.native.dtype:
@@ -156,9 +185,10 @@ class Engine:
         if longest > (limit := self.native.config.max_position_embeddings):
             return f"{longest} tokens are more than max_position_embeddings = {limit}"
         if mm_token_type_ids is not None and self.native.config.use_bidirectional_attention == "vision":
-            images = spans(mm_token_type_ids)[:, -columns:]
+            seen = 0 if own is None else own.seen
+            images = spans(mm_token_type_ids)[:, seen : seen + columns]  # they are told from the beginning
             if images.shape != (batch, columns):
-                return f"mm_token_type_ids have shape {list(mm_token_type_ids.shape)}"
+                return f"its mm_token_type_ids have shape {list(mm_token_type_ids.shape)}, for {seen + columns} tokens"
             call.image_ids = images if bool((images >= 0).any()) else None
         return call
 
@@ -169,8 +199,6 @@ class Engine:
         if not isinstance(cache, Gemma4Cache):
             fresh = type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0
             return None if fresh else f"its cache is a {type(cache).__name__} that transformers' code fills"
-        if cache.cut_off:
-            raise RuntimeError("a call was interrupted while it wrote this cache: start with a new one, or `reset()` it")
         if cache.plain:
             return "its cache was filled by transformers' code"
         if cache.kv is None:
@@ -188,8 +216,9 @@ class Engine:
                 f"{reason}; transformers' code would have to run this, and its weights were freed when the model was quantized "
                 f"to {self.quantization}"
             )
-        if reason not in self.said:
-            self.said.add(reason)
+        kind = re.sub(r"\d+", "N", reason)
+        if kind not in self.said:
+            self.said.add(kind)
             log.warning("gemma4_fast: a call, and others like it, is left to transformers' code: %s", reason)
 
     # ---------------------------------------------------------------- running them
@@ -199,32 +228,35 @@ class Engine:
         if isinstance(cache, Gemma4Cache):
             if cache.kv is None:
                 cache.model = native  # it may have been made for another one
-            return cache
+        elif cache is not None:
+            cache = Gemma4Cache.adopt(cache, native, config)
+        elif wanted:
+            cache = Gemma4Cache(native, config)
         if cache is not None:
-            return Gemma4Cache.adopt(cache, native, config)
-        return Gemma4Cache(native, config) if wanted else None
+            self._caches.add(cache)
+        return cache
 
     def run(
-        self, call: Call, tokens: Tokens, cache: Gemma4Cache | None, *, newest: bool = False, every: bool = False
+        self, call: Call, tokens: Tokens, cache: Gemma4Cache | None, *, last_only: bool = False, all_layers: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """Final hidden states [B, T, H], zeros for padding; if `newest`, [B, 1, H] of the last column alone. If `every`, also
-        the residual streams before the first layer and after each, of the same shape."""
+        """Final hidden states [B, T, H], zeros for padding; if `last_only`, [B, 1, H] of the last column alone. With
+        `all_layers` also the residual streams before the first layer and after each, of the same shape."""
         if cache is None:
-            return self._piece(call, tokens, None, slice(0, call.columns), newest=False, every=every)
+            return self._piece(call, tokens, None, slice(0, call.columns), last_only=False, all_layers=all_layers)
         native = cast(Gemma4, self.native)
         cache.prepare(call.batch, call.columns)
         try:
-            if call.decode and not every and isinstance(tokens, Tensor):
+            if call.decode and not all_layers and isinstance(tokens, Tensor):
                 with native.running():
                     h = cache.graph.run(tokens[:, 0].long(), [1] * call.batch)
                 h, streams = h.clone()[:, None], list[Tensor]()  # the step's own output is the next one's, too
             else:
                 # Images see each other forwards, so that they stay whole.
-                width = call.columns if every or call.image_ids is not None else max(1, CHUNK // call.batch)
+                width = call.columns if all_layers or call.image_ids is not None else max(1, CHUNK // call.batch)
                 pieces = [slice(lo, min(lo + width, call.columns)) for lo in range(0, call.columns, width)]
-                done = [self._piece(call, tokens, cache, piece, newest=newest, every=every) for piece in pieces]
+                done = [self._piece(call, tokens, cache, piece, last_only=last_only, all_layers=all_layers) for piece in pieces]
                 h, streams = done[-1]
-                if not newest and len(done) > 1:
+                if not last_only and len(done) > 1:
                     h = torch.cat([d[0] for d in done], 1)
         except BaseException:
             cache.broke()
@@ -233,7 +265,7 @@ class Engine:
         return h, streams
 
     def _piece(
-        self, call: Call, tokens: Tokens, cache: Gemma4Cache | None, columns: slice, *, newest: bool, every: bool
+        self, call: Call, tokens: Tokens, cache: Gemma4Cache | None, columns: slice, *, last_only: bool, all_layers: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """`run` of some columns."""
         native, width = cast(Gemma4, self.native), columns.stop - columns.start
@@ -241,7 +273,7 @@ class Engine:
         new = None if call.new is None else call.new[:, columns]
         lens = [width] * call.batch if new is None else new.sum(1).tolist()
         rows = None if new is None else new.flatten().nonzero()[:, 0].to(native.device)
-        last = [n > 0 for n in lens] if newest else None
+        last = [n > 0 for n in lens] if last_only else None
 
         def flat(x: Tensor) -> Tensor:  # [B, columns, ...] -> [T, ...]
             x = x[:, columns].flatten(0, 1)
@@ -259,7 +291,7 @@ class Engine:
         with native.running():
             if not any(lens):  # padding
                 like = native.model.norm.weight
-                return like.new_zeros(call.batch, 1 if newest else width, len(like)), streams
+                return like.new_zeros(call.batch, 1 if last_only else width, len(like)), streams
             inputs: Tensor | Embedded
             if isinstance(tokens, Tensor):
                 inputs = flat(tokens).long()
@@ -268,8 +300,8 @@ class Engine:
                 inputs = x, None if tokens[1] is None else native.model.per_layer_inputs(x, flat(tokens[1]))
             step = native.model.step(lens, kv)
             if call.image_ids is not None:
-                step.image_ids = flat(call.image_ids.to(native.device))
-            h = native.model(inputs, step, kv, last, streams if every else None)
+                step.image_ids, step.images_everywhere = flat(call.image_ids.to(native.device)), call.images_everywhere
+            h = native.model(inputs, step, kv, last, streams if all_layers else None)
             return shaped(h), [shaped(s) for s in streams]
 
 
@@ -278,6 +310,12 @@ def _unusual(text: nn.Module, kwargs: dict[str, Any], given: Any) -> str | None:
     config = cast(Any, text).config
     if text.training:
         return "the model is in training mode"
+    if config.num_hidden_layers != len(cast(nn.ModuleList, text.layers)):
+        return "it has another number of layers than its configuration"
+    for what, known in (("attn", ATTENTION), ("experts", EXPERTS)):
+        name = getattr(config, f"_{what}_implementation", None)
+        if name is not None and not name.startswith(known):
+            return f"its {what}_implementation is {name!r}"
     if torch.jit.is_tracing():
         return "it is being traced"
     if not isinstance(given, Tensor) or (kwargs.get("input_ids") is None) == (kwargs.get("inputs_embeds") is None):
@@ -317,31 +355,35 @@ def _placed(mask: Any, positions: Any, cache: Gemma4Cache | None, batch: int, co
         return "its position_ids are not [batch, tokens]"
     new: Tensor | None = None
     if mask is not None:
-        mask = mask.bool()
+        mask = mask.to(torch.bool, copy=True)  # the caller may write into his
         known = mask.new_ones(batch, seen) if before is None else before.to(mask.device)
-        if not torch.equal(mask[:, :seen], known):
-            if bool((mask[:, :seen] & ~known).any()):
-                _refuse_unmasked(seen)
+        differs = mask[:, :seen] != known
+        # All that is asked of a device at once: whether tokens are hidden or shown, and which of the new columns hold one.
+        told = torch.cat([torch.stack([(differs & known).any(), (differs & ~known).any()]), mask[:, seen:].flatten()]).cpu()
+        hidden, shown = told[:2].tolist()
+        if shown:
+            _refuse_unmasked(seen)
+        if hidden:
             return "its attention mask hides tokens that were seen before"
-        new = mask[:, seen:].cpu()
+        new = told[2:].view(batch, columns)
         if bool(new.all()):
             new, mask = None, None if before is None else mask
     elif before is not None:
         _refuse_unmasked(seen)
-    # Each token's number in its sequence [B, T], and what the caller calls its position.
+    # Each token's number in its sequence [B, T], and how far from it what the caller calls its position is.
     real = torch.ones(batch, columns, dtype=torch.bool) if new is None else new
     number = torch.tensor(lens)[:, None] + real.cumsum(1) - 1
     given = torch.arange(seen, seen + columns)[None] if positions is None else positions.cpu()
-    shift, base = given - number, []
-    for b, n in enumerate(lens):
-        own = shift[b][real[b]]
-        wanted = cache.base[b] if cache is not None and n > 0 else int(own[0]) if len(own) else 0
-        if bool((own != wanted).any()):
-            return "its positions do not follow one another"
-        base.append(wanted)
+    shift = given - number
+    first = shift.gather(1, real.int().argmax(1, keepdim=True))[:, 0]  # of the first new token
+    base = torch.where(real.any(1), first, 0)
+    if cache is not None and cache.base:
+        base = torch.where(torch.tensor(lens) > 0, torch.tensor(cache.base), base)
+    if bool(((shift != base[:, None]) & real).any()):
+        return "its positions do not follow one another"
     if mask is not None and mask.shape[1] > window and _has_gaps(mask):
         return "there is padding between its tokens, which counts for transformers' sliding window"
-    return Call(batch, columns, new, mask, base, columns == 1 and new is None and min(lens) > 0)
+    return Call(batch, columns, new, mask, base.tolist(), columns == 1 and new is None and min(lens) > 0)
 
 
 def _refuse_unmasked(seen: int) -> None:

@@ -15,26 +15,28 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
 
 from gemma4_fast.cache import TILE, KVCache
 from gemma4_fast.generate import ROOM
 from gemma4_fast.graph import DecodeGraph
-from gemma4_fast.reference.ops import cached_sequence
+from gemma4_fast.reference.ops import cached_sequence, rope_angles, rotate
 
 if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
 
 # What a model calls its cache: `past_key_values` up to transformers 5.23.
 CACHE = "cache" if "cache" in inspect.signature(Gemma4TextModel.forward).parameters else "past_key_values"
+AHEAD = 8192  # tokens for which there is room at first, however many `generate` may make
 
 
 class Gemma4Cache(Cache):
     """The keys and values of a batch, for an accelerated model's forward and `generate`.
 
     model: the native model that writes it. text_config: transformers' configuration of the same text model. room: how many
-    tokens a sequence is expected to reach; without one, or beyond, the cache grows by doubling.
+    tokens a sequence is expected to reach; without one, or beyond, the cache grows by doubling. `layers[i].keys` and `.values`
+    are made for whoever asks: to write into them changes nothing here.
     """
 
     is_compileable = False
@@ -76,12 +78,14 @@ class Gemma4Cache(Cache):
     # ---------------------------------------------------------------- for the passes of the native model
     def prepare(self, batch: int, columns: int) -> None:
         """Sees to it that `kv` has room for so many columns more of each of its `batch` sequences."""
+        self.only_if_whole()
         longest = columns + (0 if self.kv is None else max(self.kv.host_lens))
         limit = self.model.config.max_position_embeddings
         spare = -(-(self._since_crop + columns) // TILE) * TILE if self.record_past else 0
         if self.kv is None:
             self.changes = self.model.changes
-            room = min(limit, -(-max(longest, self.room or longest + ROOM) // ROOM) * ROOM)
+            wanted = longest + ROOM if self.room is None else min(self.room, longest + AHEAD)
+            room = min(limit, -(-max(longest, wanted) // ROOM) * ROOM)
             graph = None if spare else self.model.spares.take(self.model, batch, room)
             if graph is not None:
                 self._graph[:] = [graph]
@@ -106,6 +110,15 @@ class Gemma4Cache(Cache):
         self.seen += columns
         self._since_crop += columns
         self.mask, self.base = mask, base
+
+    def only_if_whole(self) -> None:
+        """RuntimeError after a pass that was cut off."""
+        if self.cut_off:
+            raise RuntimeError("a call was interrupted while it wrote this cache: start with a new one, or `reset()` it")
+
+    def forget_graph(self) -> None:
+        """The recorded step holds weights that are to go."""
+        self._graph.clear()
 
     def broke(self) -> None:
         """A pass did not end: it has written more than it has counted, and into a ring over what is still to be seen."""
@@ -147,8 +160,10 @@ class Gemma4Cache(Cache):
             first = max(0, self.seen - (layer.window - 1) - (self._since_crop if self.record_past else 0))
         shape = kv.v.shape[0], kv.v.shape[2], self.seen - first, kv.v.shape[3]
         keys, values = kv.v.new_zeros(shape), kv.v.new_zeros(shape)
-        for b, length in enumerate(self.kv.host_lens):
+        for b, (length, base) in enumerate(zip(self.kv.host_lens, self.base, strict=True)):
             k, v, positions = cached_sequence(length, None if kv.k is None else kv.k[b], kv.v[b], None, *rebuild)
+            if base:  # they are turned by the tokens' numbers; the caller counts from elsewhere
+                k = rotate(k, *rope_angles(torch.full_like(positions, base), freq))
             columns = positions if self.mask is None else self.mask[b].nonzero()[:, 0].to(positions.device)[positions]
             there = columns >= first
             keys[b, :, columns[there] - first] = k[there].transpose(0, 1)
@@ -157,6 +172,7 @@ class Gemma4Cache(Cache):
 
     def to_plain(self) -> None:
         """Turns it into transformers' own layers."""
+        self.only_if_whole()
         if self.plain:
             return
         own = self._own = DynamicCache(config=self.text_config)
@@ -215,7 +231,8 @@ class Gemma4Cache(Cache):
         """Forget the newest columns: so many as -tokens_to_remove says. RuntimeError if the sliding window has moved on past
         them; `activate_past_recording` before they are written keeps what they push out of it."""
         tokens_to_remove = int(tokens_to_remove)  # some versions hand over a tensor
-        if tokens_to_remove > 0:  # as it was up to transformers 5.17: the length to be left
+        if tokens_to_remove > 0:
+            DynamicLayer().crop(tokens_to_remove)  # ValueError, but for transformers 5.17, where it is the length to be left
             tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         if self.plain:
             super().crop(tokens_to_remove)
@@ -280,8 +297,10 @@ class Gemma4Cache(Cache):
         """A copy for the same model: of a common beginning, say, that several texts go on from."""
         new = Gemma4Cache(self.model, self.text_config, self.room)
         memo[id(self)] = new
-        for name in ("seen", "mask", "base", "plain", "record_past", "changes", "cut_off", "_since_crop", "_own"):
+        for name in ("seen", "mask", "base", "plain", "record_past", "changes", "cut_off", "_since_crop"):
             setattr(new, name, copy.deepcopy(getattr(self, name), memo))
+        if self.plain:
+            new._own = copy.deepcopy(self._own, memo)
         new.kv = None if self.kv is None else self.kv.selected(torch.arange(self.kv.batch_size))
         return new
 
@@ -318,10 +337,20 @@ class _Layer:
         """[B, Hkv, n, D], a copy; rebuilt where V alone is kept."""
         return self._cache.dense(self._index)[0]
 
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._cache.to_plain()
+        self._cache.layers[self._index].keys = value
+
     @property
     def values(self) -> Tensor | None:
         """[B, Hkv, n, D], a copy."""
         return self._cache.dense(self._index)[1]
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._cache.to_plain()
+        self._cache.layers[self._index].values = value
 
     @property
     def record_past(self) -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -19,14 +21,18 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from gemma4_fast import ops
 from gemma4_fast.errors import UnsupportedError
-from gemma4_fast.integrations import binding
-from gemma4_fast.integrations.engine import SERVED, Call, Engine, Tokens, spans
+from gemma4_fast.integrations.binding import output_class, unpack
+from gemma4_fast.integrations.engine import GRADIENTS, SERVED, Call, Engine, Tokens
 from gemma4_fast.integrations.kv_cache import CACHE, Gemma4Cache
 from gemma4_fast.model import Gemma4
 from gemma4_fast.quant import parse_quantize
 
 ENGINE = "_gemma4_fast"  # the name under which the modules of an accelerated model have their Engine
 TEXT_MODELS = modeling_gemma4.Gemma4TextModel, modeling_gemma4_unified.Gemma4UnifiedTextModel
+
+
+# Whether a call is left to transformers' code, as the model around the text model has settled.
+_LEFT: ContextVar[bool] = ContextVar("_LEFT", default=False)
 
 
 class Served(dict[str, Any]):
@@ -50,10 +56,24 @@ class _Accelerated:
         return bool(ORIGINAL[cls]._can_set_experts_implementation())
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        self._only_if_whole("saved")
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        self._only_if_whole("resized")
+        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """Nothing for a quantized model: its head is the native model's."""
+        text = text_of(cast(nn.Module, self))
+        if text is not None and ENGINE in vars(text) and _engine(text).quantization is not None:
+            return None
+        return super().tie_weights(*args, **kwargs)  # type: ignore[misc]
+
+    def _only_if_whole(self, done: str) -> None:
         text = text_of(cast(nn.Module, self))
         if text is not None and ENGINE in vars(text):
-            _engine(text).only_if_whole("saved")
-        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+            _engine(text).only_if_whole(done)
 
 
 class _Text(_Accelerated):
@@ -61,21 +81,22 @@ class _Text(_Accelerated):
 
     def _run(self, original: Any, kwargs: dict[str, Any]) -> Any:
         text, engine, mask = cast(Any, self), _engine(self), kwargs.get("attention_mask")
+        if _LEFT.get():
+            return self._leave(original, kwargs)
         call = mask.call if isinstance(mask, Served) else engine.call(text, kwargs)
         if isinstance(call, str):
             engine.decline(call)
             return self._leave(original, kwargs)
         cache = engine.cache_for(text, kwargs.get(CACHE), bool(_told(text, kwargs, "use_cache")))
-        every = bool(_told(text, kwargs, "output_hidden_states"))
+        all_layers, keep = bool(_told(text, kwargs, "output_hidden_states")), kwargs.get("logits_to_keep")
         config = cast(Gemma4, engine.native).config
         # The layers that share keys and values need not see the columns of which no one wants anything.
-        newest = config.num_kv_shared_layers > 0 and call.columns > 1 and cache is not None and not every
-        newest = newest and _is_one(kwargs.get("logits_to_keep")) and (call.new is None or bool(call.new[:, -1].all()))
-        h, streams = engine.run(call, self._tokens(call, kwargs), cache, newest=newest, every=every)
+        last_only = config.num_kv_shared_layers > 0 and call.columns > 1 and cache is not None and not all_layers
+        last_only = last_only and isinstance(keep, int) and keep == 1 and (call.new is None or bool(call.new[:, -1].all()))
+        h, streams = engine.run(call, self._tokens(call, kwargs), cache, last_only=last_only, all_layers=all_layers)
         h = _callers(h)
-        hidden = (*(_callers(s) for s in streams[:-1]), h) if every else None
-        made = binding.output_class(ORIGINAL[type(self)])
-        out = made(last_hidden_state=h, hidden_states=hidden, **{CACHE: cache})
+        hidden = (*(_callers(s) for s in streams[:-1]), h) if all_layers else None
+        out = output_class(ORIGINAL[type(self)])(last_hidden_state=h, hidden_states=hidden, **{CACHE: cache})
         return out if _told(text, kwargs, "return_dict") in (None, True) else out.to_tuple()
 
     def _tokens(self, call: Call, kwargs: dict[str, Any]) -> Tokens:
@@ -93,28 +114,27 @@ class _Text(_Accelerated):
 
     def _leave(self, original: Any, kwargs: dict[str, Any]) -> Any:
         """transformers' own code, with a cache that it can write."""
-        cache, x = kwargs.get(CACHE), kwargs.get("input_ids")
-        x = kwargs.get("inputs_embeds") if x is None else x
-        if isinstance(cache, Gemma4Cache):
-            if any(cache.base) and isinstance(x, Tensor) and len(cache.base) == x.shape[0]:
-                # Its keys were turned by the tokens' numbers, so the new ones have to be, too.
-                positions = kwargs.get("position_ids")
-                if positions is None:
-                    positions = torch.arange(x.shape[1], device=x.device)[None] + cache.get_seq_length()
-                kwargs["position_ids"] = positions - torch.tensor(cache.base, device=positions.device)[:, None]
+        if isinstance(cache := kwargs.get(CACHE), Gemma4Cache):
             cache.to_plain()
         return original(self, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        _engine(self).moving()
+        weight: Tensor = cast(Any, self).norm.weight.data
+        then = fn(weight)
+        moves = (then.data_ptr(), then.dtype, then.device) != (weight.data_ptr(), weight.dtype, weight.device)
+        _engine(self).moving(moves)
         out = super()._apply(fn, recurse)  # type: ignore[misc]
-        _engine(self).moved(fn)
+        _engine(self).moved(cast(nn.Module, self), fn, moves)
         return out
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """UnsupportedError for a quantized model, which holds no weights of transformers'."""
         _engine(self).only_if_whole("saved")
         return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        _engine(self).only_if_whole("loaded into")
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
 
 
 class _Multimodal(_Accelerated):
@@ -125,28 +145,35 @@ class _Multimodal(_Accelerated):
         if ENGINE not in vars(text) or isinstance(mask, dict):
             return original(self, **kwargs)
         engine = _engine(text)
-        own = inspect.signature(original).parameters  # what goes on to the text model is what is not its own
-        asked = {name: value for name, value in kwargs.items() if name in SERVED or name not in own}
-        call: Call | str
-        if torch.is_grad_enabled() and any(p.requires_grad for p in cast(nn.Module, self).parameters()):
-            call = "gradients are on: call it under torch.no_grad() or torch.inference_mode()"
-        elif kinds is not None and isinstance(text, TEXT_MODELS[1]) and bool((spans(kinds) >= 0).any()):
-            call = "it has images, which gemma4_unified shows each other in all layers"
-        else:
-            call = engine.call(text, asked, kinds)
+        # What goes on to the text model is what is not this model's own.
+        asked = {name: value for name, value in kwargs.items() if name in SERVED or name not in _parameters(original)}
+        call = GRADIENTS if self._wants_gradients(kwargs) else engine.call(text, asked, kinds)
+        if isinstance(call, Call) and call.image_ids is not None and isinstance(text, TEXT_MODELS[1]):
+            call = _in_all_layers(call, text.config.sliding_window)
         if isinstance(call, str):
             engine.decline(call)
             if isinstance(cache := kwargs.get(CACHE), Gemma4Cache):
                 cache.to_plain()
-            return original(self, **kwargs)
+            token = _LEFT.set(True)
+            try:
+                return original(self, **kwargs)
+            finally:
+                _LEFT.reset(token)
         config, ids = cast(Any, self).config, kwargs.get("input_ids")
         towers = "pixel_values", "pixel_values_videos", "input_features", "mm_encoder_outputs"
-        if ids is not None and all(kwargs.get(name) is None for name in towers):
+        changed = text._forward_pre_hooks or any(kwargs.get(name) is not None for name in towers)
+        if ids is not None and not changed:
             # Places of images that are not there count as padding, for transformers too.
-            places = [t for t in (config.image_token_id, config.video_token_id, config.audio_token_id) if t is not None]
-            place = torch.isin(ids, torch.tensor(places, device=ids.device))
-            call.input_ids = torch.where(place, config.text_config.pad_token_id, ids)
+            places = (config.image_token_id, config.video_token_id, config.audio_token_id)
+            stands = functools.reduce(operator.or_, [ids == place for place in places if place is not None])
+            call.input_ids = torch.where(stands, config.text_config.pad_token_id, ids)
         return original(self, **{**kwargs, "attention_mask": Served(call)})
+
+    def _wants_gradients(self, kwargs: dict[str, Any]) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        given = (v for v in kwargs.values() if isinstance(v, Tensor))
+        return any(t.requires_grad for t in (*given, *cast(nn.Module, self).parameters()))
 
 
 class _Generates(_Accelerated):
@@ -177,9 +204,12 @@ class Linear(nn.Linear):
         if torch.compiler.is_compiling():
             return super().forward(input)
         native, own = _engine(self).native, self._parameters.get("weight")
+        if own is None and torch.is_grad_enabled() and input.requires_grad:
+            _engine(self).decline(GRADIENTS)
         if own is not None and (
             native is None
             or self.training
+            or self.bias is not None
             or (input.dtype, input.device, own.data_ptr())
             != (native.dtype, native.device, cast(Tensor, native.head).data_ptr())
             or torch.is_autocast_enabled(input.device.type)
@@ -233,6 +263,8 @@ def _made(room: type, original: Any) -> type:
         @functools.wraps(forward)
         def run(self: Any, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # transformers' code can be, without a break
+                if ENGINE in self.__dict__:
+                    self.__dict__[ENGINE].only_if_whole("compiled")
                 return forward(self, *args, **kwargs)
             return self._run(forward, named(forward, args, kwargs))
 
@@ -265,7 +297,7 @@ FAST = {ORIGINAL[made]: made for made in MODELS}
 def named(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A call's arguments by their names; the cache by that of this version of transformers."""
     if args:
-        names = list(inspect.signature(function).parameters)[1 : len(args) + 1]
+        names = _parameters(function)[1 : len(args) + 1]
         if len(names) < len(args) or set(names) & set(kwargs):
             raise TypeError(f"forward() got {len(args)} positional arguments, and {sorted(kwargs)}")
         kwargs = {**dict(zip(names, args, strict=True)), **kwargs}
@@ -275,14 +307,25 @@ def named(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return dict(kwargs)
 
 
+@functools.cache
+def _parameters(function: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def _in_all_layers(call: Call, window: int) -> Call | str:
+    """gemma4_unified's images, which see all of each other in every layer, beyond the window too."""
+    images = cast(Tensor, call.image_ids)
+    longest = max(int((images == image).sum(1).max()) for image in images.unique() if image >= 0)
+    if longest > window:
+        return f"it has an image of {longest} tokens, and a window of {window}"
+    call.images_everywhere = True
+    return call
+
+
 def _told(text: Any, kwargs: dict[str, Any], name: str) -> Any:
     """An argument, or what the model's configuration says of it."""
     value = kwargs.get(name)
     return getattr(text.config, name, None) if value is None else value
-
-
-def _is_one(value: Any) -> bool:
-    return isinstance(value, int) and value == 1
 
 
 def _callers(x: Tensor) -> Tensor:
@@ -338,7 +381,11 @@ def _head_of(model: nn.Module, text: nn.Module) -> nn.Module | None:
     """The lm_head of the model that has the text model, if it is a plain one."""
     for module in model.modules():
         head = module._modules.get("lm_head")
-        if type(head) is nn.Linear and head.bias is None and any(m is text for m in module.modules()):
+        if (
+            type(head) in (nn.Linear, Linear)
+            and cast(nn.Linear, head).bias is None
+            and any(m is text for m in module.modules())
+        ):
             return head
     return None
 
@@ -358,7 +405,10 @@ def _take(text: nn.Module, engine: Engine, quantize: str | None, check: bool | s
     from gemma4_fast.layers import model_ops
     from gemma4_fast.verify import verify
 
-    if (reason := engine.bind(text)) is not None:
+    reason = engine.bind(text)
+    if type(text) not in MODELS or "forward" in vars(text):
+        reason = f"its text model is a {type(text).__module__}.{type(text).__qualname__}, with a forward of its own"
+    if reason is not None:
         if quantize is not None:
             raise UnsupportedError(f"this model cannot be quantized: {reason}")
         engine.decline(reason)
@@ -367,6 +417,7 @@ def _take(text: nn.Module, engine: Engine, quantize: str | None, check: bool | s
     with ops.default_backend(engine.backend):
         ops.require(native.device, native.dtype, model_ops(native.config))
     if quantize is not None:
+        engine.quantizing()
         native.quantize(quantize, lambda name: _free(text, engine, quantize, name))
     if check:
         verify(native, level="full" if check == "full" else "quick").raise_if_wrong()
@@ -408,8 +459,8 @@ def restore(model: Any) -> Any:
     engine.only_if_whole("restored")
     for module in model.modules():
         if vars(module).pop(ENGINE, None) is not None or type(module) in MODELS:
-            module.__class__ = ORIGINAL[type(module)]
+            module.__class__ = ORIGINAL.get(type(module), type(module))
     if engine.native is not None:
-        binding.unpack(engine.native, text)
+        unpack(engine.native, text)
         engine.native = None
     return model
