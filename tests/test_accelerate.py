@@ -462,10 +462,23 @@ def test_a_pass_that_was_interrupted(moe: tuple[Any, Any], monkeypatch: pytest.M
         patch.setattr(type(engine(moe[1]).native.model), "write_donors", lambda *_: 1 / 0)  # type: ignore[union-attr]
         with pytest.raises(ZeroDivisionError):
             moe[1](ids, **{CACHE: cache})
-    with pytest.raises(RuntimeError, match="interrupted"):
-        moe[1](ids[:, :1], **{CACHE: cache})
+    for options in ({}, {"output_attentions": True}):
+        with pytest.raises(RuntimeError, match="interrupted"):
+            moe[1](ids[:, :1], **{CACHE: cache}, **options)
     cache.reset()
     near(moe[1](ids, **{CACHE: cache}).logits, moe[0](ids).logits)
+
+
+def test_a_mask_that_the_caller_writes_into(moe: tuple[Any, Any]) -> None:
+    ids, mask = family.prompt(2, 24), torch.ones(2, 24, dtype=torch.bool)
+    mask[0, :3] = False
+    theirs, ours = both(moe, ids[:, :20], attention_mask=mask[:, :20])
+    mask[0, :6] = False  # hides three more
+    step = dict(attention_mask=mask[:, :21])
+    near(
+        moe[1](ids[:, 20:21], **step, **{CACHE: cache_of(ours)}).logits,
+        moe[0](ids[:, 20:21], **step, **{CACHE: cache_of(theirs)}).logits,
+    )
 
 
 def test_the_cache_grows(moe: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1091,19 +1104,98 @@ def test_images(member: str) -> None:
     assert quantized.generate(**inputs, **GREEDY).shape[1] > 30
 
 
-def test_unified_models() -> None:
+def unified() -> Any:
     from transformers import Gemma4UnifiedConfig, Gemma4UnifiedForConditionalGeneration, Gemma4UnifiedTextConfig
+    from transformers.models.gemma4_unified.configuration_gemma4_unified import Gemma4UnifiedVisionConfig
 
     text = Gemma4UnifiedTextConfig(**{**family.MEMBERS["12b"], "use_bidirectional_attention": "vision"})
+    vision = Gemma4UnifiedVisionConfig(
+        patch_size=2, pooling_kernel_size=2, mm_embed_dim=32, mm_posemb_size=16, output_proj_dims=32
+    )
     torch.manual_seed(0)
-    config = Gemma4UnifiedConfig(text_config=text, image_token_id=IMAGE, video_token_id=201, audio_token_id=202)
-    theirs = Gemma4UnifiedForConditionalGeneration(config).eval()
-    theirs.model.language_model.load_state_dict(family.transformers_model("12b").model.state_dict())
+    tokens = dict(image_token_id=IMAGE, video_token_id=201, audio_token_id=202)
+    model = Gemma4UnifiedForConditionalGeneration(
+        Gemma4UnifiedConfig(text_config=text, vision_config=vision, audio_config=None, **tokens)
+    ).eval()
+    model.model.language_model.load_state_dict(family.transformers_model("12b").model.state_dict())
+    for name, weight in model.model.named_parameters():
+        if name.endswith("embedding_projection.weight"):
+            weight.copy_(20 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5)) * weight.shape[1] ** -0.5)
+    return model
+
+
+def with_patches(patches: int, batch: int = 1, pad: int = 0) -> dict[str, Tensor]:
+    """30 tokens, of which so many are an image's."""
+    ids = torch.randint(3, 199, (batch, 30), generator=torch.Generator().manual_seed(3))
+    kinds, mask = torch.zeros_like(ids), torch.ones_like(ids)
+    ids[:, 8 : 8 + patches], kinds[:, 8 : 8 + patches] = IMAGE, 1
+    mask[0, :pad] = 0
+    place = torch.stack([torch.arange(patches), torch.zeros(patches, dtype=torch.long)], -1)[None].repeat(batch, 1, 1)
+    pixels = torch.rand(batch, patches, 48, generator=torch.Generator().manual_seed(4))
+    images = dict(mm_token_type_ids=kinds, pixel_values=pixels, image_position_ids=place)
+    return dict(input_ids=ids, attention_mask=mask, **images)
+
+
+def test_unified_models() -> None:
+    theirs = unified()
     pair = theirs, accelerate(copy.deepcopy(theirs))
-    a, b = both(pair, input_ids=family.prompt(2, 20, 199))
-    near(b.logits, a.logits)
-    a, b = (m.generate(family.prompt(2, 20, 199), **GREEDY) for m in pair)
-    assert torch.equal(a, b) and not engine(pair[1]).said
+    for inputs in (dict(input_ids=family.prompt(2, 20, 199)), with_patches(7), with_patches(7, 2, pad=5)):
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        a, b = both(pair, **inputs)
+        near(b.logits[real], a.logits[real])
+        a, b = (m.generate(**inputs, **GREEDY) for m in pair)
+        assert torch.equal(a, b)
+    assert not engine(pair[1]).said
+    inputs = with_patches(7)
+    blind = {**inputs, "mm_token_type_ids": torch.zeros_like(inputs["mm_token_type_ids"])}
+    assert (pair[1](**blind).logits - pair[1](**inputs).logits).abs().max() > 0.1
+    wide = with_patches(12)
+    near(pair[1](**wide).logits, theirs(**wide).logits)
+    assert [r for r in engine(pair[1]).said if "an image of N tokens" in r] and len(engine(pair[1]).said) == 1
+
+
+def test_images_in_pieces() -> None:
+    """A caller's own loop: kinds of tokens are told from the beginning, as transformers reads them."""
+    theirs = multimodal("26b-a4b")
+    ours = accelerate(copy.deepcopy(theirs), check=False)
+    inputs = with_image()
+    embeds = []
+    for model in (theirs, ours):
+        cache, logits = None, []
+        for lo, hi in ((0, 5), (5, 17), (17, 30)):
+            images = {k: inputs[k] for k in ("pixel_values", "image_position_ids")} if lo == 5 else {}
+            kinds = inputs["mm_token_type_ids"][:, :hi]
+            out = model(inputs["input_ids"][:, lo:hi], mm_token_type_ids=kinds, use_cache=True, **images, **{CACHE: cache})
+            cache = cache_of(out)
+            logits.append(out.logits)
+        embeds.append(torch.cat(logits, 1))
+    near(embeds[1], embeds[0])
+    assert not engine(ours).said
+
+
+def test_gradients_of_pixels(warned: Callable[[], list[str]]) -> None:
+    ours = accelerate(multimodal("26b-a4b"), check=False).requires_grad_(False)
+    inputs = with_image()
+    inputs["pixel_values"].requires_grad_()
+    with torch.enable_grad():
+        ours(**inputs).logits.sum().backward()
+    assert inputs["pixel_values"].grad is not None and len(warned()) == 1 and "no_grad" in warned()[0]
+
+
+def test_hooks_on_the_text_model_itself() -> None:
+    theirs = multimodal("26b-a4b")
+    ours = accelerate(copy.deepcopy(theirs), check=False)
+    ids = family.prompt(1, 12, 199)
+
+    def steer(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "inputs_embeds": kwargs["inputs_embeds"].flip(-1)}
+
+    usual = theirs(input_ids=ids).logits
+    for model in (theirs, ours):
+        model.model.language_model.register_forward_pre_hook(steer, with_kwargs=True)
+    wanted = theirs(input_ids=ids).logits
+    near(ours(input_ids=ids).logits, wanted)
+    assert (wanted - usual).abs().max() > 0.1 and not engine(ours).said
 
 
 # ---------------------------------------------------------------- what stands on transformers
