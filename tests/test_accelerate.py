@@ -786,7 +786,6 @@ def test_what_else_is_not_ignored(warned: Callable[[], list[str]]) -> None:
     check("attn_implementation", lambda m: m.set_attn_implementation("of_ones_own"))
     check("experts_implementation", lambda m: m.set_experts_implementation("of_ones_own"))
     check("RoPE", lambda m: m.model.rotary_emb.sliding_attention_inv_freq.mul_(0.5))
-    check("layers", lambda m: setattr(m.model, "layers", m.model.layers[:5]) or setattr(m.config, "num_hidden_layers", 5))
     right = modeling_gemma4.Gemma4TextMLP.forward
     try:
         modeling_gemma4.Gemma4TextMLP.forward = lambda self, x: right(self, x.flip(-1))
@@ -799,6 +798,17 @@ def test_what_else_is_not_ignored(warned: Callable[[], list[str]]) -> None:
     for model in (theirs, ours):
         model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, 211))
     near(ours(ids).logits, theirs(ids).logits)
+
+
+def test_fewer_layers_than_the_configuration_has(warned: Callable[[], list[str]]) -> None:
+    theirs, ours = fresh("31b")
+    for model in (theirs, ours):
+        model.model.layers = model.model.layers[:6]
+        model.config.num_hidden_layers = 6
+        near(model(family.prompt(1, 12)).logits, theirs(family.prompt(1, 12)).logits)
+    ours.config.num_hidden_layers = 12
+    accelerate(ours)  # is not to fail
+    assert "layers" in warned()[-1]
 
 
 def test_reasons_with_numbers_are_said_once(moe: tuple[Any, Any], warned: Callable[[], list[str]]) -> None:

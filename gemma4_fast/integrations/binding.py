@@ -191,12 +191,13 @@ def packed(parts: list[nn.Parameter]) -> Tensor:
 
 def unpack(native: Gemma4, text: nn.Module) -> None:
     """Gives transformers' parameters that lie in a packed matrix memory of their own again."""
+    there = dict(text.named_modules())  # someone may have taken layers out
     for name, module in native.named_modules():
         if isinstance(module, PackedWeight) and module._parameters:
-            parent = text.get_submodule(name.removeprefix("model.").rpartition(".")[0])
             for part in module.parts:
-                weight = getattr(parent, part).weight
-                weight.data = weight.data.clone()
+                weight = getattr(there.get(f"{name.removeprefix('model.').rpartition('.')[0]}.{part}"), "weight", None)
+                if weight is not None:
+                    weight.data = weight.data.clone()
             del module._parameters["weight"]  # before the next one is copied
 
 
