@@ -35,31 +35,30 @@ class Look:
 
     def __init__(self, text: nn.Module, head: nn.Module | None) -> None:
         self._text = text
-        self._all = [m.__dict__ for m in (*_modules(text), *([] if head is None else [head]))]
+        attributes = [m.__dict__ for m in (*_modules(text), *([] if head is None else [head]))]
+        parts = [d[name] for name in ("_modules", "_parameters", "_buffers") for d in attributes]
+        self._all, self._filled = [*attributes, *parts], [d for d in parts if d]
         self._hooks = RemovableHandle.next_id  # how many this process has made
-        self._objects = self._now()
+        self._objects, self._sizes = self._now(), self._lengths()
         self._weights = [w for w in self._objects if isinstance(w, Tensor)]
-        self.addresses, self._sizes = self._where(), self._lengths()
+        self.addresses = self._where()
         self.needs_grad = any(w.requires_grad for w in self._weights)
 
     def holds(self) -> bool:
         """Whether no module, weight or hook has come, gone or become another since; one that was written to is the same."""
         if RemovableHandle.next_id != self._hooks or self._lengths() != self._sizes:
             return False
-        now = self._now()
-        same = len(now) == len(self._objects) and all(map(operator.is_, now, self._objects))
-        return same and self._where() == self.addresses
+        return all(map(operator.is_, self._now(), self._objects)) and self._where() == self.addresses
 
     def _now(self) -> list[Any]:
         """Modules, weights and buffers."""
-        inner = ([d["_modules"], d["_parameters"], d["_buffers"]] for d in self._all)
-        return [*itertools.chain.from_iterable(d.values() for d in itertools.chain.from_iterable(inner))]
+        return [*itertools.chain.from_iterable(map(dict.values, self._filled))]
 
     def _where(self) -> list[int]:
         return [*map(Tensor.data_ptr, self._weights)]
 
     def _lengths(self) -> list[int]:
-        """A `forward` of its own is one attribute more."""
+        """A module, a weight or a `forward` of its own that has come is one entry more."""
         return [*map(len, self._all)]
 
     def unfit(self, *, weights: bool = True) -> str | None:

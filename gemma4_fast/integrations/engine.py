@@ -149,6 +149,18 @@ class Engine:
             )
 
     # ---------------------------------------------------------------- which calls
+    @property
+    def looks_late(self) -> bool:
+        """Whether a decode step is launched before it is found out that the model has changed: a GPU is busy with it then."""
+        return self.native is not None and self.native.device.type == "cuda"
+
+    def is_stale(self) -> bool:
+        """Whether a decode step that was not looked at before has run with what the model was."""
+        if not self.looks_late or self._look is None or self._look.holds():
+            return False
+        self._look = None
+        return True
+
     def call(self, text: nn.Module, kwargs: dict[str, Any], mm_token_type_ids: Tensor | None = None) -> Call | str:
         """What these arguments of the text model ask for, or why they cannot be served. ValueError for a call that no one can
         serve."""
@@ -162,7 +174,7 @@ class Engine:
         batch, columns = given.shape[:2]
         decode = columns == 1 and cache is not None and cache.get_seq_length() > 0
         # Before a prompt all is looked at, its configuration too; before a token, whether anything has become another.
-        if not decode or self._look is None or not self._look.holds():
+        if not decode or self._look is None or not (self.looks_late or self._look.holds()):
             self.bind(text)
         if self._unfit is not None or self.native is None or self._look is None:
             return self._unfit or "it has no weights"

@@ -111,6 +111,14 @@ class Gemma4Cache(Cache):
         self._since_crop += columns
         self.mask, self.base = mask, base
 
+    def unwrite(self) -> None:
+        """As before the last pass, which wrote one token for each sequence: of no ring's window has that taken anything."""
+        assert self.kv is not None
+        self.kv.take_back([1] * self.kv.batch_size)
+        self.seen -= 1
+        self._since_crop -= 1
+        self.mask = None if self.mask is None else self.mask[:, :-1]
+
     def only_if_whole(self) -> None:
         """RuntimeError after a pass that was cut off."""
         if self.cut_off:

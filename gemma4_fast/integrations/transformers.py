@@ -35,6 +35,10 @@ TEXT_MODELS = modeling_gemma4.Gemma4TextModel, modeling_gemma4_unified.Gemma4Uni
 _LEFT: ContextVar[bool] = ContextVar("_LEFT", default=False)
 
 
+class _Stale(Exception):
+    """A decode step has run with what the model was before. Nothing of it is left."""
+
+
 class Served(dict[str, Any]):
     """An attention mask that Gemma4Model hands on to its text model unread, as it does with masks that are made already."""
 
@@ -94,6 +98,11 @@ class _Text(_Accelerated):
         last_only = config.num_kv_shared_layers > 0 and call.columns > 1 and cache is not None and not all_layers
         last_only = last_only and isinstance(keep, int) and keep == 1 and (call.new is None or bool(call.new[:, -1].all()))
         h, streams = engine.run(call, self._tokens(call, kwargs), cache, last_only=last_only, all_layers=all_layers)
+        if call.decode and engine.is_stale():
+            cast(Gemma4Cache, cache).unwrite()
+            if isinstance(mask, Served):
+                raise _Stale
+            return self._run(original, kwargs)
         h = _callers(h)
         hidden = (*(_callers(s) for s in streams[:-1]), h) if all_layers else None
         out = output_class(ORIGINAL[type(self)])(last_hidden_state=h, hidden_states=hidden, **{CACHE: cache})
@@ -167,7 +176,10 @@ class _Multimodal(_Accelerated):
             places = (config.image_token_id, config.video_token_id, config.audio_token_id)
             stands = functools.reduce(operator.or_, [ids == place for place in places if place is not None])
             call.input_ids = torch.where(stands, config.text_config.pad_token_id, ids)
-        return original(self, **{**kwargs, "attention_mask": Served(call)})
+        try:
+            return original(self, **{**kwargs, "attention_mask": Served(call)})
+        except _Stale:
+            return self._run(original, kwargs)
 
     def _wants_gradients(self, kwargs: dict[str, Any]) -> bool:
         if not torch.is_grad_enabled():
