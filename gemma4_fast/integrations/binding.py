@@ -29,65 +29,68 @@ _PLAIN = ("torch.nn.modules.linear", "torch.nn.modules.container", "torch.nn.mod
 class Look:
     """A text model, and its head, as they were when they were looked at.
 
-    unfit: why the model does more, or other things, than its weights say; None if it does not. addresses: where these lie.
-    All goes by the modules' dictionaries: `modules()` and `parameters()` of 26B-A4B take milliseconds.
+    weights: where they lie, and how. All goes by the modules' dictionaries: `modules()` and `parameters()` of 26B-A4B take
+    milliseconds. It holds these and what is in them, never the text model and the head, which own it.
     """
 
     def __init__(self, text: nn.Module, head: nn.Module | None) -> None:
-        self._text = text
         attributes = [m.__dict__ for m in (*_modules(text), *([] if head is None else [head]))]
         parts = [d[name] for name in ("_modules", "_parameters", "_buffers") for d in attributes]
         self._all, self._filled = [*attributes, *parts], [d for d in parts if d]
         self._hooks = RemovableHandle.next_id  # how many this process has made
         self._objects, self._sizes = self._now(), self._lengths()
-        self._weights = [w for w in self._objects if isinstance(w, Tensor)]
-        self.addresses = self._where()
-        self.needs_grad = any(w.requires_grad for w in self._weights)
+        self._tensors = [w for w in self._objects if isinstance(w, Tensor)]
+        self._addresses = self._where()
+        self.weights = [(w.data_ptr(), w.shape, w.stride()) for w in self._tensors]
+        self.needs_grad = any(w.requires_grad for w in self._tensors)
 
     def holds(self) -> bool:
         """Whether no module, weight or hook has come, gone or become another since; one that was written to is the same."""
         if RemovableHandle.next_id != self._hooks or self._lengths() != self._sizes:
             return False
-        return all(map(operator.is_, self._now(), self._objects)) and self._where() == self.addresses
+        return all(map(operator.is_, self._now(), self._objects)) and self._where() == self._addresses
 
     def _now(self) -> list[Any]:
         """Modules, weights and buffers."""
         return [*itertools.chain.from_iterable(map(dict.values, self._filled))]
 
     def _where(self) -> list[int]:
-        return [*map(Tensor.data_ptr, self._weights)]
+        return [*map(Tensor.data_ptr, self._tensors)]
 
     def _lengths(self) -> list[int]:
         """A module, a weight or a `forward` of its own that has come is one entry more."""
         return [*map(len, self._all)]
 
-    def unfit(self, *, weights: bool = True) -> str | None:
-        """weights: False where they are known to be gone."""
-        text = self._text
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            return "there are hooks for all modules (torch.nn.modules.module)"
-        if getattr(text, "_is_replica", False):
-            return "it is a replica of torch.nn.DataParallel"
-        own = next(c.__module__ for c in type(text).__mro__ if c.__module__.startswith("transformers."))
-        for m in _modules(text):
-            if m is not text and (reason := _odd(m, own)) is not None:
-                return f"{_name(text, m)} {reason}"
-        return self._odd_weight() if weights else None
 
-    def _odd_weight(self) -> str | None:
-        first: Tensor = cast(Any, self._text).norm.weight
-        dtype, device = first.dtype, first.device
-        for m in _modules(self._text):
-            scalar = m._buffers.get("layer_scalar")
-            for name, w in (*m._parameters.items(), ("layer_scalar", scalar)):
-                if w is None:
-                    continue
-                if type(w) not in (nn.Parameter, Tensor) or w.is_meta or w.dtype != dtype or w.device != device:
-                    where = f"{_name(self._text, m)}.{name}".removeprefix(".")
-                    return f"{where} is a {type(w).__name__}, {w.dtype} on {w.device}; norm.weight is {dtype} on {device}"
-                if name == "bias":
-                    return f"{_name(self._text, m)} has a bias"
-        return None if dtype in DTYPES else f"its weights are {dtype}"
+def unfit(text: nn.Module, *, weights: bool = True) -> str | None:
+    """Why the text model does more, or other things, than its weights say; None if it does not. weights: False where they are
+    known to be gone."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "there are hooks for all modules (torch.nn.modules.module)"
+    if getattr(text, "_is_replica", False):
+        return "it is a replica of torch.nn.DataParallel"
+    own = next(c.__module__ for c in type(text).__mro__ if c.__module__.startswith("transformers."))
+    eps = cast(Any, text).config.rms_norm_eps
+    for m in _modules(text):
+        if m is not text and (reason := _odd(m, own, eps)) is not None:
+            return f"{_name(text, m)} {reason}"
+    return _odd_weight(text) if weights else None
+
+
+def _odd_weight(text: nn.Module) -> str | None:
+    first: Tensor = cast(Any, text).norm.weight
+    dtype, device = first.dtype, first.device
+    for m in _modules(text):
+        scalar = m._buffers.get("layer_scalar")
+        for name, w in (*m._parameters.items(), ("layer_scalar", scalar)):
+            if w is None:
+                continue
+            if type(w) not in (nn.Parameter, Tensor) or w.is_meta or w.dtype != dtype or w.device != device:
+                where = f"{_name(text, m)}.{name}".removeprefix(".")
+                return f"{where} is a {type(w).__name__}, {w.dtype} on {w.device}; norm.weight is {dtype} on {device}"
+            if name == "bias":
+                return f"{_name(text, m)} has a bias"
+    return None if dtype in DTYPES else f"its weights are {dtype}"
 
 
 def _modules(text: nn.Module) -> Iterator[nn.Module]:
@@ -98,7 +101,7 @@ def _modules(text: nn.Module) -> Iterator[nn.Module]:
         waiting += [child for child in m._modules.values() if child is not None]
 
 
-def _odd(m: nn.Module, own: str) -> str | None:
+def _odd(m: nn.Module, own: str, eps: float) -> str | None:
     """What a module does beside what its class in transformers' file `own`, or PyTorch's, does with its weights."""
     kind = type(m)
     if not _is_plain(cast(Any, kind), own):
@@ -109,8 +112,8 @@ def _odd(m: nn.Module, own: str) -> str | None:
         # Not those by which transformers itself records outputs that are asked for.
         if hooks and any(getattr(h, "__module__", None) != "transformers.utils.output_capturing" for h in hooks.values()):
             return "has a hook"
-    if getattr(m, "scaling", 1.0) != 1.0:
-        return "has a scaling that is not 1"
+    if getattr(m, "scaling", 1.0) != 1.0 or getattr(m, "eps", eps) != eps:
+        return "has another scaling, or another eps, than the configuration"
     return None
 
 
@@ -149,6 +152,12 @@ def share(native: Gemma4, text: nn.Module, head: nn.Module | None) -> None:
 
     ValueError for a weight that is missing or has another shape than the configuration says.
     """
+    with torch.inference_mode(False):  # else no one could train what is made
+        _share(native, text, head)
+    native._changed()
+
+
+def _share(native: Gemma4, text: nn.Module, head: nn.Module | None) -> None:
     for name, module in native.named_modules():
         for own, parameter in list(module.named_parameters(recurse=False)):
             try:
@@ -165,7 +174,6 @@ def share(native: Gemma4, text: nn.Module, head: nn.Module | None) -> None:
                 raise ValueError(f"{name}.{own} is {list(shared.shape)}, {list(parameter.shape)} by the configuration")
             use_huge_pages(shared, now=True)
             setattr(module, own, nn.Parameter(shared.detach(), requires_grad=False))
-    native._changed()
 
 
 def packed(parts: list[nn.Parameter]) -> Tensor:
@@ -196,7 +204,8 @@ def unpack(native: Gemma4, text: nn.Module) -> None:
             for part in module.parts:
                 weight = getattr(there.get(f"{name.removeprefix('model.').rpartition('.')[0]}.{part}"), "weight", None)
                 if weight is not None:
-                    weight.data = weight.data.clone()
+                    with torch.inference_mode(False):
+                        weight.data = weight.data.clone()
             del module._parameters["weight"]  # before the next one is copied
 
 

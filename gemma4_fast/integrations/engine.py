@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import logging
 import re
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,17 +18,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.cache_utils import Cache, DynamicCache
 
 from gemma4_fast.config import Gemma4Config
 from gemma4_fast.errors import UnsupportedError
-from gemma4_fast.integrations.binding import Look, odd_rotary, release, share
+from gemma4_fast.integrations import binding
+from gemma4_fast.integrations.binding import Look
 from gemma4_fast.integrations.kv_cache import CACHE, Gemma4Cache
 from gemma4_fast.layers import Embedded
 from gemma4_fast.model import Gemma4
 
 log = logging.getLogger("gemma4_fast")
 CHUNK = 2048  # tokens of a prompt that run at once
+FILLED = "its cache was filled by transformers' code"
 GRADIENTS = "gradients are on: call it under torch.no_grad() or torch.inference_mode()"
 # What a text model is called with that is served, or says nothing about its keys, values and hidden states.
 SERVED = frozenset((
@@ -41,6 +45,16 @@ Tokens = Tensor | tuple[Tensor, Tensor | None]
 # transformers' own ways to attend and to run experts, and this package's: what comes out is the same. Others are someone's own.
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention", "kernels-community/", "paged|", "gemma4_fast")
 EXPERTS = ("eager", "grouped_mm", "batched_mm", "deepgemm", "gemma4_fast")
+
+
+# Text models as they were when they were looked at last. Not their engines', which they have: what is no more is to be freed at
+# once, not when Python looks for circles.
+_LOOKS: weakref.WeakKeyDictionary[nn.Module, Look] = weakref.WeakKeyDictionary()
+
+
+def _holds(text: nn.Module) -> bool:
+    look = _LOOKS.get(text)
+    return look is not None and look.holds()
 
 
 @dataclass
@@ -62,34 +76,42 @@ class Engine:
     """backend: as `Gemma4`'s. head: the lm_head whose weight the native model has too, if there is one."""
 
     def __init__(self, backend: str | None = None, head: nn.Module | None = None) -> None:
-        self.backend, self.head = backend, head
+        self.backend = backend
+        self._head = None if head is None else weakref.ref(head)  # which has this
+        self._lock = threading.RLock()
         self.native: Gemma4 | None = None
         self.quantization: str | None = None  # what the weights were quantized to, after which transformers' own are gone
         self.said: set[str] = set()
         self._caches: weakref.WeakSet[Gemma4Cache] = weakref.WeakSet()  # those that were made for `native`
-        self._look: Look | None = None
         self._unfit: str | None = None
         self._config: dict[str, Any] = {}  # what transformers' tells
-        self._addresses: list[int] = []  # of the weights that `native` has
+        self._weights: list[Any] = []  # those that `native` has, and where
         self._rotary: list[tuple[int, int]] = []
+
+    @property
+    def head(self) -> nn.Module | None:
+        return None if self._head is None else self._head()
 
     # ---------------------------------------------------------------- weights
     def bind(self, text: nn.Module) -> str | None:
         """Sees to it that the native model has the text model's weights. Returns why it cannot, or None."""
-        look = self._look = Look(text, self.head)
-        self._unfit = look.unfit(weights=self.quantization is None)
-        if self._unfit is None and self.quantization is None:
-            try:
-                self._unfit = self._bind(text, look)
-            except ValueError as error:
-                self._unfit, self._addresses = str(error), []
-        return self._unfit
+        with self._lock:
+            _LOOKS.pop(text, None)
+            unfit = binding.unfit(text, weights=self.quantization is None)
+            if unfit is None and self.quantization is None:
+                try:
+                    unfit = self._bind(text, Look(text, self.head))
+                except ValueError as error:
+                    unfit, self._weights = str(error), []
+            self._unfit = unfit
+            _LOOKS[text] = Look(text, self.head)
+            return unfit
 
     def _bind(self, text: nn.Module, look: Look) -> str | None:
         told: dict[str, Any] = cast(Any, text).config.to_dict()
         buffers = [b for b in cast(nn.Module, text.rotary_emb).buffers() if not b.is_inference()]
         rotary = [(b.data_ptr(), b._version) for b in buffers]  # which goes up as someone writes into one
-        same = told == self._config and look.addresses == self._addresses and rotary == self._rotary
+        same = told == self._config and look.weights == self._weights and rotary == self._rotary
         if self.native is not None and same:
             return None
         if told.get("num_hidden_layers") != len(cast(nn.ModuleList, text.layers)):
@@ -97,41 +119,39 @@ class Engine:
         table, head = cast(Any, text).embed_tokens.weight, None if self.head is None else cast(Tensor, self.head.weight)
         tied = head is None or head.data_ptr() == table.data_ptr()  # no head: a text model alone, of which no one asks logits
         config = dataclasses.replace(Gemma4Config.from_dict(told), tie_word_embeddings=tied)
-        if self.native is None or self.native.config != config:
+        native = self.native
+        if native is None or native.config != config:
             with torch.device("meta"):
-                self.native = Gemma4(config, self.backend)
-            self.native.to(table.dtype)
-        if (reason := odd_rotary(text, self.native)) is not None:
+                native = Gemma4(config, self.backend)
+            native.to(table.dtype)
+        if (reason := binding.odd_rotary(text, native)) is not None:
             return reason
-        share(self.native, text, self.head)
-        self._look = Look(text, self.head)
-        self._config, self._addresses, self._rotary = told, self._look.addresses, rotary
+        binding.share(native, text, self.head)
+        self._config, self._weights, self._rotary = told, Look(text, self.head).weights, rotary
+        self.native = native
         return None
 
-    def quantizing(self) -> None:
-        """The weights are about to go."""
-        self._look = None  # which holds them
-
-    def moving(self, moves: bool) -> None:
-        """The text model's weights are about to become other tensors; or not, as in a `.to` where they are."""
-        self._look = None
+    def moving(self, text: nn.Module, moves: bool) -> None:
+        """The text model's weights are about to become other tensors, or to go; or not, as in a `.to` where they are."""
+        _LOOKS.pop(text, None)  # it holds them
         if moves and self.quantization is None and self.native is not None:
             for cache in self._caches:
                 cache.forget_graph()
-            release(self.native)  # what it holds would stay beside the new ones, for as long as one of its caches
-            self.native, self._addresses = None, []
+            binding.release(self.native)  # what it holds would stay beside the new ones, for as long as one of its caches
+            self.native, self._weights = None, []
 
     def moved(self, text: nn.Module, fn: Callable[[Tensor], Tensor], moves: bool) -> None:
         """They have, each by fn. The quantized ones are the native model's alone."""
         if moves and self.quantization is not None and self.native is not None:
             self.native._apply(fn)
-            share(self.native, text, self.head)
+            binding.share(self.native, text, self.head)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """A copied model's own, which finds the copied weights at its first call."""
         self.only_if_whole("copied")
         new = memo[id(self)] = Engine(self.backend)
-        new.head = copy.deepcopy(self.head, memo)
+        if self.head is not None:
+            new._head = weakref.ref(copy.deepcopy(self.head, memo))
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -154,11 +174,11 @@ class Engine:
         """Whether a decode step is launched before it is found out that the model has changed: a GPU is busy with it then."""
         return self.native is not None and self.native.device.type == "cuda"
 
-    def is_stale(self) -> bool:
+    def is_stale(self, text: nn.Module) -> bool:
         """Whether a decode step that was not looked at before has run with what the model was."""
-        if not self.looks_late or self._look is None or self._look.holds():
+        if not self.looks_late or _holds(text):
             return False
-        self._look = None
+        _LOOKS.pop(text, None)
         return True
 
     def call(self, text: nn.Module, kwargs: dict[str, Any], mm_token_type_ids: Tensor | None = None) -> Call | str:
@@ -174,9 +194,9 @@ class Engine:
         batch, columns = given.shape[:2]
         decode = columns == 1 and cache is not None and cache.get_seq_length() > 0
         # Before a prompt all is looked at, its configuration too; before a token, whether anything has become another.
-        if not decode or self._look is None or not (self.looks_late or self._look.holds()):
+        if not decode or text not in _LOOKS or not (self.looks_late or _holds(text)) or not self._same_window(text):
             self.bind(text)
-        if self._unfit is not None or self.native is None or self._look is None:
+        if self._unfit is not None or self.native is None:
             return self._unfit or "it has no weights"
         if torch.is_grad_enabled():
             wants = any(isinstance(v, Tensor) and v.requires_grad for v in kwargs.values())
@@ -204,6 +224,14 @@ class Engine:
             call.image_ids = images if bool((images >= 0).any()) else None
         return call
 
+    def _same_window(self, text: nn.Module) -> bool:
+        """What transformers reads of a configuration at each call."""
+        if self.native is None:
+            return False
+        config, own = cast(Any, text).config, self.native.config
+        same = config.sliding_window == own.sliding_window
+        return same and (not own.enable_moe_block or config.top_k_experts == own.top_k_experts)
+
     def _cannot_continue(self, cache: Cache | None, batch: int) -> str | None:
         """Why what a cache holds cannot be gone on from."""
         if cache is None:
@@ -212,7 +240,7 @@ class Engine:
             fresh = type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0
             return None if fresh else f"its cache is a {type(cache).__name__} that transformers' code fills"
         if cache.plain:
-            return "its cache was filled by transformers' code"
+            return FILLED
         if cache.kv is None:
             return None
         if cache.model is not self.native or cache.changes != self.native.changes:
@@ -228,6 +256,8 @@ class Engine:
                 f"{reason}; transformers' code would have to run this, and its weights were freed when the model was quantized "
                 f"to {self.quantization}"
             )
+        if reason == FILLED and self.said:  # which is why it was filled
+            return
         kind = re.sub(r"\d+", "N", reason)
         if kind not in self.said:
             self.said.add(kind)
@@ -270,10 +300,10 @@ class Engine:
                 h, streams = done[-1]
                 if not last_only and len(done) > 1:
                     h = torch.cat([d[0] for d in done], 1)
+            cache.wrote(call.columns, call.mask, call.base)
         except BaseException:
             cache.broke()
             raise
-        cache.wrote(call.columns, call.mask, call.base)
         return h, streams
 
     def _piece(
@@ -330,12 +360,19 @@ def _unusual(text: nn.Module, kwargs: dict[str, Any], given: Any) -> str | None:
             return f"its {what}_implementation is {name!r}"
     if torch.jit.is_tracing():
         return "it is being traced"
+    if isinstance(given, Tensor) and given.is_meta:
+        return "its input is on the meta device"
+    if is_transformed():
+        return "it is differentiated forwards, or transformed by torch.func"
+    if kwargs.get("input_ids") is not None and kwargs.get("per_layer_inputs") is not None:
+        return "it is given per_layer_inputs beside input_ids"
     if not isinstance(given, Tensor) or (kwargs.get("input_ids") is None) == (kwargs.get("inputs_embeds") is None):
         return "it is given neither or both of input_ids and inputs_embeds"
     if given.dim() != (3 if given.is_floating_point() else 2) or given.numel() == 0:
         return f"its input has shape {list(given.shape)}"
     for name, value in kwargs.items():
-        if name not in SERVED and value is not None and value is not False:
+        asks_nothing = value is None or (value is False and name.startswith(("output_", "return_")))
+        if name not in SERVED and not asks_nothing:
             return f"{name} is asked for"
     for name in ("output_attentions", "output_router_logits"):
         if kwargs.get(name) is None and getattr(config, name, False):
@@ -348,6 +385,11 @@ def _unusual(text: nn.Module, kwargs: dict[str, Any], given: Any) -> str | None:
     if torch.is_autocast_enabled(given.device.type):
         return "autocast is on"
     return None
+
+
+def is_transformed() -> bool:
+    """Whether someone differentiates forwards, or is in torch.func's vmap, jvp or grad."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _placed(mask: Any, positions: Any, cache: Gemma4Cache | None, batch: int, columns: int, window: int) -> Call | str:
@@ -383,14 +425,14 @@ def _placed(mask: Any, positions: Any, cache: Gemma4Cache | None, batch: int, co
     elif before is not None:
         _refuse_unmasked(seen)
     # Each token's number in its sequence [B, T], and how far from it what the caller calls its position is.
-    real = torch.ones(batch, columns, dtype=torch.bool) if new is None else new
-    number = torch.tensor(lens)[:, None] + real.cumsum(1) - 1
-    given = torch.arange(seen, seen + columns)[None] if positions is None else positions.cpu()
+    real = torch.ones(batch, columns, dtype=torch.bool, device="cpu") if new is None else new
+    number = torch.tensor(lens, device="cpu")[:, None] + real.cumsum(1) - 1
+    given = torch.arange(seen, seen + columns, device="cpu")[None] if positions is None else positions.cpu()
     shift = given - number
     first = shift.gather(1, real.int().argmax(1, keepdim=True))[:, 0]  # of the first new token
     base = torch.where(real.any(1), first, 0)
     if cache is not None and cache.base:
-        base = torch.where(torch.tensor(lens) > 0, torch.tensor(cache.base), base)
+        base = torch.where(torch.tensor(lens, device="cpu") > 0, torch.tensor(cache.base, device="cpu"), base)
     if bool(((shift != base[:, None]) & real).any()):
         return "its positions do not follow one another"
     if mask is not None and mask.shape[1] > window and _has_gaps(mask):

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from gemma4_fast import ops
 from gemma4_fast.errors import UnsupportedError
@@ -39,6 +40,9 @@ _said: set[str] = set()
 
 
 def _wants_gradients(*tensors: Tensor) -> bool:
+    """Backwards, forwards, or by torch.func."""
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
@@ -204,9 +208,10 @@ def attention_mask(
     if plain:
         return None
     # Made in any case: sdpa's own None is only right with as many keys as queries, or with one query and no window.
-    mask = sdpa_mask(**given, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    with torch.inference_mode(False):  # a tensor of inference mode has no version
+        mask = sdpa_mask(**given, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     if padding is not None:
-        setattr(mask, _PADDING, padding)
+        setattr(mask, _PADDING, (padding, mask._version))
     return mask
 
 
@@ -238,7 +243,9 @@ def attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    padding: Padding | None = getattr(attention_mask, _PADDING, None)
+    padding, version = getattr(attention_mask, _PADDING, (None, 0))
+    if padding is not None and (attention_mask is None or attention_mask._version != version):
+        padding = None  # someone has written into the mask
     if _text_layer(module, is_causal):
         why = _why_not(query, key, value, attention_mask, padding, dropout, sliding_window, kwargs)
         if why is None:

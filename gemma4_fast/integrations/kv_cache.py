@@ -52,7 +52,7 @@ class Gemma4Cache(Cache):
         self.mask: Tensor | None = None  # [B, seen] bool: columns that hold a token. None: all of them
         self.base: list[int] = []  # of each sequence: the position that the caller gives its first token
         self.plain = False  # transformers' own layers hold what there is
-        self.record_past = False
+        self.record_past = self.keeps_all = False
         self._since_crop = 0  # columns since the last crop, which may take them back
         self.changes = -1  # the model's, when it was filled
         self.cut_off = False  # whether a pass that wrote it did not end
@@ -66,13 +66,14 @@ class Gemma4Cache(Cache):
         if type(cache) is not DynamicCache or cache.offloading or any(_is_used(layer) for layer in cache.layers):
             return None
         record_past = any(getattr(layer, "record_past", False) for layer in cache.layers)
+        keeps_all = not cache.layers  # made without a configuration, it has no windows, and can be cropped to any length
         marks = {k: v for k, v in vars(cache).items() if k.startswith("_is_")}  # that `generate` leaves
         vars(cache).clear()
         cache.__class__ = cls
         adopted = cast(Gemma4Cache, cache)
         adopted.__init__(model, text_config, room)  # type: ignore[misc]
         adopted.__dict__.update(marks)
-        adopted.record_past = record_past
+        adopted.record_past, adopted.keeps_all = record_past, keeps_all
         return adopted
 
     # ---------------------------------------------------------------- for the passes of the native model
@@ -86,16 +87,17 @@ class Gemma4Cache(Cache):
             self.changes = self.model.changes
             wanted = longest + ROOM if self.room is None else min(self.room, longest + AHEAD)
             room = min(limit, -(-max(longest, wanted) // ROOM) * ROOM)
-            graph = None if spare else self.model.spares.take(self.model, batch, room)
+            graph = None if spare or self.keeps_all else self.model.spares.take(self.model, batch, room)
             if graph is not None:
                 self._graph[:] = [graph]
                 self.kv = graph.cache
             else:
                 device, dtype = self.model.device, self.model.dtype
-                self.kv = KVCache(self.model.config, batch, max(room, longest), dtype, device, spare)
+                room = max(room, longest)
+                self.kv = KVCache(self.model.config, batch, room, dtype, device, room if self.keeps_all else spare)
         if longest > self.kv.max_len or spare > self.kv.spare:
             room = self.kv.max_len if longest <= self.kv.max_len else min(limit, max(2 * self.kv.max_len, longest))
-            self._set(self.kv.resized(room, max(spare, self.kv.spare)))
+            self._set(self.kv.resized(room, room if self.keeps_all else max(spare, self.kv.spare)))
 
     @property
     def graph(self) -> DecodeGraph:
@@ -261,7 +263,7 @@ class Gemma4Cache(Cache):
             if self.mask is not None:
                 self.mask = None if bool(self.mask[:, :kept].all()) else self.mask[:, :kept]
         self._since_crop = 0
-        if self.kv is not None and self.kv.spare > 8 * TILE:  # a long prompt's; what is drafted is short
+        if self.kv is not None and self.kv.spare > 8 * TILE and not self.keeps_all:  # a long prompt's; what is drafted is short
             self._set(self.kv.resized(self.kv.max_len, 2 * TILE))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -305,7 +307,7 @@ class Gemma4Cache(Cache):
         """A copy for the same model: of a common beginning, say, that several texts go on from."""
         new = Gemma4Cache(self.model, self.text_config, self.room)
         memo[id(self)] = new
-        for name in ("seen", "mask", "base", "plain", "record_past", "changes", "cut_off", "_since_crop"):
+        for name in ("seen", "mask", "base", "plain", "record_past", "keeps_all", "changes", "cut_off", "_since_crop"):
             setattr(new, name, copy.deepcopy(getattr(self, name), memo))
         if self.plain:
             new._own = copy.deepcopy(self._own, memo)
@@ -391,6 +393,20 @@ class _Layer:
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._cache.update(key_states, value_states, self._index, *args, **kwargs)
+
+    @property
+    def cumulative_length(self) -> int:
+        return self._cache.seen
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _LAYER_ALONE:
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        self._cache.to_plain()
+        return getattr(self._cache.layers[self._index], name)
+
+
+# What changes one layer and not the others: they become transformers' own, which can differ.
+_LAYER_ALONE = ("crop", "reset", "reorder_cache", "batch_repeat_interleave", "batch_select_indices", "offload", "prefetch")
 
 
 def _is_dummy(layer: Any) -> bool:

@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from gemma4_fast import ops
 from gemma4_fast.errors import UnsupportedError
 from gemma4_fast.integrations.binding import output_class, unpack
-from gemma4_fast.integrations.engine import GRADIENTS, SERVED, Call, Engine, Tokens
+from gemma4_fast.integrations.engine import GRADIENTS, SERVED, Call, Engine, Tokens, is_transformed
 from gemma4_fast.integrations.kv_cache import CACHE, Gemma4Cache
 from gemma4_fast.model import Gemma4
 from gemma4_fast.quant import parse_quantize
@@ -84,9 +84,9 @@ class _Text(_Accelerated):
     """The text model."""
 
     def _run(self, original: Any, kwargs: dict[str, Any]) -> Any:
-        text, engine, mask = cast(Any, self), _engine(self), kwargs.get("attention_mask")
-        if _LEFT.get():
+        if _LEFT.get() or ENGINE not in vars(self):
             return self._leave(original, kwargs)
+        text, engine, mask = cast(Any, self), _engine(self), kwargs.get("attention_mask")
         call = mask.call if isinstance(mask, Served) else engine.call(text, kwargs)
         if isinstance(call, str):
             engine.decline(call)
@@ -96,13 +96,15 @@ class _Text(_Accelerated):
         config = cast(Gemma4, engine.native).config
         # The layers that share keys and values need not see the columns of which no one wants anything.
         last_only = config.num_kv_shared_layers > 0 and call.columns > 1 and cache is not None and not all_layers
-        last_only = last_only and isinstance(keep, int) and keep == 1 and (call.new is None or bool(call.new[:, -1].all()))
+        last_only = last_only and _is_one(keep) and (call.new is None or bool(call.new[:, -1].all()))
         h, streams = engine.run(call, self._tokens(call, kwargs), cache, last_only=last_only, all_layers=all_layers)
-        if call.decode and engine.is_stale():
+        if call.decode and engine.is_stale(text):
             cast(Gemma4Cache, cache).unwrite()
             if isinstance(mask, Served):
                 raise _Stale
             return self._run(original, kwargs)
+        if config.num_kv_shared_layers and call.columns > 1 and not all_layers and isinstance(keep, int) and keep > 0:
+            h = h[:, -keep:]  # as transformers, where layers share keys and values
         h = _callers(h)
         hidden = (*(_callers(s) for s in streams[:-1]), h) if all_layers else None
         out = output_class(ORIGINAL[type(self)])(last_hidden_state=h, hidden_states=hidden, **{CACHE: cache})
@@ -128,21 +130,23 @@ class _Text(_Accelerated):
         return original(self, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if ENGINE not in vars(self):
+            return super()._apply(fn, recurse)  # type: ignore[misc]
         weight: Tensor = cast(Any, self).norm.weight.data
         then = fn(weight)
         moves = (then.data_ptr(), then.dtype, then.device) != (weight.data_ptr(), weight.dtype, weight.device)
-        _engine(self).moving(moves)
+        _engine(self).moving(cast(nn.Module, self), moves)
         out = super()._apply(fn, recurse)  # type: ignore[misc]
         _engine(self).moved(cast(nn.Module, self), fn, moves)
         return out
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """UnsupportedError for a quantized model, which holds no weights of transformers'."""
-        _engine(self).only_if_whole("saved")
+        self._only_if_whole("saved")
         return super().state_dict(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        _engine(self).only_if_whole("loaded into")
+        self._only_if_whole("loaded into")
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -151,7 +155,7 @@ class _Multimodal(_Accelerated):
 
     def _run(self, original: Any, kwargs: dict[str, Any]) -> Any:
         text, mask, kinds = cast(Any, self).language_model, kwargs.get("attention_mask"), kwargs.get("mm_token_type_ids")
-        if ENGINE not in vars(text) or isinstance(mask, dict):
+        if ENGINE not in vars(text) or isinstance(mask, dict) or _LEFT.get():
             return original(self, **kwargs)
         engine = _engine(text)
         # What goes on to the text model is what is not this model's own.
@@ -161,13 +165,7 @@ class _Multimodal(_Accelerated):
             call = _in_all_layers(call, text.config.sliding_window)
         if isinstance(call, str):
             engine.decline(call)
-            if isinstance(cache := kwargs.get(CACHE), Gemma4Cache):
-                cache.to_plain()
-            token = _LEFT.set(True)
-            try:
-                return original(self, **kwargs)
-            finally:
-                _LEFT.reset(token)
+            return _left(original, self, kwargs)
         config, ids = cast(Any, self).config, kwargs.get("input_ids")
         towers = "pixel_values", "pixel_values_videos", "input_features", "mm_encoder_outputs"
         changed = text._forward_pre_hooks or any(kwargs.get(name) is not None for name in towers)
@@ -190,6 +188,20 @@ class _Multimodal(_Accelerated):
 
 class _Generates(_Accelerated):
     """A model with a head."""
+
+    def _run(self, original: Any, kwargs: dict[str, Any]) -> Any:
+        """Padding has no hidden states here. Where something comes of them, transformers' code has to make them."""
+        mask, reason = kwargs.get("attention_mask"), None
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            if kwargs.get("labels") is not None and not bool(mask[:, 0].all()):
+                reason = "there are labels behind padding, whose loss counts what padding foretells"
+            elif _is_one(kwargs.get("logits_to_keep")) and mask.shape[1] > 1 and not bool(mask[:, -1].all()):
+                reason = "the newest token of a sequence is padding"
+        text = text_of(cast(nn.Module, self))
+        if reason is None or text is None or ENGINE not in vars(text):
+            return original(self, **kwargs)
+        _engine(text).decline(reason)
+        return _left(original, self, kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any, **more: Any
@@ -215,23 +227,31 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return super().forward(input)
-        native, own = _engine(self).native, self._parameters.get("weight")
-        if own is None and torch.is_grad_enabled() and input.requires_grad:
-            _engine(self).decline(GRADIENTS)
-        if own is not None and (
-            native is None
-            or self.training
-            or self.bias is not None
-            or (input.dtype, input.device, own.data_ptr())
-            != (native.dtype, native.device, cast(Tensor, native.head).data_ptr())
-            or torch.is_autocast_enabled(input.device.type)
-            or (torch.is_grad_enabled() and (input.requires_grad or own.requires_grad))
-        ):
+        engine: Engine | None = vars(self).get(ENGINE)
+        native = None if engine is None else engine.native
+        if engine is not None and engine.quantization is not None:
+            if self.training or self.bias is not None or (torch.is_grad_enabled() and input.requires_grad):
+                engine.decline("its head is trained, has a bias, or is asked for gradients")
+        elif native is None or not self._is_plain(input, cast(Tensor, native.head)):
             return super().forward(input)
         native = cast(Gemma4, native)
         with native.running():
             out = ops.linear(input.reshape(-1, input.shape[-1]), native.head)
         return _callers(out).view(*input.shape[:-1], -1)
+
+    def _is_plain(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether it is x times the native model's `weight`, and nothing else is asked for."""
+        own = self.weight
+        return (
+            not self.training
+            and self.bias is None
+            and (own.data_ptr(), own.shape, own.stride()) == (weight.data_ptr(), weight.shape, weight.stride())
+            and (x.dtype, x.device) == (weight.dtype, weight.device)
+            and not x.is_meta
+            and not torch.is_autocast_enabled(x.device.type)
+            and not (torch.is_grad_enabled() and (x.requires_grad or own.requires_grad))
+            and not is_transformed()
+        )
 
 
 class _Rows:
@@ -317,6 +337,21 @@ def named(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
         kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
         del kwargs["past_key_values"]
     return dict(kwargs)
+
+
+def _left(original: Any, model: Any, kwargs: dict[str, Any]) -> Any:
+    """transformers' code, in the models within this one too."""
+    if isinstance(cache := kwargs.get(CACHE), Gemma4Cache):
+        cache.to_plain()
+    token = _LEFT.set(True)
+    try:
+        return original(model, **kwargs)
+    finally:
+        _LEFT.reset(token)
+
+
+def _is_one(keep: Any) -> bool:
+    return isinstance(keep, int) and keep == 1
 
 
 @functools.cache
@@ -429,7 +464,7 @@ def _take(text: nn.Module, engine: Engine, quantize: str | None, check: bool | s
     with ops.default_backend(engine.backend):
         ops.require(native.device, native.dtype, model_ops(native.config))
     if quantize is not None:
-        engine.quantizing()
+        engine.moving(text, False)
         native.quantize(quantize, lambda name: _free(text, engine, quantize, name))
     if check:
         verify(native, level="full" if check == "full" else "quick").raise_if_wrong()
@@ -470,8 +505,9 @@ def restore(model: Any) -> Any:
     engine = _engine(text)
     engine.only_if_whole("restored")
     for module in model.modules():
-        if vars(module).pop(ENGINE, None) is not None or type(module) in MODELS:
+        if ENGINE in vars(module) or type(module) in MODELS:
             module.__class__ = ORIGINAL.get(type(module), type(module))
+            vars(module).pop(ENGINE, None)
     if engine.native is not None:
         unpack(engine.native, text)
         engine.native = None
