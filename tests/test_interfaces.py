@@ -495,7 +495,7 @@ def test_what_the_masks_tell() -> None:
     assert ours(**plain) is None
     assert ours(**plain, attention_mask=torch.ones(2, 20, dtype=torch.bool)) is None
     left = ours(**plain, attention_mask=torch.arange(20)[None].expand(2, 20) >= 17)
-    assert left is not None and left.shape == (2, 1, 6, 20) and left.gemma4_fast_padding.window == 8
+    assert left is not None and left.shape == (2, 1, 6, 20) and left.gemma4_fast_padding[0].window == 8
     assert not hasattr(left[:, :, -1:, :], "gemma4_fast_padding")  # a slice is of other queries
     for change in (
         dict(allow_is_causal_skip=False),  # something is on top of it
@@ -659,6 +659,39 @@ def test_a_mask_of_the_callers(took: Counter[str], caplog: pytest.LogCaptureFixt
     assert set(took) == {"sdpa"}
     (record,) = [r for r in caplog.records if r.name == NAME and "attention" in r.message]
     assert "left to transformers' sdpa function where the mask is" in record.message
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_that_its_owner_writes_into(inference: bool, took: Counter[str]) -> None:
+    """What it was made with says no longer what it is."""
+    from transformers.models.gemma4.modeling_gemma4 import eager_attention_forward
+
+    rows = torch.arange(NEW)[None].expand(2, NEW) >= torch.tensor([[3], [0]])
+    with torch.inference_mode(inference):
+        eager, ours = masks(NEW, NEW, None, rows)
+        query, key, value = (torch.randn(2, heads, NEW, 64) for heads in (4, 2, 2))
+        assert ours is not None
+        ours[:, :, 10:, 7] = False
+        eager[:, :, 10:, 7] = torch.finfo(eager.dtype).min
+        out, _ = interfaces.attention(layer(None), query, key, value, ours, scaling=0.3, sliding_window=None)
+        wanted, _ = eager_attention_forward(layer(None), query, key, value, eager.to(query.dtype), scaling=0.3)
+    torch.testing.assert_close(out[rows], wanted[rows], atol=1e-5, rtol=0)
+    assert set(took) == {"sdpa"}
+
+
+def test_forward_derivatives_are_not_lost(took: Counter[str]) -> None:
+    """sdpa has none on a CPU, and says so; experts refuse."""
+    import torch.autograd.forward_ad as forward_ad
+
+    query, key, value = (torch.randn(1, heads, 6, 64) for heads in (4, 2, 2))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(value, torch.ones_like(value))
+        with pytest.raises(NotImplementedError, match="forward AD"):
+            interfaces.attention(layer(None), query, key, dual, None, scaling=0.3, sliding_window=None)
+        moe = transformers_model("26b-a4b").model.layers[0].experts
+        with pytest.raises(UnsupportedError, match="no gradients"):
+            interfaces.experts(moe, torch.randn(2, 64), torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4))
+    assert set(took) == {"sdpa"}
 
 
 def test_packed_sequences(took: Counter[str]) -> None:
