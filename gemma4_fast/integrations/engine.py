@@ -97,14 +97,15 @@ class Engine:
         """Sees to it that the native model has the text model's weights. Returns why it cannot, or None."""
         with self._lock:
             _LOOKS.pop(text, None)
+            look = Look(text, self.head)
             unfit = binding.unfit(text, weights=self.quantization is None)
             if unfit is None and self.quantization is None:
                 try:
-                    unfit = self._bind(text, Look(text, self.head))
+                    unfit = self._bind(text, look)
                 except ValueError as error:
                     unfit, self._weights = str(error), []
             self._unfit = unfit
-            _LOOKS[text] = Look(text, self.head)
+            _LOOKS[text] = look if look.holds() else Look(text, self.head)
             return unfit
 
     def _bind(self, text: nn.Module, look: Look) -> str | None:

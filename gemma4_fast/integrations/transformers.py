@@ -192,12 +192,14 @@ class _Generates(_Accelerated):
     def _run(self, original: Any, kwargs: dict[str, Any]) -> Any:
         """Padding has no hidden states here. Where something comes of them, transformers' code has to make them."""
         mask, reason = kwargs.get("attention_mask"), None
-        if isinstance(mask, Tensor) and mask.dim() == 2:
+        given = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        prompt = isinstance(given, Tensor) and given.dim() > 1 and given.shape[1] > 1
+        if prompt and isinstance(mask, Tensor) and mask.dim() == 2:
             if kwargs.get("labels") is not None and not bool(mask[:, 0].all()):
                 reason = "there are labels behind padding, whose loss counts what padding foretells"
-            elif _is_one(kwargs.get("logits_to_keep")) and mask.shape[1] > 1 and not bool(mask[:, -1].all()):
+            elif _is_one(kwargs.get("logits_to_keep")) and not bool(mask[:, -1].all()):
                 reason = "the newest token of a sequence is padding"
-        text = text_of(cast(nn.Module, self))
+        text = None if reason is None else text_of(cast(nn.Module, self))
         if reason is None or text is None or ENGINE not in vars(text):
             return original(self, **kwargs)
         _engine(text).decline(reason)
