@@ -115,17 +115,13 @@ class KVCache:
         self.lost = [max(lost, have - self._ring) for lost, have in zip(self.lost, self.host_lens, strict=True)]
         self._used = max(self._used, *self.host_lens)
 
-    def can_take_back(self, tokens: list[int]) -> bool:
-        """Whether all that sequence b held before its newest tokens[b] is still there, as far as its windows reach."""
-        # The token that comes next, at position have - n, sees those from have - n - window + 1.
-        both = zip(self.host_lens, self.lost, tokens, strict=True)
-        return all(n == have or lost <= max(0, have - n - self._window + 1) for have, lost, n in both)
-
     def take_back(self, tokens: list[int]) -> None:
         """Forget the newest tokens[b] of each sequence b. ValueError if there are fewer, or a ring has lost what was before."""
         if not all(0 <= n <= have for n, have in zip(tokens, self.host_lens, strict=True)):
             raise ValueError(f"cannot take back {tokens} of {self.host_lens} tokens")
-        if not self.can_take_back(tokens):
+        # The token that comes next, at position have - n, sees those from have - n - window + 1.
+        both = zip(self.host_lens, self.lost, tokens, strict=True)
+        if not all(n == have or lost <= max(0, have - n - self._window + 1) for have, lost, n in both):
             raise ValueError(f"taking back {tokens} of {self.host_lens} tokens: the sliding window has moved on past them")
         self.host_lens = [have - n for have, n in zip(self.host_lens, tokens, strict=True)]
         self.lost = [lost if have else 0 for lost, have in zip(self.lost, self.host_lens, strict=True)]
@@ -150,7 +146,7 @@ class KVCache:
         if order == list(range(self.batch_size)):
             return
         index = sequences.to(self.lens.device)
-        for kv in self._own():
+        for kv in self.own():
             used = min(self._used, kv.slots)
             for values in (kv.k, kv.v):
                 if values is not None:
@@ -160,14 +156,14 @@ class KVCache:
 
     def _copied(self, sequences: Tensor, max_len: int, spare: int) -> KVCache:
         order, device = sequences.tolist(), self.lens.device
-        first = self._own()[0].v
+        first = self.own()[0].v
         new = KVCache(self.config, len(order), max_len, first.dtype, device, spare)
         new.lost = [self.lost[i] for i in order]
         new.count([self.host_lens[i] for i in order])
         new._set_lens()
         new._used = self._used
         index, used = sequences.to(device), self._used
-        for old, kv in zip(self._own(), new._own(), strict=True):
+        for old, kv in zip(self.own(), new.own(), strict=True):
             for source, target in ((old.k, kv.k), (old.v, kv.v)):
                 if source is None or target is None:
                     continue
@@ -179,7 +175,7 @@ class KVCache:
                     target[b, kept % kv.slots] = source[i, kept % old.slots]
         return new
 
-    def _own(self) -> list[LayerCache]:
+    def own(self) -> list[LayerCache]:
         """The caches, each donor's once, in the layers' order."""
         return list({id(c): c for c in self._layers}.values())
 
@@ -192,7 +188,7 @@ class KVCache:
         """As it was when it was new: `reset`, and what masked slots hold is 0 again. Not after a pass that was cut off, which
         has written more than it counted."""
         self.reset()
-        for kv in self._own():
+        for kv in self.own():
             for values in (kv.k, kv.v):
                 if values is not None:
                     values[:, : self._used + 1].zero_()  # an idle row writes where its next token would be
@@ -201,4 +197,4 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all caches, each donor's counted once."""
-        return sum(c.v.nbytes + (0 if c.k is None else c.k.nbytes) for c in self._own())
+        return sum(c.v.nbytes + (0 if c.k is None else c.k.nbytes) for c in self.own())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -221,12 +221,19 @@ class Spares:
         return Spares, ()
 
 
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The model and all modules within it, in some order: as `modules()`, in a fraction of its time."""
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        yield module
+        waiting += [child for child in module._modules.values() if child is not None]
+
+
 def _weights(model: Gemma4) -> list[Tensor]:
     """All of them, in some order. Looked at in each generation, so without what makes `model.parameters()` slow."""
-    found, modules = list[Tensor](), [cast(nn.Module, model)]
-    while modules:
-        module = modules.pop()
-        modules += [m for m in module._modules.values() if m is not None]
+    found = list[Tensor]()
+    for module in modules_of(model):
         found += [w for w in module._parameters.values() if w is not None]
         if isinstance(module, Quantizable) and not module._parameters:  # it is quantized as a whole
             found += [t for w in module.quantized().values() for t in (w.data, w.scale)]

@@ -1257,21 +1257,32 @@ def with_image(batch: int = 1, pad: int = 0) -> dict[str, Tensor]:
     )  # fmt: skip
 
 
+def agree(pair: tuple[Any, Any], **inputs: Tensor) -> None:
+    """The two models' logits of the tokens that are real, and what they generate."""
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    a, b = both(pair, **inputs)
+    near(b.logits[real], a.logits[real])
+    a, b = (m.generate(**inputs, **GREEDY) for m in pair)
+    assert torch.equal(a, b)
+
+
+def told_apart(model: Any, inputs: dict[str, Tensor]) -> float:
+    """The most a logit changes when the model is not told which tokens are an image's."""
+    blind = {**inputs, "mm_token_type_ids": torch.zeros_like(inputs["mm_token_type_ids"])}
+    return float((model(**blind).logits - model(**inputs).logits).abs().max())
+
+
 @pytest.mark.parametrize("member", ["e2b", "26b-a4b"])
 def test_images(member: str) -> None:
     theirs = multimodal(member)
     pair = theirs, accelerate(copy.deepcopy(theirs))
     for inputs in (with_image(), with_image(2, pad=5), dict(input_ids=family.prompt(2, 20, 199))):
-        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-        a, b = both(pair, **inputs)
-        near(b.logits[real], a.logits[real])
-        a, b = (m.generate(**inputs, **GREEDY) for m in pair)
-        assert torch.equal(a, b)
+        agree(pair, **inputs)
     assert not engine(pair[1]).said
     inputs = with_image()
-    blind = {**inputs, "mm_token_type_ids": torch.zeros_like(inputs["mm_token_type_ids"])}
-    differs = (pair[1](**blind).logits - pair[1](**inputs).logits).abs().max().item()
-    assert (differs > 0.1) == (member == "26b-a4b"), "an image's tokens see each other forwards, in the larger models"
+    assert (told_apart(pair[1], inputs) > 0.1) == (member == "26b-a4b"), (
+        "an image's tokens see each other forwards, in the larger models"
+    )
     quantized = accelerate(copy.deepcopy(theirs), quantize="int8")
     assert quantized.generate(**inputs, **GREEDY).shape[1] > 30
 
@@ -1312,15 +1323,10 @@ def test_unified_models() -> None:
     theirs = unified()
     pair = theirs, accelerate(copy.deepcopy(theirs))
     for inputs in (dict(input_ids=family.prompt(2, 20, 199)), with_patches(7), with_patches(7, 2, pad=5)):
-        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-        a, b = both(pair, **inputs)
-        near(b.logits[real], a.logits[real])
-        a, b = (m.generate(**inputs, **GREEDY) for m in pair)
-        assert torch.equal(a, b)
+        agree(pair, **inputs)
     assert not engine(pair[1]).said
     inputs = with_patches(7)
-    blind = {**inputs, "mm_token_type_ids": torch.zeros_like(inputs["mm_token_type_ids"])}
-    assert (pair[1](**blind).logits - pair[1](**inputs).logits).abs().max() > 0.1
+    assert told_apart(pair[1], inputs) > 0.1
     wide = with_patches(12)
     near(pair[1](**wide).logits, theirs(**wide).logits)
     assert [r for r in engine(pair[1]).said if "an image of N tokens" in r] and len(engine(pair[1]).said) == 1

@@ -106,7 +106,7 @@ def room_for(processes: int, free: int) -> int:
 
 def process_of(peer: str, peers: Sequence[str]) -> str:
     """Whose process runs it: those that run transformers in another way share its process, if that is there."""
-    return "transformers" if peer in ("torch.compile", "accelerate") and "transformers" in peers else peer
+    return "transformers" if "transformers" in peers and PEERS[peer][0] == PEERS["transformers"][0] else peer
 
 
 def processes(peers: Sequence[str]) -> list[str]:

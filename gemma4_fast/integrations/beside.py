@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gemma4_fast.edges import relative_error
 from gemma4_fast.errors import UnsupportedError
 from gemma4_fast.integrations.kv_cache import CACHE
-from gemma4_fast.integrations.transformers import ENGINE, ORIGINAL, _engine, text_of
+from gemma4_fast.integrations.transformers import ORIGINAL, accelerated_text, engine_of, text_of
 from gemma4_fast.model import Gemma4
 from gemma4_fast.reference import model as reference
 from gemma4_fast.report import Comparison, Report
@@ -22,10 +22,10 @@ TOKENS, STEPS = 64, 4  # at level "quick" the tokens compared; and those that ar
 
 def native_of(model: nn.Module) -> Gemma4:
     """The native model of an accelerated one. ValueError if it is not accelerated; UnsupportedError if it cannot be served."""
-    text = text_of(model)
-    if text is None or ENGINE not in vars(text):
+    text = accelerated_text(model)
+    if text is None:
         raise ValueError(f"this {type(model).__name__} is not accelerated: see gemma4_fast.accelerate")
-    engine = _engine(text)
+    engine = engine_of(text)
     if (reason := engine.bind(text)) is not None:
         raise UnsupportedError(f"all its calls are left to transformers' code: {reason}")
     return cast(Gemma4, engine.native)
@@ -36,14 +36,14 @@ def compare(model: nn.Module, report: Report, ids: Tensor) -> None:
     """Adds to the report each layer beside transformers', given what theirs was given; at level "full" also logits, of a
     prompt and of steps after it. A quantized model has only the reference to be compared with."""
     text = cast(nn.Module, text_of(model))
-    if _engine(text).quantization is not None:
+    if engine_of(text).quantization is not None:
         return
-    native = cast(Gemma4, _engine(text).native)
+    native = cast(Gemma4, engine_of(text).native)
     ids = ids if report.level == "full" else ids[:TOKENS]
     compare_layers(native, ids, _layers(text, ids), WHOSE, report)
     wide = torch.float64 if native.dtype in (torch.float32, torch.float64) else torch.float32
     experts = native.config.enable_moe_block and wide == torch.float32  # where routing differs now and then
-    if report.level != "full" or experts or _engine(text).head is None:
+    if report.level != "full" or experts or engine_of(text).head is None:
         return
     n, steps = min(TOKENS, len(ids)), min(STEPS, len(ids) // 3)
     truth = reference.forward(native.state_dict(), native.config, ids, dtype=wide, last=n)
@@ -80,7 +80,7 @@ def _layers(text: nn.Module, ids: Tensor) -> list[Layered]:
 def _logits(text: nn.Module, ids: Tensor, steps: int, fast: bool) -> Tensor:
     """[T, V] of a prompt and so many steps after it, accelerated or by transformers' code."""
     run = text if fast else lambda **kwargs: ORIGINAL[type(text)].forward(text, **kwargs)
-    head, config = cast(nn.Linear, _engine(text).head), cast(Any, text).config
+    head, config = cast(nn.Linear, engine_of(text).head), cast(Any, text).config
     cache, found = None, []
     for part in (ids[: len(ids) - steps], *ids[len(ids) - steps :].split(1)):
         out = run(input_ids=part[None], use_cache=True, **{CACHE: cache})

@@ -10,7 +10,6 @@ import functools
 import itertools
 import operator
 import sys
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
+from gemma4_fast.graph import modules_of
 from gemma4_fast.layers import PackedWeight
 from gemma4_fast.model import DTYPES, Gemma4
 from gemma4_fast.native import use_huge_pages
@@ -34,7 +34,7 @@ class Look:
     """
 
     def __init__(self, text: nn.Module, head: nn.Module | None) -> None:
-        attributes = [m.__dict__ for m in (*_modules(text), *([] if head is None else [head]))]
+        attributes = [m.__dict__ for m in (*modules_of(text), *([] if head is None else [head]))]
         parts = [d[name] for name in ("_modules", "_parameters", "_buffers") for d in attributes]
         self._all, self._filled = [*attributes, *parts], [d for d in parts if d]
         self._hooks = RemovableHandle.next_id  # how many this process has made
@@ -71,7 +71,7 @@ def unfit(text: nn.Module, *, weights: bool = True) -> str | None:
         return "it is a replica of torch.nn.DataParallel"
     own = next(c.__module__ for c in type(text).__mro__ if c.__module__.startswith("transformers."))
     eps = cast(Any, text).config.rms_norm_eps
-    for m in _modules(text):
+    for m in modules_of(text):
         if m is not text and (reason := _odd(m, own, eps)) is not None:
             return f"{_name(text, m)} {reason}"
     return _odd_weight(text) if weights else None
@@ -80,7 +80,7 @@ def unfit(text: nn.Module, *, weights: bool = True) -> str | None:
 def _odd_weight(text: nn.Module) -> str | None:
     first: Tensor = cast(Any, text).norm.weight
     dtype, device = first.dtype, first.device
-    for m in _modules(text):
+    for m in modules_of(text):
         scalar = m._buffers.get("layer_scalar")
         for name, w in (*m._parameters.items(), ("layer_scalar", scalar)):
             if w is None:
@@ -91,14 +91,6 @@ def _odd_weight(text: nn.Module) -> str | None:
             if name == "bias":
                 return f"{_name(text, m)} has a bias"
     return None if dtype in DTYPES else f"its weights are {dtype}"
-
-
-def _modules(text: nn.Module) -> Iterator[nn.Module]:
-    waiting = [text]
-    while waiting:
-        m = waiting.pop()
-        yield m
-        waiting += [child for child in m._modules.values() if child is not None]
 
 
 def _odd(m: nn.Module, own: str, eps: float) -> str | None:

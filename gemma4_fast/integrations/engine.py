@@ -18,13 +18,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from transformers.cache_utils import Cache, DynamicCache
 
 from gemma4_fast.config import Gemma4Config
 from gemma4_fast.errors import UnsupportedError
 from gemma4_fast.integrations import binding
 from gemma4_fast.integrations.binding import Look
+from gemma4_fast.integrations.interfaces import is_transformed
 from gemma4_fast.integrations.kv_cache import CACHE, Gemma4Cache
 from gemma4_fast.layers import Embedded
 from gemma4_fast.model import Gemma4
@@ -185,7 +185,7 @@ class Engine:
     def call(self, text: nn.Module, kwargs: dict[str, Any], mm_token_type_ids: Tensor | None = None) -> Call | str:
         """What these arguments of the text model ask for, or why they cannot be served. ValueError for a call that no one can
         serve."""
-        given = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        given = given_of(kwargs)
         cache: Cache | None = kwargs.get(CACHE)
         if isinstance(cache, Gemma4Cache):
             cache.only_if_whole()
@@ -348,6 +348,11 @@ class Engine:
             return shaped(h), [shaped(s) for s in streams]
 
 
+def given_of(kwargs: dict[str, Any]) -> Any:
+    """What a call computes on: ids, or embeddings."""
+    return kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+
+
 def _unusual(text: nn.Module, kwargs: dict[str, Any], given: Any) -> str | None:
     """What a call asks for beside hidden states of tokens after others."""
     config = cast(Any, text).config
@@ -386,11 +391,6 @@ def _unusual(text: nn.Module, kwargs: dict[str, Any], given: Any) -> str | None:
     if torch.is_autocast_enabled(given.device.type):
         return "autocast is on"
     return None
-
-
-def is_transformed() -> bool:
-    """Whether someone differentiates forwards, or is in torch.func's vmap, jvp or grad."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _placed(mask: Any, positions: Any, cache: Gemma4Cache | None, batch: int, columns: int, window: int) -> Call | str:
@@ -450,14 +450,17 @@ def _refuse_unmasked(seen: int) -> None:
 
 def _has_gaps(mask: Tensor) -> bool:
     """Whether a sequence's tokens [B, S] are not all beside each other."""
+    return bool((_starts(mask).sum(1) > 1).any())
+
+
+def _starts(mask: Tensor) -> Tensor:
+    """[B, S] bool: where a run of True begins."""
     starts = mask.clone()
     starts[:, 1:] &= ~mask[:, :-1]
-    return bool((starts.sum(1) > 1).any())
+    return starts
 
 
 def spans(mm_token_type_ids: Tensor) -> Tensor:
     """[B, S] kinds of tokens, 1 an image's and 2 a video's -> [B, S] int32, the number of the image, -1 for the others."""
     image = (mm_token_type_ids == 1) | (mm_token_type_ids == 2)
-    starts = image.clone()
-    starts[:, 1:] &= ~image[:, :-1]
-    return torch.where(image, starts.cumsum(1) - 1, -1).to(torch.int32)
+    return torch.where(image, _starts(image).cumsum(1) - 1, -1).to(torch.int32)

@@ -39,9 +39,13 @@ _PADDING = "gemma4_fast_padding"  # attribute of a mask that has one; a slice or
 _said: set[str] = set()
 
 
+def is_transformed() -> bool:
+    """Whether someone differentiates forwards, or is in torch.func's vmap, jvp or grad."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _wants_gradients(*tensors: Tensor) -> bool:
-    """Backwards, forwards, or by torch.func."""
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_transformed():
         return True
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 

@@ -93,7 +93,6 @@ class Gemma4Cache(Cache):
                 self.kv = graph.cache
             else:
                 device, dtype = self.model.device, self.model.dtype
-                room = max(room, longest)
                 self.kv = KVCache(self.model.config, batch, room, dtype, device, room if self.keeps_all else spare)
         if longest > self.kv.max_len or spare > self.kv.spare:
             room = self.kv.max_len if longest <= self.kv.max_len else min(limit, max(2 * self.kv.max_len, longest))
@@ -253,12 +252,10 @@ class Gemma4Cache(Cache):
                 tokens = [columns] * self.kv.batch_size
             else:
                 tokens = self.mask[:, kept:].sum(1).tolist()
-            if not self.kv.can_take_back(tokens):
-                raise RuntimeError(
-                    f"the cache cannot forget its newest {columns} columns: its sliding windows have moved on past what was "
-                    "before them. Call `activate_past_recording` on it before they are written"
-                )
-            self.kv.take_back(tokens)
+            try:
+                self.kv.take_back(tokens)
+            except ValueError as error:
+                raise RuntimeError(f"{error}. Call `activate_past_recording` on the cache before they are written") from error
             self.seen = kept
             if self.mask is not None:
                 self.mask = None if bool(self.mask[:, :kept].all()) else self.mask[:, :kept]
@@ -290,13 +287,8 @@ class Gemma4Cache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence becomes `repeats` of them, one after the other."""
-        batch = self.batch_size
-        if self.plain:
-            super().batch_repeat_interleave(repeats)
-        elif self.kv is not None:
-            self._set(self.kv.selected(torch.arange(batch).repeat_interleave(repeats)))
-        if batch > 0:
-            self._reorder(torch.arange(batch).repeat_interleave(repeats))
+        if (batch := self.batch_size) > 0:
+            self.batch_select_indices(torch.arange(batch).repeat_interleave(repeats))
 
     def _reorder(self, indices: Tensor) -> None:
         order = indices.tolist()

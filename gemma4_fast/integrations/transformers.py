@@ -22,10 +22,13 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from gemma4_fast import ops
 from gemma4_fast.errors import UnsupportedError
 from gemma4_fast.integrations.binding import output_class, unpack
-from gemma4_fast.integrations.engine import GRADIENTS, SERVED, Call, Engine, Tokens, is_transformed
+from gemma4_fast.integrations.engine import GRADIENTS, SERVED, Call, Engine, Tokens, given_of
+from gemma4_fast.integrations.interfaces import is_transformed
 from gemma4_fast.integrations.kv_cache import CACHE, Gemma4Cache
+from gemma4_fast.layers import model_ops
 from gemma4_fast.model import Gemma4
 from gemma4_fast.quant import parse_quantize
+from gemma4_fast.verify import verify
 
 ENGINE = "_gemma4_fast"  # the name under which the modules of an accelerated model have their Engine
 TEXT_MODELS = modeling_gemma4.Gemma4TextModel, modeling_gemma4_unified.Gemma4UnifiedTextModel
@@ -69,15 +72,15 @@ class _Accelerated:
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
         """Nothing for a quantized model: its head is the native model's."""
-        text = text_of(cast(nn.Module, self))
-        if text is not None and ENGINE in vars(text) and _engine(text).quantization is not None:
+        text = accelerated_text(self)
+        if text is not None and engine_of(text).quantization is not None:
             return None
         return super().tie_weights(*args, **kwargs)  # type: ignore[misc]
 
     def _only_if_whole(self, done: str) -> None:
-        text = text_of(cast(nn.Module, self))
-        if text is not None and ENGINE in vars(text):
-            _engine(text).only_if_whole(done)
+        text = accelerated_text(self)
+        if text is not None:
+            engine_of(text).only_if_whole(done)
 
 
 class _Text(_Accelerated):
@@ -85,12 +88,12 @@ class _Text(_Accelerated):
 
     def _run(self, original: Any, kwargs: dict[str, Any]) -> Any:
         if _LEFT.get() or ENGINE not in vars(self):
-            return self._leave(original, kwargs)
-        text, engine, mask = cast(Any, self), _engine(self), kwargs.get("attention_mask")
+            return _left(original, self, kwargs)
+        text, engine, mask = cast(Any, self), engine_of(self), kwargs.get("attention_mask")
         call = mask.call if isinstance(mask, Served) else engine.call(text, kwargs)
         if isinstance(call, str):
             engine.decline(call)
-            return self._leave(original, kwargs)
+            return _left(original, self, kwargs)
         cache = engine.cache_for(text, kwargs.get(CACHE), bool(_told(text, kwargs, "use_cache")))
         all_layers, keep = bool(_told(text, kwargs, "output_hidden_states")), kwargs.get("logits_to_keep")
         config = cast(Gemma4, engine.native).config
@@ -111,7 +114,7 @@ class _Text(_Accelerated):
         return out if _told(text, kwargs, "return_dict") in (None, True) else out.to_tuple()
 
     def _tokens(self, call: Call, kwargs: dict[str, Any]) -> Tokens:
-        text, config = cast(Any, self), cast(Gemma4, _engine(self).native).config
+        text, config = cast(Any, self), cast(Gemma4, engine_of(self).native).config
         ids: Tensor | None = kwargs["input_ids"] if kwargs.get("input_ids") is not None else call.input_ids
         if ids is not None:
             if bool(((ids < 0) | (ids >= config.vocab_size)).any()):
@@ -123,21 +126,15 @@ class _Text(_Accelerated):
         ple = kwargs.get("per_layer_inputs")
         return x, (text.get_per_layer_inputs(None, x) if ple is None else ple).flatten(2)
 
-    def _leave(self, original: Any, kwargs: dict[str, Any]) -> Any:
-        """transformers' own code, with a cache that it can write."""
-        if isinstance(cache := kwargs.get(CACHE), Gemma4Cache):
-            cache.to_plain()
-        return original(self, **kwargs)
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if ENGINE not in vars(self):
             return super()._apply(fn, recurse)  # type: ignore[misc]
         weight: Tensor = cast(Any, self).norm.weight.data
         then = fn(weight)
         moves = (then.data_ptr(), then.dtype, then.device) != (weight.data_ptr(), weight.dtype, weight.device)
-        _engine(self).moving(cast(nn.Module, self), moves)
+        engine_of(self).moving(cast(nn.Module, self), moves)
         out = super()._apply(fn, recurse)  # type: ignore[misc]
-        _engine(self).moved(cast(nn.Module, self), fn, moves)
+        engine_of(self).moved(cast(nn.Module, self), fn, moves)
         return out
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,7 +154,7 @@ class _Multimodal(_Accelerated):
         text, mask, kinds = cast(Any, self).language_model, kwargs.get("attention_mask"), kwargs.get("mm_token_type_ids")
         if ENGINE not in vars(text) or isinstance(mask, dict) or _LEFT.get():
             return original(self, **kwargs)
-        engine = _engine(text)
+        engine = engine_of(text)
         # What goes on to the text model is what is not this model's own.
         asked = {name: value for name, value in kwargs.items() if name in SERVED or name not in _parameters(original)}
         call = GRADIENTS if self._wants_gradients(kwargs) else engine.call(text, asked, kinds)
@@ -192,17 +189,17 @@ class _Generates(_Accelerated):
     def _run(self, original: Any, kwargs: dict[str, Any]) -> Any:
         """Padding has no hidden states here. Where something comes of them, transformers' code has to make them."""
         mask, reason = kwargs.get("attention_mask"), None
-        given = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        given = given_of(kwargs)
         prompt = isinstance(given, Tensor) and given.dim() > 1 and given.shape[1] > 1
         if prompt and isinstance(mask, Tensor) and mask.dim() == 2:
             if kwargs.get("labels") is not None and not bool(mask[:, 0].all()):
                 reason = "there are labels behind padding, whose loss counts what padding foretells"
             elif _is_one(kwargs.get("logits_to_keep")) and not bool(mask[:, -1].all()):
                 reason = "the newest token of a sequence is padding"
-        text = None if reason is None else text_of(cast(nn.Module, self))
-        if reason is None or text is None or ENGINE not in vars(text):
+        text = None if reason is None else accelerated_text(self)
+        if reason is None or text is None:
             return original(self, **kwargs)
-        _engine(text).decline(reason)
+        engine_of(text).decline(reason)
         return _left(original, self, kwargs)
 
     def _prepare_cache_for_generation(
@@ -210,12 +207,12 @@ class _Generates(_Accelerated):
     ) -> Any:
         """The cache that `generate` makes, with room for all that it may write."""
         out = super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest, **more)  # type: ignore[misc]
-        text, cache = text_of(cast(nn.Module, self)), model_kwargs.get(CACHE)
-        if text is None or ENGINE not in vars(text) or cache is None or getattr(cache, "_is_user_defined", False):
+        text, cache = accelerated_text(self), model_kwargs.get(CACHE)
+        if text is None or cache is None or getattr(cache, "_is_user_defined", False):
             return out
-        if (native := _engine(text).native) is None:  # it was moved, and has not run since
-            _engine(text).bind(text)
-            native = _engine(text).native
+        if (native := engine_of(text).native) is None:  # it was moved, and has not run since
+            engine_of(text).bind(text)
+            native = engine_of(text).native
         if native is None:
             return out
         if not any(getattr(generation_config, name, False) for name in ("output_attentions", "output_router_logits")):
@@ -276,7 +273,7 @@ class _Embedding:
 
     @property
     def weight(self) -> _Rows:
-        native = cast(Gemma4, _engine(self).native)
+        native = cast(Gemma4, engine_of(self).native)
         return _Rows(native.get_submodule(vars(self)["_gemma4_table"]).weight, native)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -342,7 +339,7 @@ def named(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 
 
 def _left(original: Any, model: Any, kwargs: dict[str, Any]) -> Any:
-    """transformers' code, in the models within this one too."""
+    """transformers' code, in the models within this one too, with a cache that it can write."""
     if isinstance(cache := kwargs.get(CACHE), Gemma4Cache):
         cache.to_plain()
     token = _LEFT.set(True)
@@ -382,7 +379,7 @@ def _callers(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
 
 
-def _engine(module: Any) -> Engine:
+def engine_of(module: Any) -> Engine:
     engine: Engine = vars(module)[ENGINE]
     return engine
 
@@ -392,6 +389,12 @@ def text_of(model: nn.Module) -> nn.Module | None:
     """The model's text model, if it has one."""
     found = [m for m in model.modules() if isinstance(m, TEXT_MODELS)]
     return found[0] if len(found) == 1 else None
+
+
+def accelerated_text(model: Any) -> nn.Module | None:
+    """The model's text model, if it has one and that is accelerated."""
+    text = text_of(model)
+    return text if text is not None and ENGINE in vars(text) else None
 
 
 def accelerate(model: Any, *, backend: str | None = None, quantize: str | None = None, check: bool | str = True) -> Any:
@@ -451,9 +454,6 @@ def _swap(model: nn.Module, text: nn.Module, engine: Engine) -> None:
 
 def _take(text: nn.Module, engine: Engine, quantize: str | None, check: bool | str) -> None:
     """The weights; quantized and checked if that is asked for."""
-    from gemma4_fast.layers import model_ops
-    from gemma4_fast.verify import verify
-
     reason = engine.bind(text)
     if type(text) not in MODELS or "forward" in vars(text):
         reason = f"its text model is a {type(text).__module__}.{type(text).__qualname__}, with a forward of its own"
@@ -501,10 +501,10 @@ def restore(model: Any) -> Any:
 
     ValueError if it is not accelerated; UnsupportedError if it was quantized, as the weights are gone.
     """
-    text = text_of(model) if isinstance(model, nn.Module) else None
-    if text is None or ENGINE not in vars(text):
+    text = accelerated_text(model) if isinstance(model, nn.Module) else None
+    if text is None:
         raise ValueError(f"this {type(model).__name__} is not accelerated")
-    engine = _engine(text)
+    engine = engine_of(text)
     engine.only_if_whole("restored")
     for module in model.modules():
         if ENGINE in vars(module) or type(module) in MODELS:

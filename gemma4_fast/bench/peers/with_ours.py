@@ -64,7 +64,7 @@ class Peer:
         if self._kept is None or self._kept[0] != ids:
             self._kept = None
             cache = model.new_cache(batch, length + new)
-            for layer in {id(c): c for c in map(cache.layer, range(model.config.num_hidden_layers))}.values():
+            for layer in cache.own():
                 for t in (layer.k, layer.v):
                     if t is not None:
                         t.normal_()
