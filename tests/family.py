@@ -5,12 +5,15 @@ Imported by several tests. Shapes are small, but head dims, patterns and special
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from bounds import FLOOR, SLACK, InFp64, error, largest
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
 from gemma4_fast import Gemma4
@@ -72,6 +75,56 @@ def transformers_model(member: str) -> Gemma4ForCausalLM:
             else:
                 tensor.copy_(noise * tensor.shape[-1] ** -0.5)
     return model
+
+
+def widened(model: Any) -> Any:
+    """A copy of a model of transformers in fp64, to be called in `InFp64`.
+
+    RoPE frequencies and embedding scales keep the values that they have in fp32.
+    """
+    wide = copy.deepcopy(model).double()
+    wide.set_experts_implementation("eager")  # PyTorch's grouped_mm does not take fp64
+    return wide
+
+
+@functools.cache
+def wide_model(member: str) -> Gemma4ForCausalLM:
+    return widened(transformers_model(member))
+
+
+@torch.no_grad()
+def exact_logits(member: str, ids: Tensor, **kwargs: Any) -> Tensor:
+    """What transformers computes when nothing is rounded to fp32: the truth, in fp64."""
+    with InFp64():
+        return wide_model(member)(ids, **kwargs).logits
+
+
+@functools.cache
+def relative_loss() -> float:
+    """What transformers' eager models lose in fp32 on this machine, relative to the largest logit.
+
+    This is the most that any member of the family loses on one prompt.
+    """
+    ids, losses = prompt(3, 60), []
+    for member in MEMBERS:
+        truth = exact_logits(member, ids)
+        with torch.no_grad():
+            plain = transformers_model(member)(ids).logits
+        losses.append(error(plain, truth) / largest(truth))
+    return max(losses)
+
+
+def assert_near_eager(got: Tensor, eager: Tensor) -> None:
+    """`got` is what transformers' eager model computed, up to the rounding of both.
+
+    For fp32 results whose truth in fp64 is not at hand. Against the truth, eager's error is
+    `relative_loss()` of the scale, and the rule of bounds.py allows `SLACK` times that and `FLOOR`
+    to what is compared with it.
+    """
+    assert got.shape == eager.shape and got.dtype == eager.dtype
+    bound = ((1 + SLACK) * relative_loss() + FLOOR) * largest(eager)
+    off = error(got, eager)
+    assert off <= bound, f"they differ by {off:.3g}, allowed {bound:.3g}"  # fails for NaN too
 
 
 @functools.cache
