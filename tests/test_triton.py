@@ -309,7 +309,8 @@ def test_an_id_that_is_no_expert_adds_nothing(tokens: int, bits: int) -> None:
     args["ids"] = args["ids"].clone()
     args["ids"][:, 1], args["ids"][0] = 8, -1
     with use_backend("triton"):
-        torch.testing.assert_close(ops.moe(**args), ops.moe(**wanted))
+        verdict = Judge(ops.TABLE["moe"], wanted).of([ops.moe(**args)])
+    assert verdict.ok, verdict.message
 
 
 def test_more_tokens_of_one_expert_than_a_tile_has_rows() -> None:
