@@ -100,6 +100,7 @@ SLOW = {
     "moe_feed_forward": ["26b_one_token", "few", "int8"],
     "ple_gate": ["e2b_one_token", "e4b"],
     "embedding": ["e2b_per_layer"],
+    "sample": ["26b_slice"],
 }
 
 
