@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bounds import FLOOR, SLACK, InFp64, error, largest
+from bounds import FLOOR, SLACK, InFp64, assert_right, error, largest
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
@@ -100,29 +100,30 @@ def exact_logits(member: str, ids: Tensor, **kwargs: Any) -> Tensor:
 
 
 @functools.cache
-def relative_loss() -> float:
-    """What transformers' eager models lose in fp32 on this machine, relative to the largest logit.
+def relative_loss(member: str) -> float:
+    """What transformers' eager model loses in fp32 on this machine, relative to its largest logit."""
+    ids = prompt(3, 60)
+    truth = exact_logits(member, ids)
+    with torch.no_grad():
+        plain = transformers_model(member)(ids).logits
+    return error(plain, truth) / largest(truth)
 
-    This is the most that any member of the family loses on one prompt.
-    """
-    ids, losses = prompt(3, 60), []
-    for member in MEMBERS:
-        truth = exact_logits(member, ids)
-        with torch.no_grad():
-            plain = transformers_model(member)(ids).logits
-        losses.append(error(plain, truth) / largest(truth))
-    return max(losses)
+
+def assert_model_right(member: str, got: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """`got` obeys the rule of bounds.py, with eager's loss taken from more tokens than these."""
+    assert_right(got, eager, truth, loss=relative_loss(member) * largest(truth))
 
 
 def assert_near_eager(got: Tensor, eager: Tensor) -> None:
-    """`got` is what transformers' eager model computed, up to the rounding of both.
+    """`got` is what some member's eager model computed, up to the rounding of both.
 
     For fp32 results whose truth in fp64 is not at hand. Against the truth, eager's error is
-    `relative_loss()` of the scale, and the rule of bounds.py allows `SLACK` times that and `FLOOR`
+    `relative_loss` of the scale, and the rule of bounds.py allows `SLACK` times that and `FLOOR`
     to what is compared with it.
     """
     assert got.shape == eager.shape and got.dtype == eager.dtype
-    bound = ((1 + SLACK) * relative_loss() + FLOOR) * largest(eager)
+    loss = max(map(relative_loss, MEMBERS))
+    bound = ((1 + SLACK) * loss + FLOOR) * largest(eager)
     off = error(got, eager)
     assert off <= bound, f"they differ by {off:.3g}, allowed {bound:.3g}"  # fails for NaN too
 

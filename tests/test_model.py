@@ -13,6 +13,7 @@ import torch
 from bounds import FLOOR, assert_right, error, largest
 from family import (
     MEMBERS,
+    assert_model_right,
     exact_logits,
     fast_model,
     load_with_transformers,
@@ -109,7 +110,7 @@ def test_chunked_prefill_is_one_shot(member: str, chunk: int) -> None:
     session = Session(model, prompts, max_new_tokens=1, prefill_chunk=chunk)
     with torch.inference_mode():
         last = model.logits(session._prefill(None)[1])
-    assert_right(last, *ragged_last_logits(member))
+    assert_model_right(member, last, *ragged_last_logits(member))
 
 
 @torch.no_grad()
@@ -122,7 +123,7 @@ def assert_scores_right(member: str, generation: Generation) -> None:
         for logits in (their_logits(member, ids), exact_logits(member, ids))
     )
     assert generation.logprobs is not None
-    assert_right(torch.tensor(generation.logprobs), plain, truth)
+    assert_model_right(member, torch.tensor(generation.logprobs), plain, truth)
 
 
 @each_member
