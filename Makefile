@@ -62,8 +62,9 @@ bench: $(DEV_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
 	@# Without the setting above: a benchmark has the machine to itself, and others' threads are not to be slowed down by it.
 	env -u OMP_WAIT_POLICY $(BIN)/gemma4-fast bench all $(BENCH_ARGS)
 
-# ThreadSanitizer cannot see how OpenMP's threads wait for each other: it gets a program of its own, with std::thread.
-sanitize: $(SANITIZE)/threads-plain $(SANITIZE)/threads-native $(SANITIZE)/.lib-done $(DEV_DONE)
+# ThreadSanitizer gets a program of its own: it needs every library to be built for it, PyTorch too.
+sanitize: $(SANITIZE)/threads-plain $(SANITIZE)/threads-native $(SANITIZE)/pool $(SANITIZE)/.lib-done $(DEV_DONE)
+	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/pool
 	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/threads-plain
 	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/threads-native
 	@# libstdc++ beside libasan: else the exceptions that torch throws are unknown to it. A finding ends the process, and with
@@ -142,6 +143,10 @@ $(SANITIZE)/.lib-done: $(CSRC) setup.py $(shell find gemma4_fast kernels -name '
 		$(BIN)/python setup.py --quiet build --build-base $(SANITIZE)/tmp --build-lib $(SANITIZE)/lib
 	@ls $(SANITIZE)/lib/gemma4_fast/_cpu*.so >/dev/null
 	@touch $@
+
+$(SANITIZE)/pool: tests/sanitize/pool.cpp csrc/cpu/pool.cpp csrc/cpu/pool.h csrc/cpu/parallel.h
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -fsanitize=thread -O1 -g -pthread -Icsrc -DGEMMA4_ISA=plain $(filter %.cpp,$^) -o $@
 
 $(SANITIZE)/threads-native: TSAN := -march=native
 $(SANITIZE)/threads-%: tests/sanitize/threads.cpp $(CSRC)

@@ -22,6 +22,8 @@ ISAS = {"plain": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
 
+ONCE = ("torch_ops.cpp", "pool.cpp")  # of the CPU kernels' sources: compiled with plain flags, for all instruction sets
+
 # By its file: importing the package would need PyTorch, which is not there when a build is isolated.
 spec = importlib.util.spec_from_file_location("cuda_build", "gemma4_fast/cuda_build.py")
 assert spec is not None and spec.loader is not None
@@ -66,7 +68,7 @@ class BuildNative(build_ext):
         super().build_extension(ext)
 
     def build_kernels(self, ext: Extension, built: Path) -> None:
-        """Each kernel file once per instruction set, the torch-facing file once; see csrc/cpu/vec.h."""
+        """Each kernel file once per instruction set, those of ONCE once; see csrc/cpu/vec.h."""
         try:
             import ninja
             from ninja import ninja_syntax
@@ -104,8 +106,7 @@ class BuildNative(build_ext):
             n.variable("ldflags", os.environ.get("LDFLAGS", ""))
             objects = []
             for source in map(Path, ext.sources):
-                facing = source.name == "torch_ops.cpp"
-                for isa, flags in {"": torch_flags}.items() if facing else ISAS.items():
+                for isa, flags in {"": torch_flags}.items() if source.name in ONCE else ISAS.items():
                     target = f"{source.stem}.{isa or 'any'}.o"
                     flags += f" -DGEMMA4_ISA={isa}" if isa else ""
                     n.build(target, "compile", str(source.resolve()), variables={"flags": f"{common} {flags}"})
