@@ -93,10 +93,8 @@ def say_aloud(message: str) -> None:
             pass  # there is no terminal
 
 
-NO_COMPILER = (
-    "the C++ compiler is missing or failed "
-    "(to install one, Debian and Ubuntu: apt install g++; macOS: xcode-select --install)"
-)
+NO_COMPILER = """the C++ compiler is missing or failed
+    (to install one, Debian and Ubuntu: apt install g++; macOS: xcode-select --install)"""
 LEFT_OUT = """\
 {line}
 gemma4-fast was built WITHOUT:

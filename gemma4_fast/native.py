@@ -43,7 +43,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError as error:
         if error.name != _NAME:
             raise
-        return None, not_built("the C++ extension was", "a C++17 compiler")
+        return None, not_built("the C++ libraries were", "pybind11 and a C++17 compiler")
     except ImportError as error:
         return None, f"{_NAME} was built but does not load here: {error}"
 
@@ -118,26 +118,27 @@ def _installed(name: str) -> Path:
     return Path(__file__).with_name(name + str(sysconfig.get_config_var("EXT_SUFFIX")))
 
 
-def not_built(what: str, lacked: str) -> str:
-    """One sentence saying why a library is not there, and what to do.
+def not_built(what: str, needs: str) -> str:
+    """Says why a library is not there, and what to do.
 
-    what: its name and a verb, "the CPU kernels were". lacked: what its build may have lacked.
+    what: its name and a verb, "the CPU kernels were". needs: what must be there when it is built.
     """
     package = Path(__file__).parent
     source = package.parent
     if not ((source / "setup.py").is_file() and (source / "csrc").is_dir()):
         return (
-            f"{what} not built when gemma4-fast was installed: the build found no {lacked}. Type `pip install ninja pybind11 "
-            "setuptools`, then `pip install --no-build-isolation .` in gemma4-fast's source folder"
+            f"{what} not built when gemma4-fast was installed, which needs {needs}. Once those are "
+            "there, type `pip install --no-build-isolation .` in the source folder of gemma4-fast"
         )
     if (installed := _installed_elsewhere(package)) is not None:
         return (
-            f"Python was started in {source}, so it imported the sources there, for which {what} not built, and not the "
-            f"package installed in {installed}, which has them. Start Python in another folder"
+            f"Python was started in {source}, so it imported the sources there, for which {what} "
+            f"not built, and not the package installed in {installed}, for which they were. "
+            "Start Python in another folder"
         )
     return (
-        f"{what} not built in {source}, from where gemma4_fast was imported. Type "
-        f"`pip install --no-build-isolation -e .` there; the build needs {lacked.replace(' or a', ' and a')}"
+        f"{what} not built in {source}, from where gemma4_fast was imported; that needs {needs}. "
+        "Once those are there, type `pip install --no-build-isolation -e .` in that folder"
     )
 
 
@@ -159,7 +160,8 @@ def kernels_missing() -> str | None:
         return reason
     library = _installed("_cpu")
     if not library.exists():
-        return not_built("the CPU kernels were", "PyTorch 2.10 or newer, ninja, or a C++17 compiler")
+        needs = "PyTorch 2.10 or newer, ninja and a C++17 compiler"
+        return not_built("the CPU kernels were", needs)
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
