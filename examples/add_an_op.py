@@ -56,7 +56,7 @@ with use_backend("reference"):
     difference = (y - op(x, 30.0)).abs().max().item()
 print(f"softcap runs on {backend}; largest difference from the reference: {difference:.1e}")
 
-# The judge compares it with the reference in fp64. It may lose at most twice what plain PyTorch loses.
+# The judge compares it with the reference in fp64. It may lose twice what plain PyTorch does.
 for case in op.cases:
     for dtype in (torch.float32, torch.bfloat16):
         verdict = Judge(op, op.inputs(case, dtype))(op)
