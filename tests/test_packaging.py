@@ -9,7 +9,6 @@ import platform
 import re
 import runpy
 import shutil
-import site
 import subprocess
 import sys
 import sysconfig
@@ -154,7 +153,8 @@ def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # which is installed as editable, stays out.
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     purelib = run(python, "-c", code, cwd=folder)
-    Path(purelib.strip(), "outer.pth").write_text("\n".join(site.getsitepackages()))
+    outer = [entry for entry in sys.path if entry.endswith("-packages")]
+    Path(purelib.strip(), "outer.pth").write_text("\n".join(outer))
     return python.parent
 
 
