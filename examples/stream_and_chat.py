@@ -14,7 +14,7 @@ for piece in model.stream("It is a truth universally acknowledged", max_new_toke
 print()
 
 # A prompt may also be a list of messages. The model sees the whole conversation at each turn.
-messages = []
+messages: list[dict[str, str | None]] = []
 for question in ("What is your name?", "Where do you live?"):
     messages.append({"role": "user", "content": question})
     print(f"> {question}")
