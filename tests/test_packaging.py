@@ -74,7 +74,7 @@ sys.path.insert(0, sys.argv[1])
 
 def members(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
-        return set(archive.namelist())
+        return {name for name in archive.namelist() if not name.endswith("/")}
 
 
 def native_members(wheel: Path) -> list[str]:
