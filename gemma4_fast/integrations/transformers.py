@@ -22,11 +22,12 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from gemma4_fast import ops
 from gemma4_fast.errors import UnsupportedError
 from gemma4_fast.integrations.binding import output_class, unpack
-from gemma4_fast.integrations.engine import GRADIENTS, SERVED, Call, Engine, Tokens, given_of
+from gemma4_fast.integrations.engine import ALL_LEFT, GRADIENTS, SERVED, Call, Engine, Tokens, given_of
 from gemma4_fast.integrations.interfaces import is_transformed
 from gemma4_fast.integrations.kv_cache import CACHE, Gemma4Cache
 from gemma4_fast.layers import model_ops
 from gemma4_fast.model import Gemma4
+from gemma4_fast.ops.table import warn_if_slow
 from gemma4_fast.quant import parse_quantize
 from gemma4_fast.verify import verify
 
@@ -460,10 +461,11 @@ def _take(text: nn.Module, engine: Engine, quantize: str | None, check: bool | s
     if reason is not None:
         if quantize is not None:
             raise UnsupportedError(f"this model cannot be quantized: {reason}")
-        engine.decline(reason)
+        engine.decline(reason, ALL_LEFT)
         return
     native = cast(Gemma4, engine.native)
     with ops.default_backend(engine.backend):
+        warn_if_slow(native.device, native.dtype, "accelerate makes nothing faster: ")
         ops.require(native.device, native.dtype, model_ops(native.config))
     if quantize is not None:
         engine.moving(text, False)
