@@ -19,12 +19,13 @@ from gemma4_fast import ops, terminal
 from gemma4_fast.bench import compare as comparing
 from gemma4_fast.bench import html, markdown, memory, model, plots, rows, scale, show
 from gemma4_fast.bench import ops as op_rows
-from gemma4_fast.bench.machine import free_bytes, label, machine, memory_limit
+from gemma4_fast.bench.machine import label, machine, memory_limit
 from gemma4_fast.bench.plan import OURS, PEERS, Plan, fitting, process_of, processes, room_for, workloads
 from gemma4_fast.bench.recorder import Recorder
 from gemma4_fast.bench.rows import Row
 from gemma4_fast.bench.timing import RATE_DTYPES, Roofline
 from gemma4_fast.config import PRESETS, Gemma4Config
+from gemma4_fast.memory import Load, free_bytes, require
 from gemma4_fast.model import parse_device, parse_dtype
 
 PROMPTS = [128, 512]  # tokens
@@ -211,6 +212,16 @@ def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> Pla
         if w.length + w.new * (args.rounds + 2) > config.max_position_embeddings:
             limit = config.max_position_embeddings
             raise ValueError(f"{w.length} tokens and {args.rounds} rounds of {w.new} exceed this model's {limit} positions")
+    if not args.ignore_memory:
+        load = Load(
+            config=config,
+            dtype=dtype,
+            quantize=args.quantize,
+            context=max(w.length + w.new for w in asked),
+            batch=max(w.batch for w in asked),
+            check=args.check != "off",
+        )
+        require(load, device, f"{name}, {config.num_hidden_layers} layers,", command_line=True)
     return Plan(
         config, name, dtype, device, asked, peers, own_contenders(args.backend), path, args.quantize, args.rounds,
         args.check != "off", args.seed, pythons,
@@ -265,7 +276,7 @@ def everything(args: Namespace, device: torch.device, dtype: torch.dtype) -> int
     given = Namespace(
         **{k: v for k, v in vars(args).items() if k != "config"}, op=[], case=[], rivals=False, axis=[], points=None,
         context=None, depth=[], layers=None, vocab=None, model=None, quantize=None, check="quick", batch=[1], prompt=PROMPTS,
-        decode=32, rounds=3,
+        decode=32, rounds=3, ignore_memory=False,
     )  # fmt: skip
     parts = []
     for name in ("cache", "ops", "scale", "model"):
