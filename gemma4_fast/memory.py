@@ -62,7 +62,7 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 
 def _available_elsewhere() -> int | None:
     try:
-        import psutil  # type: ignore[import-untyped, unused-ignore]
+        import psutil
     except ModuleNotFoundError:
         return installed_bytes()
     return int(psutil.virtual_memory().available)
