@@ -176,7 +176,7 @@ def test_explain_takes_an_accelerated_model() -> None:
     found = explain(fast)
     assert (found.device, found.dtype) == ("cpu", "float32")
     backends = {choice.op: choice.backend for choice in found.choices}
-    assert backends["linear"] == "torch" and "moe" in backends and "ple_gate" not in backends
+    assert backends["linear"] == "torch" and "moe_feed_forward" in backends and "ple_gate" not in backends
     assert explain(fast.model).to_dict() == found.to_dict()
 
 

@@ -301,7 +301,7 @@ def test_info_answers_the_question_in_a_sentence(
         "7 tokens/s (an estimate: a step reads 2.9 GiB, and memory was just read at 20.0 GiB/s)."
     )
     monkeypatch.setattr(info, "read_rate", lambda device, free: 2000.0 * GIB)
-    assert "at about 698 tokens/s" in answered(capsys, "--quantize", "int4", "--context", "32K")["answer"]
+    assert "at about 697 tokens/s" in answered(capsys, "--quantize", "int4", "--context", "32K")["answer"]
     main(["info", "--model", "26b-a4b", "--device", "cpu", "--quantize", "int4"])
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("26B-A4B in int4 with a context of 4K needs 14.") and "it fits" in last
