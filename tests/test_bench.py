@@ -25,7 +25,7 @@ import torch
 from gemma4_fast import ops
 from gemma4_fast.arguments import parser
 from gemma4_fast.bench import command, compare, memory, model, plan, process, rows, scale, timing
-from gemma4_fast.bench.machine import label, memory_limit
+from gemma4_fast.bench.machine import available_bytes, label, memory_limit
 from gemma4_fast.bench.ops import BlockMaker, Case, OpBench
 from gemma4_fast.bench.recorder import Recorder, fault
 from gemma4_fast.bench.rivals import Way
@@ -33,7 +33,6 @@ from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.cache import KVCache
 from gemma4_fast.cli import COMMANDS, main
 from gemma4_fast.config import PRESETS
-from gemma4_fast.memory import available_bytes
 from gemma4_fast.reference import ops as reference
 
 CPU = torch.device("cpu")

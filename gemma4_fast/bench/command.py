@@ -19,13 +19,13 @@ from gemma4_fast import ops, terminal
 from gemma4_fast.bench import compare as comparing
 from gemma4_fast.bench import html, markdown, memory, model, plots, rows, scale, show
 from gemma4_fast.bench import ops as op_rows
-from gemma4_fast.bench.machine import label, machine, memory_limit
+from gemma4_fast.bench.machine import free_bytes, label, machine, memory_limit
 from gemma4_fast.bench.plan import OURS, PEERS, Plan, fitting, process_of, processes, room_for, workloads
 from gemma4_fast.bench.recorder import Recorder
 from gemma4_fast.bench.rows import Row
 from gemma4_fast.bench.timing import RATE_DTYPES, Roofline
 from gemma4_fast.config import PRESETS, Gemma4Config
-from gemma4_fast.memory import Load, free_bytes, require
+from gemma4_fast.memory import Load, require
 from gemma4_fast.model import parse_device, parse_dtype
 
 PROMPTS = [128, 512]  # tokens
@@ -276,12 +276,12 @@ def everything(args: Namespace, device: torch.device, dtype: torch.dtype) -> int
     given = Namespace(
         **{k: v for k, v in vars(args).items() if k != "config"}, op=[], case=[], rivals=False, axis=[], points=None,
         context=None, depth=[], layers=None, vocab=None, model=None, quantize=None, check="quick", batch=[1], prompt=PROMPTS,
-        decode=32, rounds=3, ignore_memory=False,
+        decode=32, rounds=3,
     )  # fmt: skip
     parts = []
     for name in ("cache", "ops", "scale", "model"):
         config = [] if name == "cache" else args.config
-        parts.append(WORK[name](Namespace(**vars(given), config=config), device, dtype))
+        parts.append(WORK[name](Namespace(**vars(given), config=config, ignore_memory=False), device, dtype))
     plots.require()
     pages.mkdir(parents=True, exist_ok=True)
     part.unlink(missing_ok=True)

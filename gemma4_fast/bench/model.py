@@ -21,6 +21,7 @@ import torch
 
 from gemma4_fast import terminal
 from gemma4_fast.bench.gguf_file import write_gguf
+from gemma4_fast.bench.machine import free_bytes
 from gemma4_fast.bench.plan import (
     FROM_FILES,
     GGUF,
@@ -39,7 +40,6 @@ from gemma4_fast.bench.recorder import fault
 from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.bench.timing import Roofline, Stopwatch, rotated
 from gemma4_fast.errors import UnsupportedError
-from gemma4_fast.memory import free_bytes
 from gemma4_fast.model import Gemma4, weights_size
 
 PATIENCE = 30.0  # seconds that all turns of one contender with one workload may take together
@@ -124,13 +124,7 @@ class ModelBench:
             return None
         self.progress("writing the weights to a checkpoint")
         try:
-            model = Gemma4.dummy(
-                plan.config,
-                dtype=plan.dtype,
-                device=plan.device,
-                seed=plan.seed,
-                check_memory=False,
-            )
+            model = Gemma4.dummy(plan.config, dtype=plan.dtype, device=plan.device, seed=plan.seed)
             model.save_pretrained(self.scratch / "checkpoint")
         except (MemoryError, OSError, RuntimeError) as e:
             self._rule_out(FROM_FILES, fault(e))

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gemma4_fast.bench.machine import free_bytes
 from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.errors import UnsupportedError
-from gemma4_fast.memory import free_bytes
 from gemma4_fast.ops import shared_step
 from gemma4_fast.quant import QuantizedWeight
 
