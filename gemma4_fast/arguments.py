@@ -160,6 +160,7 @@ def _bench(command: Callable[..., Parser]) -> None:
     _cases(p)
     _peers(p)
     p.add_argument("--config", metavar="M", default="26b-a4b", help="member for the model benchmark (default 26b-a4b)")
+    _memory(p)
     p.add_argument("--minutes", metavar="M", type=count, default=10, help="after which nothing more is begun (default 10)")
     p.add_argument("--results", metavar="DIR", type=path, default=Path("bench/results"),
                    help="folder that gets a folder for this machine (default bench/results)")  # fmt: skip

@@ -281,7 +281,7 @@ def everything(args: Namespace, device: torch.device, dtype: torch.dtype) -> int
     parts = []
     for name in ("cache", "ops", "scale", "model"):
         config = [] if name == "cache" else args.config
-        parts.append(WORK[name](Namespace(**vars(given), config=config, ignore_memory=False), device, dtype))
+        parts.append(WORK[name](Namespace(**vars(given), config=config), device, dtype))
     plots.require()
     pages.mkdir(parents=True, exist_ok=True)
     part.unlink(missing_ok=True)
