@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -406,6 +407,7 @@ def meta_model(config: Gemma4Config, dtype: torch.dtype = torch.bfloat16, quanti
     return model if quantize is None else model.quantize(quantize)
 
 
+@functools.cache  # building the shapes takes some 40 ms
 def weights_size(config: Gemma4Config, dtype: torch.dtype, quantize: str | None = None) -> int:
     """Bytes of the model's weights."""
     return sum(t.nbytes for t in meta_model(config, dtype, quantize).state_dict().values())
