@@ -61,7 +61,8 @@ def explain(
 
     model: a Gemma4, or a model of transformers that `accelerate` has been given.
     device None: the GPU if there is one. Outside a model the selection of `use_backend` in force counts.
-    ValueError: another object. UnsupportedError: an accelerated model that transformers' own code runs, and why.
+    ValueError: another object. UnsupportedError: an accelerated model that transformers' own code
+    runs, and why.
     """
     from gemma4_fast.model import parse_device, parse_dtype
 
@@ -79,9 +80,11 @@ def _native(model: Any) -> Gemma4:
     if isinstance(model, Gemma4):
         return model
     if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"expected a Gemma4 or an accelerated model of transformers, got {type(model).__name__}")
+        got = type(model).__name__
+        raise ValueError(f"expected a Gemma4 or an accelerated model of transformers, got {got}")
     if "gemma4_fast.integrations.transformers" not in sys.modules:  # which accelerates models
-        raise ValueError(f"this {type(model).__name__} is not accelerated: see gemma4_fast.accelerate")
+        kind = type(model).__name__
+        raise ValueError(f"this {kind} is not accelerated: see gemma4_fast.accelerate")
     from gemma4_fast.integrations.beside import native_of
 
     return native_of(model)

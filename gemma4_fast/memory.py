@@ -334,12 +334,8 @@ def require(
         return
     advice = found.advice(command_line=command_line)
     if not found.is_impossible:
-        need = found.need
-        log.warning(
-            "gemma4_fast: %s, so memory may run out (weights %s, cache %s, process %s, check %s). %s",
-            *(found, gib(need.weights), gib(need.cache), gib(need.process), gib(need.check)),
-            advice,
-        )
+        parts = ", ".join(f"{name} {gib(count)}" for name, count in vars(found.need).items())
+        log.warning("gemma4_fast: %s, so memory may run out (%s). %s", found, parts, advice)
         return
     anyway = "--ignore-memory" if command_line else "check_memory=False"
     raise UnsupportedError(
@@ -364,7 +360,7 @@ def warn_to_quantize(model: nn.Module, bits: int) -> None:
     free = free_bytes(device)
     if free is not None and max(copies) > free:
         log.warning(
-            "gemma4_fast: memory may run out: quantizing the largest weight takes %s, and %s are free",
+            "gemma4_fast: memory may run out: the largest quantized weight takes %s, %s are free",
             gib(max(copies)),
             gib(free),
         )

@@ -79,12 +79,14 @@ class Gemma4(nn.Module):
         check: True compares one layer of each kind with the reference before returning and raises SelfCheckError if it is
         wrong; "full" compares every layer and the whole model; False does neither. load_format "dummy" reads config.json
         only and fills in seeded random weights.
-        check_memory: before any weights are read or downloaded, compare what the model needs with the memory that is free:
-        its weights, the cache of one sequence of 4096 tokens, 0.5 GiB for the process, and the self-check. If the weights
-        alone do not fit, UnsupportedError says what would; if only the sum does not, a warning does. False skips this.
+        check_memory: before any weights are read or downloaded, compare what the model needs with
+        the memory that is free: its weights, the cache of one sequence of 4096 tokens, 0.5 GiB for
+        the process, and the self-check. If the weights alone do not fit, UnsupportedError says what
+        would; if only the sum does not, a warning does. False skips this.
 
-        Errors: CheckpointError (files), UnsupportedError (backend cannot run here, not enough memory), ValueError
-        (arguments); nothing is loaded before those that can be known beforehand.
+        Errors: CheckpointError (files), UnsupportedError (the backend cannot run here, or there is
+        not enough memory), ValueError (arguments). Nothing is loaded before those that can be known
+        beforehand.
         """
         from gemma4_fast import memory, weights
         from gemma4_fast.verify import verify
@@ -137,8 +139,9 @@ class Gemma4(nn.Module):
         seed: int = 0,
         check_memory: bool = True,
     ) -> Gemma4:
-        """A model with seeded random weights of the right scale, made on the device: for benchmarks at true shapes.
+        """A model with seeded random weights of the right scale, made on the device.
 
+        It is for benchmarks at true shapes.
         check_memory: as in `from_pretrained`.
         """
         from gemma4_fast import memory, weights
@@ -339,7 +342,8 @@ class Gemma4(nn.Module):
 
         ValueError, before any work, for values out of range and for a prompt and output that
         exceed the model's positions. The cache stays with the model for its next call with as many
-        prompts, if it takes at most an eighth of the weights' bytes; `model.spares.clear()` frees it.
+        prompts, if it takes at most an eighth of the weights' bytes; `model.spares.clear()` frees
+        it.
         """
         from gemma4_fast.generate import generate
 

@@ -16,7 +16,7 @@ import torch
 import gemma4_fast
 from gemma4_fast import native, terminal
 from gemma4_fast.memory import available_bytes
-from gemma4_fast.memory import free_bytes as free_bytes  # other modules here import it from this one
+from gemma4_fast.memory import free_bytes as free_bytes  # others here import it from this file
 
 
 def _output(*command: str, cwd: Path | None = None) -> str | None:

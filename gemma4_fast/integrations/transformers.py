@@ -21,8 +21,9 @@ try:
     from transformers.models.gemma4_unified import modeling_gemma4_unified
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 except ImportError as error:  # it is not installed, or too old
+    install = "pip install 'gemma4-fast[transformers]'"
     raise ImportError(
-        f"accelerate needs transformers 5.17 or newer: pip install 'gemma4-fast[transformers]' ({error})",
+        f"accelerate needs transformers 5.17 or newer: {install} ({error})",
         name=error.name,
     ) from error
 
