@@ -15,9 +15,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.models.gemma4 import modeling_gemma4
-from transformers.models.gemma4_unified import modeling_gemma4_unified
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+try:
+    from transformers.models.gemma4 import modeling_gemma4
+    from transformers.models.gemma4_unified import modeling_gemma4_unified
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+except ImportError as error:  # it is not installed, or too old
+    install = "pip install 'gemma4-fast[transformers]'"
+    raise ImportError(
+        f"accelerate needs transformers 5.17 or newer: {install} ({error})",
+        name=error.name,
+    ) from error
 
 from gemma4_fast import ops
 from gemma4_fast.errors import UnsupportedError
