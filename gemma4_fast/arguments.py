@@ -14,6 +14,8 @@ from gemma4_fast import __version__
 PROGRAM = "gemma4-fast"
 SEEDS = 2**63  # below this
 MOST_THREADS = 4096
+# The values of --check, and the argument `check` of `Gemma4.from_pretrained` that each stands for.
+CHECKS: dict[str, bool | str] = {"auto": True, "quick": "quick", "full": "full", "off": False}
 Command = Callable[[Namespace], int]
 
 
@@ -22,6 +24,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Takes words of the prompt that follow an option too: `generate It --seed 3 is so`."""
+        found, rest = super().parse_known_args(args, namespace)
+        if hasattr(found, "words") and not any(word.startswith("-") for word in rest):
+            found.words += rest
+            rest = []
+        return found, rest
 
 
 def count(text: str) -> int:
@@ -105,8 +115,16 @@ def parser(commands: Mapping[str, Command]) -> Parser:
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, summary: str, *groups: Callable[[Parser], None], description: str | None = None) -> Parser:
-        added: Parser = subparsers.add_parser(name, help=summary, description=description or summary)
+    def command(
+        name: str,
+        summary: str,
+        *groups: Callable[[Parser], None],
+        description: str | None = None,
+        epilog: str | None = None,
+    ) -> Parser:
+        added: Parser = subparsers.add_parser(
+            name, help=summary, description=description or summary, epilog=epilog
+        )
         added.set_defaults(run=commands[name])
         for group in groups:
             group(added)
@@ -115,15 +133,27 @@ def parser(commands: Mapping[str, Command]) -> Parser:
     command("demo", "text, speed, kernels and the self-check in half a minute", _model, _load, _sample)
     p = command(
         "generate", "continue a text", _model, _load, _sample,
-        description="Continue a text. The prompt is taken as it is; `chat` puts it into the model's chat template.",
+        description="Continue a text. The prompt is taken as it is; `chat` puts it into the model's "
+        "chat template.",
     )  # fmt: skip
-    source = p.add_mutually_exclusive_group()
-    source.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text; without it, standard input is read")
-    source.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file (a last line break is cut off)")
+    p.add_argument(
+        "words",
+        nargs="*",
+        metavar="PROMPT",
+        help="the text: several words form one prompt; - or none: standard input is read",
+    )
+    p.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="read the prompt from a file (a last line break is cut off)",
+    )
     p = command(
         "chat", "talk with the model", _model, _load, _sample,
-        description="Talk with the model, by the checkpoint's chat template. Standard input that is no terminal is "
-        "taken a line a turn. /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer.",
+        description="Talk with the model, by the checkpoint's chat template. Standard input that is no "
+        "terminal is taken a line a turn.",
+        epilog="In the conversation: /continue goes on with an answer that was cut off, /reset forgets "
+        "the conversation, /save FILE and /load FILE keep it, /think on|off, /help, /quit. Without "
+        "--max-new-tokens an answer is limited only by the model's context.",
     )  # fmt: skip
     p.add_argument("--system", metavar="TEXT", help="what the model is told about its part")
     p = command("check", "compare the model with the reference, layer by layer (exit code 0 or 1)", _model)
@@ -292,14 +322,20 @@ def _model(p: Parser) -> None:
 
 def _load(p: Parser) -> None:
     p.add_argument(
-        "--check", choices=("quick", "full", "off"), default="quick",
-        help="self-check before use: quick (default; one layer of each kind), full (all), off",
-    )  # fmt: skip
+        "--check",
+        choices=tuple(CHECKS),
+        default="auto",
+        help="self-check before use: auto (default; quick, or an earlier verdict that still holds), "
+        "quick (one layer of each kind), full (every layer), off",
+    )
+    p.add_argument(
+        "--no-check", dest="check", action="store_const", const="off", help="the same as --check off"
+    )
 
 
 def _sample(p: Parser) -> None:
     g = p.add_argument_group("generation (defaults are the checkpoint's recommendations)")
-    g.add_argument("--max-new-tokens", metavar="N", type=count, help="end after so many tokens")
+    g.add_argument("--max-new-tokens", metavar="N", type=count, help="end after so many tokens, at most what the context leaves")
     g.add_argument("--temperature", metavar="T", type=float, help="0: always the likeliest token")
     g.add_argument("--top-k", metavar="K", type=int, help="only the K likeliest tokens (0: all)")
     g.add_argument("--top-p", metavar="P", type=float, help="only the likeliest tokens that make up P of the probability")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma4_fast import terminal
-from gemma4_fast.arguments import PROGRAM, parser
+from gemma4_fast.arguments import CHECKS, PROGRAM, parser
 from gemma4_fast.errors import CheckpointError, SelfCheckError, UnsupportedError, out_of_memory
 
 if TYPE_CHECKING:
@@ -147,8 +147,13 @@ def prepare(args: Namespace) -> None:
         raise ValueError("--stop needs some text")
 
 
-def load(args: Namespace, path: Path, level: str, tokenizer: Tokenizer | None = None) -> Loaded:
-    """The model, checked at `level` ("off" for not at all). SelfCheckError if it is wrong."""
+def load(
+    args: Namespace, path: Path, check: bool | str, tokenizer: Tokenizer | None = None
+) -> Loaded:
+    """The model, checked if `check` says so, as in `Gemma4.from_pretrained`.
+
+    SelfCheckError if it is wrong.
+    """
     from gemma4_fast.model import Gemma4
 
     start = time.perf_counter()
@@ -156,7 +161,8 @@ def load(args: Namespace, path: Path, level: str, tokenizer: Tokenizer | None = 
     model = Gemma4.from_pretrained(path, **options, check=False)
     model._tokenizer = tokenizer  # large ones take a second to read
     loaded = Loaded(model, None, time.perf_counter() - start, 0.0)
-    if level != "off":
+    if check:
+        level = "full" if check == "full" else "quick"
         loaded.report, loaded.check_s = checked(model, level)
         loaded.report.raise_if_wrong()
     return loaded
@@ -176,22 +182,29 @@ def demo(args: Namespace) -> int:
     from gemma4_fast.demo import Demo
 
     prepare(args)
-    loaded = load(args, locate(args.model), args.check)
+    loaded = load(args, locate(args.model), CHECKS[args.check])
     return Demo(loaded.model, args, loaded.report).run()
 
 
 def read_prompt(args: Namespace) -> str:
-    """From the argument, the file, or standard input; from the last two without the line break at the end."""
-    if args.prompt is not None:
-        text: str = args.prompt
-    elif args.prompt_file is not None:
+    """From the arguments, the file, or standard input; from the last two without a last line break."""
+    words: list[str] = args.words
+    if words and args.prompt_file is not None:
+        raise ValueError("expected one prompt, got words and --prompt-file; give one of them")
+    if args.prompt_file is not None:
         try:
             text = Path(args.prompt_file).read_text(encoding="utf-8").removesuffix("\n")
         except UnicodeDecodeError as e:
             raise ValueError(f"{args.prompt_file}: not UTF-8 text (byte {e.start})") from e
-    elif sys.stdin.isatty():
-        raise ValueError("no prompt: give it as an argument, with --prompt-file, or on standard input")
+    elif words and words != ["-"]:
+        text = " ".join(words)
+    elif not words and sys.stdin.isatty():
+        raise ValueError(
+            "no prompt: give it as an argument, with --prompt-file, or on standard input"
+        )
     else:
+        if sys.stdin.isatty():
+            terminal.note(f"{PROGRAM}: reading the prompt; Ctrl-D on an empty line ends it")
         try:
             text = sys.stdin.read().removesuffix("\n")
         except UnicodeDecodeError as e:
@@ -201,18 +214,30 @@ def read_prompt(args: Namespace) -> str:
     return text
 
 
-def encode(path: Path, prompt: str, wanted: int | None) -> tuple[Tokenizer, list[int]]:
-    """The prompt's token ids. ValueError if prompt and output exceed the context: found out before a model is loaded."""
+def encode(path: Path, prompt: str, wanted: int | None) -> tuple[Tokenizer, list[int], int | None]:
+    """The tokenizer, the prompt's token ids, and `wanted` new tokens or as many as there is room for.
+
+    ValueError if the prompt fills the context: found out before a model is loaded.
+    """
     from gemma4_fast.config import Gemma4Config
     from gemma4_fast.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_pretrained(path)
-    ids, limit = tokenizer.encode(prompt), Gemma4Config.from_pretrained(path).max_position_embeddings
-    if len(ids) + (wanted or 1) > limit:
+    ids = tokenizer.encode(prompt)
+    limit = Gemma4Config.from_pretrained(path).max_position_embeddings
+    room = limit - len(ids)
+    if room < 1:
         raise ValueError(
-            f"a prompt of {len(ids)} tokens and {wanted or 1} to generate exceed the model's context of {limit} tokens"
+            f"a prompt of {len(ids)} tokens leaves no room for an answer in the model's context of "
+            f"{limit} tokens"
         )
-    return tokenizer, ids
+    if wanted is not None and wanted > room:
+        terminal.note(
+            f"{PROGRAM}: --max-new-tokens {wanted} exceeds what the context of {limit} tokens leaves "
+            f"after a prompt of {len(ids)}: it is taken as {room}"
+        )
+        wanted = room
+    return tokenizer, ids, wanted
 
 
 def generate(args: Namespace) -> int:
@@ -221,12 +246,13 @@ def generate(args: Namespace) -> int:
     prepare(args)
     prompt = read_prompt(args)
     path = locate(args.model)
-    tokenizer, ids = encode(path, prompt, args.max_new_tokens)
-    loaded = load(args, path, args.check, tokenizer)
+    tokenizer, ids, room = encode(path, prompt, args.max_new_tokens)
+    loaded = load(args, path, CHECKS[args.check], tokenizer)
     model = loaded.model
     used = secrets.randbits(48) if args.seed is None else args.seed
     given = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p")}
-    session = Session(model, [ids], max_new_tokens=args.max_new_tokens, sampling=default_sampling(model, **given), seed=used)
+    sampling = default_sampling(model, **given)
+    session = Session(model, [ids], max_new_tokens=room, sampling=sampling, seed=used)
     long = len(ids) > session.prefill_chunk  # a shorter prompt runs in one piece, and a bar would jump from 0 to 1
     with terminal.progress_bar("reading the prompt", shown=long) as bar:
 
@@ -244,7 +270,10 @@ def generate(args: Namespace) -> int:
     result = stream.result
     if not args.json:
         print("" if (result.text or "").endswith("\n") else "\n", end="", flush=True)
-        terminal.note(f"[{terminal.timing_line(result, len(ids))}; seed {used}]")
+        cut = ""
+        if result.finish_reason == "length":
+            cut = f"; cut off after {session.max_new_tokens} tokens (--max-new-tokens)"
+        terminal.note(f"[{terminal.timing_line(result, len(ids))}; seed {used}{cut}]")
         return 0
     from gemma4_fast.explain import explain
 
@@ -281,12 +310,12 @@ def chat(args: Namespace) -> int:
     tokenizer = Tokenizer.from_pretrained(path)
     if tokenizer.chat_template is None:
         raise CheckpointError(f"{path}: has no chat template, so it is a base model: use `{PROGRAM} generate`")
-    return Chat(load(args, path, args.check, tokenizer).model, args).run()
+    return Chat(load(args, path, CHECKS[args.check], tokenizer).model, args).run()
 
 
 def check(args: Namespace) -> int:
     prepare(args)
-    report, _ = checked(load(args, locate(args.model), "off").model, args.level, args.seed)
+    report, _ = checked(load(args, locate(args.model), check=False).model, args.level, args.seed)
     print(report.to_json() if args.json else report)
     return 0 if report.ok else 1
 

@@ -7,7 +7,6 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -91,6 +90,8 @@ def sampling_dict(sampling: Sampling) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Of this package, Python and the libraries that decide what runs; None for one that is not installed."""
+    from importlib import metadata
+
     import torch
 
     from gemma4_fast import __version__
