@@ -123,7 +123,10 @@ def parser(commands: Mapping[str, Command]) -> Parser:
         epilog: str | None = None,
     ) -> Parser:
         added: Parser = subparsers.add_parser(
-            name, help=summary, description=description or summary, epilog=epilog
+            name,
+            help=summary,
+            description=description or summary,
+            epilog=epilog,
         )
         added.set_defaults(run=commands[name])
         for group in groups:
@@ -133,8 +136,8 @@ def parser(commands: Mapping[str, Command]) -> Parser:
     command("demo", "text, speed, kernels and the self-check in half a minute", _model, _load, _sample)
     p = command(
         "generate", "continue a text", _model, _load, _sample,
-        description="Continue a text. The prompt is taken as it is; `chat` puts it into the model's "
-        "chat template.",
+        description="Continue a text. The prompt is taken as it is; `chat` puts it into "
+        "the model's chat template.",
     )  # fmt: skip
     p.add_argument(
         "words",
@@ -149,11 +152,11 @@ def parser(commands: Mapping[str, Command]) -> Parser:
     )
     p = command(
         "chat", "talk with the model", _model, _load, _sample,
-        description="Talk with the model, by the checkpoint's chat template. Standard input that is no "
-        "terminal is taken a line a turn.",
-        epilog="In the conversation: /continue goes on with an answer that was cut off, /reset forgets "
-        "the conversation, /save FILE and /load FILE keep it, /think on|off, /help, /quit. Without "
-        "--max-new-tokens an answer is limited only by the model's context.",
+        description="Talk with the model, by the checkpoint's chat template. Standard input "
+        "that is no terminal is taken a line a turn.",
+        epilog="In the conversation: /continue goes on with an answer that was cut off, "
+        "/reset forgets the conversation, /save FILE and /load FILE keep it, /think on|off, "
+        "/help, /quit. Without --max-new-tokens only the model's context limits an answer.",
     )  # fmt: skip
     p.add_argument("--system", metavar="TEXT", help="what the model is told about its part")
     p = command("check", "compare the model with the reference, layer by layer (exit code 0 or 1)", _model)
@@ -325,17 +328,26 @@ def _load(p: Parser) -> None:
         "--check",
         choices=tuple(CHECKS),
         default="auto",
-        help="self-check before use: auto (default; quick, or an earlier verdict that still holds), "
-        "quick (one layer of each kind), full (every layer), off",
+        help="self-check before use: auto (default; quick, or an earlier verdict that still "
+        "holds), quick (one layer of each kind), full (every layer), off",
     )
     p.add_argument(
-        "--no-check", dest="check", action="store_const", const="off", help="the same as --check off"
+        "--no-check",
+        dest="check",
+        action="store_const",
+        const="off",
+        help="the same as --check off",
     )
 
 
 def _sample(p: Parser) -> None:
     g = p.add_argument_group("generation (defaults are the checkpoint's recommendations)")
-    g.add_argument("--max-new-tokens", metavar="N", type=count, help="end after so many tokens, at most what the context leaves")
+    g.add_argument(
+        "--max-new-tokens",
+        metavar="N",
+        type=count,
+        help="end after so many tokens, at most what the context leaves",
+    )
     g.add_argument("--temperature", metavar="T", type=float, help="0: always the likeliest token")
     g.add_argument("--top-k", metavar="K", type=int, help="only the K likeliest tokens (0: all)")
     g.add_argument("--top-p", metavar="P", type=float, help="only the likeliest tokens that make up P of the probability")

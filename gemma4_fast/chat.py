@@ -164,8 +164,10 @@ class Conversation:
         self.turns.pop()
 
     def drop_oldest(self) -> list[int] | None:
-        """Forget the oldest turn -> the shorter prompt for the newest turn's answer, or for the rest
-        of it. None if only the newest turn is left."""
+        """Forget the oldest turn -> the shorter prompt for the newest turn's answer, or its rest.
+
+        None if only the newest turn is left.
+        """
         if len(self.turns) < 2:
             return None
         self.turns.pop(0)
@@ -212,9 +214,8 @@ class Conversation:
         texts = [(m["role"], _text(m["content"])) for m in messages]
         system = texts.pop(0)[1] if texts[0][0] in ("system", "developer") else None
         roles = [role for role, _ in texts]
-        if not roles or any(
-            role not in (("user",), ("assistant", "model"))[i % 2] for i, role in enumerate(roles)
-        ):
+        asked, answered = set(roles[::2]), set(roles[1::2])
+        if asked != {"user"} or not answered <= {"assistant", "model"}:
             raise ValueError(
                 "expected messages of user and assistant in turns, after at most one of system, "
                 f"got {', '.join(role for role, _ in texts[:6]) or 'none of them'}"
@@ -332,8 +333,8 @@ class Chat:
         self.paused: Reply | None = None  # and what makes it, if that can simply go on
         if args.max_new_tokens is not None and args.max_new_tokens > self.limit:
             terminal.note(
-                f"gemma4-fast: --max-new-tokens {args.max_new_tokens} exceeds the model's context of "
-                f"{self.limit} tokens: an answer ends where the context does"
+                f"gemma4-fast: --max-new-tokens {args.max_new_tokens} exceeds the model's context "
+                f"of {self.limit} tokens: an answer ends where the context does"
             )
 
     def reset(self) -> None:
@@ -347,7 +348,7 @@ class Chat:
         self.paused = None
 
     def _fit(self, ids: list[int]) -> list[int]:
-        """The prompt `ids`, or a shorter one without the oldest turns, that leaves room to answer."""
+        """The prompt `ids`, without the oldest turns if they leave no room for an answer."""
         wanted = self.args.max_new_tokens or ANSWER_ROOM
         reserve = min(wanted, ANSWER_ROOM, self.limit // 4)
         dropped = 0
@@ -356,14 +357,14 @@ class Chat:
             dropped += 1
         if len(ids) + reserve > self.limit:
             raise ValueError(
-                f"the message makes a prompt of {len(ids)} tokens; with {reserve} for the answer that "
-                f"exceeds the model's context of {self.limit}"
+                f"the message makes a prompt of {len(ids)} tokens; with {reserve} for the answer "
+                f"that exceeds the model's context of {self.limit}"
             )
         if dropped:
             what = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
             terminal.note(
-                f"gemma4-fast: the context of {self.limit} tokens is full: {what} forgotten "
-                "(/reset starts afresh)"
+                f"gemma4-fast: the context of {self.limit} tokens is full, so {what} forgotten; "
+                "/reset forgets all of the conversation"
             )
         return ids
 
@@ -396,10 +397,7 @@ class Chat:
         try:
             ids = self._fit(self.conversation.resume())
         except ValueError as e:
-            raise ValueError(
-                f"the question and its answer fill the model's context of {self.limit} tokens; "
-                "/reset starts afresh"
-            ) from e
+            raise ValueError(f"the message and its answer fill the context of {self.limit} tokens; use /reset") from e
         self._go_on(self._reply(ids, self.conversation.turns[-1].answer))
 
     def _reply(self, ids: list[int], before: Sequence[int] = ()) -> Reply:
@@ -439,7 +437,7 @@ class Chat:
                 if not self.interactive:
                     raise
                 whole = False
-                self.prefix = Prefix()  # it came in the midst of a step: the cache may be half-written
+                self.prefix = Prefix()  # the cache may be half-written
         interrupted = interrupt.hit and result.finish_reason is None
         if result.token_ids:
             self.conversation.answered(reply.whole(), reply.session.stop_ids)
@@ -486,14 +484,14 @@ class Chat:
 
     def _why_cut(self, result: Generation, interrupted: bool) -> str:
         if interrupted:
-            return "the answer was stopped; /continue goes on with it"
+            return "stopped; /continue goes on"
         if result.finish_reason is None:
             wanted = self.args.max_new_tokens
-            return f"the answer was cut off after {wanted} tokens (--max-new-tokens); /continue goes on with it"
-        full = f"the answer was cut off: the context of {self.limit} tokens is full"
+            return f"cut off after {wanted} tokens (--max-new-tokens); /continue goes on"
+        full = f"cut off, since the context of {self.limit} tokens is full"
         if len(self.conversation.turns) > 1:
-            return f"{full}; /continue forgets the oldest turns and goes on with it"
-        return f"{full}; /reset starts afresh"
+            return f"{full}; /continue forgets the oldest turns and goes on"
+        return f"{full}; /reset forgets the conversation"
 
     # ------------------------------------------------------------ commands
     def run(self) -> int:
@@ -528,8 +526,7 @@ class Chat:
             yield from console.typed("> ", BANNER)
             return
         try:
-            for line in sys.stdin:
-                yield line
+            yield from sys.stdin
         except UnicodeDecodeError as e:
             raise ValueError(f"standard input is not UTF-8 text (byte {e.start})") from e
 
@@ -541,7 +538,7 @@ class Chat:
             self.conversation.withdraw()
         terminal.note(
             "\ngemma4-fast: error: not enough memory for a longer conversation; "
-            "/save FILE keeps it, /reset starts afresh"
+            "/save FILE keeps it, and /reset forgets it and frees its memory"
         )
 
     def command(self, name: str, argument: str) -> None:
@@ -559,8 +556,7 @@ class Chat:
         }
         if name not in commands:
             raise ValueError(
-                f"unknown command {name[:40]}: /help lists the commands; "
-                "put a space before a message that begins with /"
+                f"unknown command {name[:40]}: /help lists the commands; a message that begins with / needs a space before it"
             )
         argument = argument.strip()
         if argument and name in ("/help", "/reset", "/continue"):
@@ -579,7 +575,8 @@ class Chat:
             try:
                 check_messages(read_messages(file))
             except ValueError as e:
-                raise ValueError(f"{file} exists and is not a saved conversation; give another name") from e
+                what = f"{file} exists and is not a saved conversation"
+                raise ValueError(f"{what}; give another name") from e
         text = json.dumps(self.conversation.messages(), indent=2, ensure_ascii=False)
         try:
             with replacing(file) as beside:

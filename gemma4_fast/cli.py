@@ -114,22 +114,20 @@ class Loaded:
 
 def locate(name: str) -> Path:
     """The checkpoint's folder. What is not there gets a hint at what is."""
-    from gemma4_fast.config import PRESETS
+    from gemma4_fast.config import preset_name
     from gemma4_fast.weights import resolve
 
-    if name.lower() in PRESETS and not Path(name).is_dir():
-        raise ValueError(
-            f"{name!r} names a published model, whose weights are not part of this package: give --model its folder or "
-            f"its hub id, or leave it out for the packaged one (`{PROGRAM} info --model {name.lower()}` has its numbers)"
-        )
     try:
         return resolve(name, on_download=terminal.fetching)
     except CheckpointError as e:
+        preset = preset_name(name)
+        if preset is not None:
+            raise CheckpointError(f"{e}. `{PROGRAM} info --model {preset}` has its numbers") from e
         raise CheckpointError(f"{e}{hint(name, ['tiny'])}") from e
 
 
 def hint(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), known, n=1)
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -148,7 +146,10 @@ def prepare(args: Namespace) -> None:
 
 
 def load(
-    args: Namespace, path: Path, check: bool | str, tokenizer: Tokenizer | None = None
+    args: Namespace,
+    path: Path,
+    check: bool | str,
+    tokenizer: Tokenizer | None = None,
 ) -> Loaded:
     """The model, checked if `check` says so, as in `Gemma4.from_pretrained`.
 
@@ -187,7 +188,7 @@ def demo(args: Namespace) -> int:
 
 
 def read_prompt(args: Namespace) -> str:
-    """From the arguments, the file, or standard input; from the last two without a last line break."""
+    """The words, the file or standard input; of the last two without a last line break."""
     words: list[str] = args.words
     if words and args.prompt_file is not None:
         raise ValueError("expected one prompt, got words and --prompt-file; give one of them")
@@ -199,9 +200,7 @@ def read_prompt(args: Namespace) -> str:
     elif words and words != ["-"]:
         text = " ".join(words)
     elif not words and sys.stdin.isatty():
-        raise ValueError(
-            "no prompt: give it as an argument, with --prompt-file, or on standard input"
-        )
+        raise ValueError("no prompt: give it as an argument, with --prompt-file, or on standard input")
     else:
         if sys.stdin.isatty():
             terminal.note(f"{PROGRAM}: reading the prompt; Ctrl-D on an empty line ends it")
@@ -215,26 +214,26 @@ def read_prompt(args: Namespace) -> str:
 
 
 def encode(path: Path, prompt: str, wanted: int | None) -> tuple[Tokenizer, list[int], int | None]:
-    """The tokenizer, the prompt's token ids, and `wanted` new tokens or as many as there is room for.
+    """The tokenizer, the prompt's token ids, and `wanted` clamped to the room for new tokens.
 
     ValueError if the prompt fills the context: found out before a model is loaded.
     """
     from gemma4_fast.config import Gemma4Config
     from gemma4_fast.tokenizer import Tokenizer
 
+    limit = Gemma4Config.from_pretrained(path).max_position_embeddings
     tokenizer = Tokenizer.from_pretrained(path)
     ids = tokenizer.encode(prompt)
-    limit = Gemma4Config.from_pretrained(path).max_position_embeddings
     room = limit - len(ids)
     if room < 1:
         raise ValueError(
-            f"a prompt of {len(ids)} tokens leaves no room for an answer in the model's context of "
-            f"{limit} tokens"
+            f"a prompt of {len(ids)} tokens leaves no room for new ones in the model's context "
+            f"of {limit} tokens; shorten the prompt"
         )
     if wanted is not None and wanted > room:
         terminal.note(
-            f"{PROGRAM}: --max-new-tokens {wanted} exceeds what the context of {limit} tokens leaves "
-            f"after a prompt of {len(ids)}: it is taken as {room}"
+            f"{PROGRAM}: --max-new-tokens {wanted} exceeds what the context of {limit} tokens "
+            f"leaves after a prompt of {len(ids)}: it is taken as {room}"
         )
         wanted = room
     return tokenizer, ids, wanted
@@ -303,10 +302,12 @@ def generate(args: Namespace) -> int:
 
 def chat(args: Namespace) -> int:
     from gemma4_fast.chat import Chat
+    from gemma4_fast.config import Gemma4Config
     from gemma4_fast.tokenizer import Tokenizer
 
     prepare(args)
     path = locate(args.model)
+    Gemma4Config.from_pretrained(path)  # what this is, before what it lacks
     tokenizer = Tokenizer.from_pretrained(path)
     if tokenizer.chat_template is None:
         raise CheckpointError(f"{path}: has no chat template, so it is a base model: use `{PROGRAM} generate`")
@@ -322,9 +323,11 @@ def check(args: Namespace) -> int:
 
 def info(args: Namespace) -> int:
     from gemma4_fast import info as page
-    from gemma4_fast.config import PRESETS
+    from gemma4_fast.config import PRESETS, preset_name
 
     prepare(args)
+    if not Path(args.model).is_dir():
+        args.model = preset_name(args.model) or args.model
     try:
         return page.run(args)
     except CheckpointError as e:

@@ -1,8 +1,8 @@
 """Messages that a person types or pastes at a terminal. A pasted block of lines is one message.
 
 Two mechanisms see to that. With GNU readline 8.1 and a terminal that marks pasted text (bracketed
-paste), a pasted block is shown, can be edited, and is sent by Enter. Anywhere else the block's first
-line break acts like Enter; then the lines that have already arrived belong to the same message.
+paste), a pasted block is shown, can be edited, and is sent by Enter. Anywhere else the block's
+first line break acts like Enter; the lines that have arrived by then belong to the same message.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ class Session:
         usable = kept.model is self.model and kept.changes == self.model.changes
         cache = kept.cache if usable else None
         room = len(prompt) + min(self.max_new_tokens, ROOM)  # the cache grows with the answer
-        # The last prompt token always runs again, for its hidden state: what is kept must be shorter.
+        # The last prompt token always runs again, for its hidden state: less than all is kept.
         if (
             cache is None
             or cache.host_lens != [len(kept.ids)]

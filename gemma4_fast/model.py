@@ -323,7 +323,9 @@ def parse_device(device: torch.device | str | None) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as e:
-        raise ValueError(f"unknown device {device!r}: {str(e).splitlines()[0]}") from e
+        if str(device).partition(":")[0].lower() in ("gpu", "nvidia", "rocm", "hip"):
+            raise ValueError(f"unknown device {device!r}: PyTorch's name of a GPU is cuda") from e
+        raise ValueError(f"unknown device {device!r}: expected cpu, cuda or cuda:0") from e
     if found.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {str(device)!r}")
     if found.type == "cpu":

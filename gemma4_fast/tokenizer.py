@@ -160,7 +160,15 @@ def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
     import tokenizers
 
     if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; text needs a tokenizer.json in the checkpoint folder")
+        if file.with_name("tokenizer.model").is_file():
+            raise CheckpointError(
+                f"{file}: no such file, and tokenizer.model cannot be read. transformers writes "
+                "one: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
+        raise CheckpointError(
+            f"{file}: no such file, and text needs one. Copy tokenizer.json, tokenizer_config.json "
+            "and chat_template.jinja from the original checkpoint, or pass token ids in Python"
+        )
     read_json(file)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
@@ -211,8 +219,8 @@ def check_messages(messages: object) -> None:
             kind = part.get("type") if isinstance(part, Mapping) else None
             if isinstance(kind, str) and kind in _OTHER_MEDIA:
                 raise ValueError(
-                    f"message {i} holds {_OTHER_MEDIA[kind]}; this model is text only here. For images, "
-                    "audio and video load the checkpoint with transformers and call "
+                    f"message {i} holds {_OTHER_MEDIA[kind]}; this model is text only here. For "
+                    "images, audio and video load the checkpoint with transformers and call "
                     "gemma4_fast.accelerate(model)"
                 )
             if kind != "text" or not isinstance(part.get("text"), str):

@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from gemma4_fast import native
-from gemma4_fast.config import Gemma4Config
+from gemma4_fast.config import HUB_IDS, Gemma4Config, preset_name
 from gemma4_fast.errors import CheckpointError
-from gemma4_fast.files import one_line, path_text, read_json
+from gemma4_fast.files import NO_GGUF, foreign, one_line, path_text, read_json
 from gemma4_fast.sampling import Sampling
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -80,8 +80,15 @@ def resolve(
         raise CheckpointError(f"{text!r}: there is no such user") from e
     if path.is_dir():
         return path
+    if text.lower().endswith("gguf"):
+        raise CheckpointError(f"{text}: this package {NO_GGUF}")
     if path.exists():
         raise CheckpointError(f"{path} is a file; a checkpoint is the folder that holds config.json")
+    if (preset := preset_name(text)) is not None:
+        raise CheckpointError(
+            f"{text!r} is a preset, the shape of a published model without weights. For the "
+            f"weights give a hub id, such as {HUB_IDS[preset]}, or the folder that you have them in"
+        )
     if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
         raise CheckpointError(f"{text!r}: no such folder (a hub id looks like org/name, the packaged model is 'tiny')")
     if on_download is not None:
@@ -157,6 +164,8 @@ def read_headers(folder: Path) -> dict[str, Stored]:
 def _nothing_to_load(folder: Path) -> str:
     if not folder.is_dir():
         return "no such folder"
+    if (what := foreign(folder)) is not None:
+        return what
     files = sorted(p.name for p in folder.iterdir() if p.is_file())
     if any(f.endswith((".bin", ".pt", ".pth", ".ckpt")) for f in files):
         return f"holds pickled weights but no {SINGLE}; this package never unpickles, so use a safetensors release"

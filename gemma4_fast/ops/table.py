@@ -164,7 +164,11 @@ class Op:
             self._kept[key] = serving, {b: reason for b, reason in asked.items() if reason is not None}
             if not wanted:
                 for backend, reason in self._kept[key][1].items():
-                    if backend in self.impls and backend_missing(backend, device.type, named=False) is None:
+                    if backend_missing(backend, device.type, named=False) is not None:
+                        continue
+                    if reason == _does_not_take(dtype):
+                        _say_dtype_once(backend, dtype)
+                    elif backend in self.impls:
                         _say_once(self.name, backend, reason)
         return self._kept[key]
 
@@ -183,7 +187,7 @@ class Op:
         if impl is None:
             return "has no kernel for this op"
         if dtype.is_floating_point and dtype not in impl.dtypes:
-            return f"does not take {str(dtype).removeprefix('torch.')}"
+            return _does_not_take(dtype)
         return None
 
     def inputs(self, case: str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
@@ -264,6 +268,22 @@ def _say_once(op: str, backend: str, reason: str) -> None:
     if (op, backend) not in _SAID:
         _SAID.add((op, backend))
         log.warning("gemma4_fast: %s passes over %s: %s", op, backend, reason)
+
+
+def _say_dtype_once(backend: str, dtype: torch.dtype) -> None:
+    """One line for all ops, since the reason is the same for all of them."""
+    name = str(dtype).removeprefix("torch.")
+    if (name, backend) not in _SAID:
+        _SAID.add((name, backend))
+        log.warning(
+            "gemma4_fast: the %s kernels do not take %s, so PyTorch runs it, slowly; use bfloat16",
+            backend,
+            name,
+        )
+
+
+def _does_not_take(dtype: torch.dtype) -> str:
+    return f"does not take {str(dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)
