@@ -195,12 +195,12 @@ class Conversation:
         return messages
 
     def _said(self, answer: list[int]) -> str:
-        opening, closing = self._thought
+        opening, _ = self._thought
         said = []
         thinking = False
         for token in answer:
             if token in self._thought:
-                thinking = token == opening and token != closing
+                thinking = token == opening
             elif not thinking:
                 said.append(token)
         return self._tokenizer.decode(said)
@@ -358,7 +358,7 @@ class Chat:
         if len(ids) + reserve > self.limit:
             raise ValueError(
                 f"the message makes a prompt of {len(ids)} tokens; with {reserve} for the answer "
-                f"that exceeds the model's context of {self.limit}"
+                f"that exceeds the model's context of {self.limit}: shorten the message"
             )
         if dropped:
             what = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
@@ -373,13 +373,12 @@ class Chat:
 
         ValueError for a message that does not fit into the context.
         """
-        self._leave()
-        ids = self.conversation.ask(text)
         try:
-            ids = self._fit(ids)
-        except ValueError as e:
+            ids = self._fit(self.conversation.ask(text))
+        except ValueError:
             self.conversation.withdraw()
-            raise ValueError(f"{e}. Shorten the message") from e
+            raise
+        self._leave()
         self._go_on(self._reply(ids))
 
     def resume(self) -> None:
@@ -397,7 +396,8 @@ class Chat:
         try:
             ids = self._fit(self.conversation.resume())
         except ValueError as e:
-            raise ValueError(f"the message and its answer fill the context of {self.limit} tokens; use /reset") from e
+            full = f"the message and its answer fill the context of {self.limit} tokens"
+            raise ValueError(f"{full}; /reset forgets the conversation") from e
         self._go_on(self._reply(ids, self.conversation.turns[-1].answer))
 
     def _reply(self, ids: list[int], before: Sequence[int] = ()) -> Reply:
@@ -556,7 +556,8 @@ class Chat:
         }
         if name not in commands:
             raise ValueError(
-                f"unknown command {name[:40]}: /help lists the commands; a message that begins with / needs a space before it"
+                f"unknown command {name[:40]}: /help lists the commands; to send a message that "
+                "begins with / put a space before it"
             )
         argument = argument.strip()
         if argument and name in ("/help", "/reset", "/continue"):

@@ -361,9 +361,8 @@ def _text_fields(raw: dict[str, Any], outer: Mapping[str, Any]) -> dict[str, Any
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         by = f" by {method}" if isinstance(method, str) else ""
-        raise ValueError(
-            f"the weights are quantized{by} (quantization_config), which this package cannot read yet: {ORIGINAL}; {FEWER_BITS}"
-        )
+        what = f"the weights are quantized{by} (quantization_config)"
+        raise ValueError(f"{what}, which this package cannot read yet: {ORIGINAL}; {FEWER_BITS}")
     bidirectional = take("use_bidirectional_attention", None)
     if bidirectional not in (None, "vision"):
         raise ValueError(f"use_bidirectional_attention = {bidirectional!r} is not served; expected null or 'vision'")
