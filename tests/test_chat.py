@@ -100,6 +100,8 @@ def test_the_turn_after_a_continued_answer_has_all_of_it(model: Gemma4, capsys: 
 def test_an_answer_is_limited_only_by_the_context(model: Gemma4, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "stop_ids", lambda model: ())
     chat = chat_of(model, *DRAWN)
+    assert chat.limit == model.config.max_position_embeddings
+    chat.limit = 120
     chat.answer("One.")
     (first,) = lines(capsys)
     assert first["finish_reason"] == "length"
@@ -114,7 +116,8 @@ def test_a_full_context_forgets_the_oldest_turns_to_continue(
     model: Gemma4, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generate, "stop_ids", lambda model: ())
-    chat = chat_of(model, *DRAWN, "--max-new-tokens", "300")
+    chat = chat_of(model, *DRAWN, "--max-new-tokens", "40")
+    chat.limit = 120
     chat.answer("One.")
     chat.args.max_new_tokens = None
     chat.answer("Two.")
@@ -133,8 +136,9 @@ def test_what_was_cut_is_said(model: Gemma4, capsys: Capture, monkeypatch: pytes
     assert "cut off after 3 tokens (--max-new-tokens); /continue" in capsys.readouterr().err
     monkeypatch.setattr(generate, "stop_ids", lambda model: ())
     chat.args.max_new_tokens = None
+    chat.limit = 120
     chat.answer(QUESTION)
-    assert "cut off, since the context of 1024 tokens is full; /continue" in capsys.readouterr().err
+    assert "cut off, since the context of 120 tokens is full; /continue" in capsys.readouterr().err
 
 
 def test_more_new_tokens_than_the_context_are_clamped(model: Gemma4, capsys: Capture) -> None:
@@ -302,7 +306,7 @@ def test_thoughts_are_not_saved(model: Gemma4, monkeypatch: pytest.MonkeyPatch) 
     answer = [6, *words[0], 7, *words[1]]
     conversation.answered(Generation(prompt, answer), frozenset())
     assert conversation.messages()[1]["content"] == "Yes."
-    assert conversation.ask("two")[: len(prompt) + 1] != [*prompt, 6]  # the template takes them out
+    assert conversation._ran is None  # the template is asked again, which takes them out
 
 
 class _Script:
@@ -326,7 +330,7 @@ READLINE = "import sys; sys.modules['readline'] = None\n"  # as where there is n
 @pytest.mark.skipif(os.name != "posix", reason="terminals of POSIX")
 @pytest.mark.parametrize("before", ["", READLINE], ids=["readline", "plain"])
 def test_a_pasted_block_is_one_message(before: str) -> None:
-    sent = [b"one\n", b"a\nb\nc", b"x\r\n\r\ny\n", b"\x1b[200~p\nq\x1b[201~\r"]
+    sent = [b"one\n", b"a\nb\nc", b"x\r\ry\r", b"\x1b[200~p\nq\x1b[201~\r"]
     want = [["one"], ["a\nb\nc"], ["x\n\ny\n"], ["p\nq"]]
     if before:  # nobody strips the marks, so none are asked for
         sent.pop()

@@ -356,9 +356,9 @@ def test_broken_checkpoints_are_one_clear_line(run: Run, copied: Path) -> None:
     for damage, word in (
         (lambda: (copied / "model.safetensors").write_bytes(weights[:-1000]), "model.safetensors"),
         (lambda: (copied / "model.safetensors").unlink(), "safetensors"),
+        (lambda: (copied / "tokenizer.json").write_text("{"), "tokenizer.json"),
         (lambda: (copied / "config.json").write_text("{,"), "config.json"),
         (lambda: (copied / "config.json").unlink(), "config.json"),
-        (lambda: (copied / "tokenizer.json").write_text("{"), "tokenizer.json"),
     ):
         damage()
         code, out, err = run("generate", PROMPT, "--model", str(copied))
