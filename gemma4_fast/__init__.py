@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gemma4_fast.integrations import when_imported
+from gemma4_fast.keywords import explicit
 
 if TYPE_CHECKING:
     from gemma4_fast import ops
@@ -39,6 +40,7 @@ _HOMES = {
 }  # the module of each public name that is loaded when it is first used
 
 
+@explicit
 def accelerate(
     model: Any,
     *,

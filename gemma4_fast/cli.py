@@ -113,12 +113,15 @@ class Loaded:
 
 
 def locate(name: str) -> Path:
-    """The checkpoint's folder. What is not there gets a hint at what is."""
+    """The checkpoint's folder. What is not there gets a hint at what is.
+
+    Of a checkpoint on the hub the weights are left to `load`, which looks at the memory first.
+    """
     from gemma4_fast.config import preset_name
-    from gemma4_fast.weights import resolve
+    from gemma4_fast.weights import SMALL_FILES, resolve
 
     try:
-        return resolve(name, on_download=terminal.fetching)
+        return resolve(name, patterns=SMALL_FILES, on_download=terminal.fetching)
     except CheckpointError as e:
         preset = preset_name(name)
         if preset is not None:
@@ -150,16 +153,22 @@ def load(
     path: Path,
     check: bool | str,
     tokenizer: Tokenizer | None = None,
+    context: int | None = None,
 ) -> Loaded:
     """The model, checked if `check` says so, as in `Gemma4.from_pretrained`.
 
-    SelfCheckError if it is wrong.
+    SelfCheckError if it is wrong. UnsupportedError, before any weights are read, if they exceed
+    the free memory. context: tokens that the cache will be for (default: 4096).
     """
     from gemma4_fast.model import Gemma4
+    from gemma4_fast.weights import resolve
 
     start = time.perf_counter()
     options = {name: getattr(args, name) for name in ("dtype", "device", "backend", "quantize")}
-    model = Gemma4.from_pretrained(path, **options, check=False)
+    if not args.ignore_memory:
+        require_memory(args, path, getattr(args, "level", check), context)
+    path = resolve(args.model)
+    model = Gemma4.from_pretrained(path, **options, check=False, check_memory=False)
     model._tokenizer = tokenizer  # large ones take a second to read
     loaded = Loaded(model, None, time.perf_counter() - start, 0.0)
     if check:
@@ -167,6 +176,28 @@ def load(
         loaded.report, loaded.check_s = checked(model, level)
         loaded.report.raise_if_wrong()
     return loaded
+
+
+def require_memory(
+    args: Namespace,
+    path: Path,
+    check: bool | str,
+    context: int | None,
+) -> None:
+    """UnsupportedError if the weights exceed the free memory; a warning if it may run out."""
+    from gemma4_fast import memory
+    from gemma4_fast.config import Gemma4Config
+    from gemma4_fast.model import parse_device, parse_dtype
+
+    config = Gemma4Config.from_pretrained(path)
+    load = memory.Load(
+        config=config,
+        dtype=parse_dtype(config.dtype if args.dtype is None else args.dtype),
+        quantize=args.quantize,
+        context=None if context is None else min(context, config.max_position_embeddings),
+        check=check,
+    )
+    memory.require(load, parse_device(args.device), Path(args.model).name, command_line=True)
 
 
 def checked(model: Gemma4, level: str, seed: int = 0) -> tuple[Report, float]:
@@ -240,13 +271,14 @@ def encode(path: Path, prompt: str, wanted: int | None) -> tuple[Tokenizer, list
 
 
 def generate(args: Namespace) -> int:
-    from gemma4_fast.generate import Session, Stream, default_sampling
+    from gemma4_fast.generate import DEFAULT_NEW_TOKENS, Session, Stream, default_sampling
 
     prepare(args)
     prompt = read_prompt(args)
     path = locate(args.model)
     tokenizer, ids, room = encode(path, prompt, args.max_new_tokens)
-    loaded = load(args, path, CHECKS[args.check], tokenizer)
+    context = len(ids) + (room or DEFAULT_NEW_TOKENS)
+    loaded = load(args, path, CHECKS[args.check], tokenizer, context)
     model = loaded.model
     used = secrets.randbits(48) if args.seed is None else args.seed
     given = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p")}

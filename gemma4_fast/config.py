@@ -522,3 +522,16 @@ def preset_name(text: str) -> str | None:
     if short in PRESETS:
         return short
     return next((name for name in PRESETS if name.split("-")[0] == short), None)
+
+
+def member(config: Gemma4Config) -> str | None:
+    """The name of the published member that this config is, or None.
+
+    Token ids and dtype may differ.
+    """
+    aside = ("eos_token_id", "bos_token_id", "pad_token_id", "dtype", "use_bidirectional_attention")
+    for name, preset in PRESETS.items():
+        same = {field: getattr(preset, field) for field in aside}
+        if dataclasses.replace(config, **same) == preset:
+            return name
+    return None

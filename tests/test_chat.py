@@ -51,7 +51,11 @@ def interactive(chat: Chat, monkeypatch: pytest.MonkeyPatch, *messages: str) -> 
 
 # ---------------------------------------------------------------- cut and continued
 @pytest.mark.parametrize("options", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-def test_continue_gives_what_the_uncut_answer_would_have(options: tuple[str, ...], model: Gemma4, capsys: Capture) -> None:
+def test_continue_gives_what_the_uncut_answer_would_have(
+    options: tuple[str, ...],
+    model: Gemma4,
+    capsys: Capture,
+) -> None:
     chat_of(model, *options, "--max-new-tokens", "24").answer(QUESTION)
     (uncut,) = lines(capsys)
     assert len(uncut["tokens"]) > 6
@@ -69,7 +73,10 @@ def test_continue_gives_what_the_uncut_answer_would_have(options: tuple[str, ...
     assert all(part["prefilled_tokens"] == 0 for part in parts[1:])
 
 
-def test_continue_reads_the_answer_again_where_nothing_is_kept(model: Gemma4, capsys: Capture) -> None:
+def test_continue_reads_the_answer_again_where_nothing_is_kept(
+    model: Gemma4,
+    capsys: Capture,
+) -> None:
     chat_of(model, *GREEDY, "--max-new-tokens", "12").answer(QUESTION)
     chat = chat_of(model, *GREEDY, "--max-new-tokens", "6")
     chat.answer(QUESTION)
@@ -97,7 +104,11 @@ def test_the_turn_after_a_continued_answer_has_all_of_it(model: Gemma4, capsys: 
     assert got["prefilled_tokens"] == want["prefilled_tokens"] < got["prompt_tokens"]
 
 
-def test_an_answer_is_limited_only_by_the_context(model: Gemma4, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_is_limited_only_by_the_context(
+    model: Gemma4,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(generate, "stop_ids", lambda model: ())
     chat = chat_of(model, *DRAWN)
     assert chat.limit == model.config.max_position_embeddings
@@ -129,7 +140,11 @@ def test_a_full_context_forgets_the_oldest_turns_to_continue(
     assert lines(capsys)[-1]["continued"]
 
 
-def test_what_was_cut_is_said(model: Gemma4, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_cut_is_said(
+    model: Gemma4,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     chat = chat_of(model, *GREEDY, "--max-new-tokens", "3")
     chat.args.json = False
     chat.answer(QUESTION)
@@ -149,7 +164,11 @@ def test_more_new_tokens_than_the_context_are_clamped(model: Gemma4, capsys: Cap
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_cache_grows_with_the_answer(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_the_cache_grows_with_the_answer(
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
     model = Gemma4.from_pretrained("tiny", device="cpu", dtype=dtype, check=False)
     monkeypatch.setattr(generate, "stop_ids", lambda model: ())
     chat = chat_of(model, *DRAWN, "--max-new-tokens", "150")
@@ -195,7 +214,11 @@ def test_commands_that_cannot_be_done_say_why(model: Gemma4, tmp_path: Path) -> 
     assert (tmp_path / "other.json").read_text() == "{}"
 
 
-def test_a_complete_answer_is_not_continued(model: Gemma4, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_a_complete_answer_is_not_continued(
+    model: Gemma4,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
     monkeypatch.setattr(generate, "stop_ids", lambda model: tuple(range(model.config.vocab_size)))
     chat = chat_of(model, *GREEDY)
     chat.answer(QUESTION)
@@ -204,7 +227,11 @@ def test_a_complete_answer_is_not_continued(model: Gemma4, monkeypatch: pytest.M
         chat.resume()
 
 
-def test_a_persons_mistakes_do_not_end_the_chat(model: Gemma4, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_a_persons_mistakes_do_not_end_the_chat(
+    model: Gemma4,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
     asked: list[str] = []
     monkeypatch.setattr(Chat, "answer", lambda self, text: asked.append(text))
     chat = chat_of(model)
@@ -215,14 +242,22 @@ def test_a_persons_mistakes_do_not_end_the_chat(model: Gemma4, monkeypatch: pyte
     assert "unknown command /foo" in err and "/save FILE" in err
 
 
-def test_an_unknown_command_ends_a_script(model: Gemma4, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_an_unknown_command_ends_a_script(
+    model: Gemma4,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
     monkeypatch.setattr(sys, "stdin", _Script("/foo\nnever\n"))
     with pytest.raises(ValueError, match="unknown command /foo"):
         chat_of(model).run()
     assert capsys.readouterr().out == ""
 
 
-def test_memory_that_runs_out_leaves_the_conversation(model: Gemma4, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_memory_that_runs_out_leaves_the_conversation(
+    model: Gemma4,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
     chat = chat_of(model, *GREEDY, "--max-new-tokens", "3")
     chat.answer(QUESTION)
 
@@ -268,7 +303,12 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("text", BAD_FILES)
-def test_a_bad_file_changes_nothing(text: str, model: Gemma4, tmp_path: Path, capsys: Capture) -> None:
+def test_a_bad_file_changes_nothing(
+    text: str,
+    model: Gemma4,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
     chat = chat_of(model, *GREEDY, "--max-new-tokens", "3")
     chat.answer(QUESTION)
     before = chat.conversation, chat.conversation.messages(), chat.paused
@@ -323,7 +363,11 @@ class _Script:
 
 
 # ---------------------------------------------------------------- a terminal
-READER = "from gemma4_fast.console import typed\nfor m in typed('> ', 'stopped'): print('GOT', [m], flush=True)"
+READER = """
+from gemma4_fast.console import typed
+for message in typed("> ", "stopped"):
+    print("GOT", [message], flush=True)
+"""
 READLINE = "import sys; sys.modules['readline'] = None\n"  # as where there is none
 
 

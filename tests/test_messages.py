@@ -21,13 +21,16 @@ def config(**changes: Any) -> str:
 
 # By name: the files of a folder, and words of the message.
 FOLDERS: dict[str, tuple[dict[str, str], list[str]]] = {
-    "gguf": ({"model-Q4_0.gguf": ""}, ["model-Q4_0.gguf", "safetensors", "bf16 original", "--quantize int4"]),
+    "gguf": (
+        {"model-Q4_0.gguf": ""},
+        ["model-Q4_0.gguf", "safetensors", "bf16 original", "--quantize int4"],
+    ),
     "gguf and config.json": ({"config.json": config(), "m.gguf": ""}, ["m.gguf", "bf16 original"]),
     "adapter": (
         {"adapter_config.json": '{"base_model_name_or_path": "google/gemma-4-E4B-it"}'},
         ["PEFT adapter of google/gemma-4-E4B-it", "merge_and_unload()", "accelerate(model)"],
     ),
-    "adapter with a broken file": ({"adapter_config.json": "{"}, ["PEFT adapter,", "merge_and_unload()"]),
+    "broken adapter": ({"adapter_config.json": "{"}, ["PEFT adapter,", "merge_and_unload()"]),
     "Gemma 3": ({"config.json": '{"model_type": "gemma3_text"}'}, ["gemma3_text", "not Gemma 4"]),
     "Gemma 3 with images": (
         {"config.json": '{"model_type": "gemma3", "text_config": {}}'},
@@ -62,8 +65,13 @@ def test_gguf_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", ["26b-a4b", "26B", "gemma-4-26b-a4b"])
-def test_a_preset_has_no_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match=r"preset.*without weights.*google/gemma-4-26B-A4B-it"):
+def test_a_preset_has_no_weights(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = r"preset.*without weights.*google/gemma-4-26B-A4B-it"
+    with pytest.raises(CheckpointError, match=words):
         Gemma4.from_pretrained(name)
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir()  # a folder of that name is a folder
@@ -91,12 +99,16 @@ def test_a_missing_tokenizer(tmp_path: Path) -> None:
         Tokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("kind, word", [("image", "an image"), ("image_url", "an image"), ("audio", "audio")])
-def test_messages_that_hold_more_than_text(kind: str, word: str) -> None:
+MEDIA = {"image": "an image", "image_url": "an image", "audio": "audio"}
+
+
+@pytest.mark.parametrize("kind", MEDIA)
+def test_messages_that_hold_more_than_text(kind: str) -> None:
+    tokenizer = Tokenizer.from_pretrained(tiny_path())
     parts = [{"type": kind, "url": "x"}, {"type": "text", "text": "What is this?"}]
-    with pytest.raises(ValueError, match=f"message 0 holds {word}.*accelerate"):
-        Tokenizer.from_pretrained(tiny_path()).apply_chat_template([{"role": "user", "content": parts}])
+    with pytest.raises(ValueError, match=f"message 0 holds {MEDIA[kind]}.*accelerate"):
+        tokenizer.apply_chat_template([{"role": "user", "content": parts}])
     for odd in ([], {}, None):
         with pytest.raises(ValueError, match="content must be text"):
             message = {"role": "user", "content": [{"type": odd}]}
-            Tokenizer.from_pretrained(tiny_path()).apply_chat_template([message])
+            tokenizer.apply_chat_template([message])
