@@ -30,7 +30,9 @@ ALLOWED: dict[str, set[str]] = {
     "report": LOW,
     "edges": {"ops", "cache", "config", "reference"},
     "bench": LOW | {"bench", "reference", "ops", "cache", "layers", "model", "terminal", "explain", "weights", "quant"},
-    "verify": {"ops", "cache", "config", "graph", "layers", "edges", "report", "reference", "quant", "sampling"},
+    "verify": {
+        "ops", "cache", "config", "graph", "layers", "edges", "report", "reference", "quant", "sampling", "native",
+    },
     "integrations": {
         "integrations",
         "ops",
