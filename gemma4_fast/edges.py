@@ -99,39 +99,43 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
 
     v = randn(total, layer.num_kv_heads, layer.head_dim)
     k = keys(v)
-    targets = []
+    picked = []
     for t in range(total):
         oldest = t - window + 1 if window is not None else 0
         target = (oldest, oldest - 1, t, t + 1)[t % 4]
-        targets.append(target if 0 <= target < total else t)
-    q = point(k[torch.tensor(targets, device=device)])
+        picked.append(target if 0 <= target < total else t)
+    targets = torch.tensor(picked, device=device)
     # The first rows, some of each stretch, and all from where the window begins to leave something out.
-    rows = [t for t in range(total) if t < NEW or t % 97 < 4 or t >= total - 3 * NEW]
-    yield judge_rows("prefill", q, k, v, torch.tensor(rows, device=device))
+    judged = [t for t in range(total) if t < NEW or t % 97 < 4 or t >= total - 3 * NEW]
+    at = torch.tensor(judged, device=device)
+    q = v.new_zeros(total, layer.num_q_heads, layer.head_dim)
+    q[at] = point(k[targets[at]])
+    yield judge_rows("prefill", q, k, v, at)
 
     # A further chunk of two sequences with different prefixes: the second has the first's tokens, but stops earlier.
-    kv = allocate(layer, 2, total, dtype, device)
+    kv = allocate(layer, 5, total, dtype, device)
     prefixes = [total - new, max(1, total - new - new // 2)]
     for b, prefix in enumerate(prefixes):
         at = torch.arange(max(0, prefix - kv.slots), prefix, device=device)
         kv.write(k[at], v[at], kv.rows(torch.full_like(at, b), at))
     rows = torch.cat([torch.arange(prefix, prefix + new, device=device) for prefix in prefixes])
+    q = point(k[targets[rows]])
     bounds = torch.tensor([0, new, 2 * new], dtype=torch.int32, device=device)
     lens = torch.tensor(prefixes, dtype=torch.int32, device=device)
-    old = kv.k, kv.v, lens, None, *rebuild
-    yield judge("gqa_prefill", "chunk", q[rows], k[rows], v[rows], bounds, window, *old)
+    old = None if kv.k is None else kv.k[:2], kv.v[:2], lens, None, *rebuild
+    yield judge("gqa_prefill", "chunk", q, k[rows], v[rows], bounds, window, *old)
 
     # Decode: the newest key, the oldest in the window, the one before it if the ring still has it, an empty slot, an idle row.
-    kv = allocate(layer, 5, total, dtype, device)
-    garbage_v = randn(kv.slots, layer.num_kv_heads, layer.head_dim)
-    garbage_k = keys(garbage_v)
+    everywhere = torch.arange(kv.slots, device=device)
+    garbage_v = -v[everywhere % total]
+    garbage_k = keys(garbage_v) if layer.k_eq_v else -k[everywhere % total]
     last = total - 1
     oldest = max(0, last - window + 1) if window is not None else 0
     before = oldest - 1 if oldest - 1 > last - kv.slots and oldest > 0 else last
     lens_host = [total, total, total, short, 0]
     for b, length in enumerate(lens_host):
-        everywhere = torch.arange(kv.slots, device=device)
-        kv.write(garbage_k, garbage_v, kv.rows(torch.full_like(everywhere, b), everywhere))
+        if length < kv.slots:
+            kv.write(garbage_k, garbage_v, kv.rows(torch.full_like(everywhere, b), everywhere))
         at = torch.arange(max(0, length - kv.slots), length, device=device)
         kv.write(k[at], v[at], kv.rows(torch.full_like(at, b), at))
     pointed = point(torch.stack((k[last], k[oldest], k[before], garbage_k[short], k[last])))

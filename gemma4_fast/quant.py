@@ -27,7 +27,7 @@ PANEL = 16  # rows that are stored interleaved
 BITS = {"int8": 8, "int4": 4}
 LARGEST_WEIGHT = {8: 127 * 65504.0, 4: 8 * 65504.0}  # by bits: its scale is finite in fp16
 _CHUNK = 1 << 24  # values that are widened at once while quantizing
-_BLOCK = 1 << 20  # values that a product dequantizes at once: as fp32 they stay in a core's caches
+_BLOCK = 1 << 21  # values that a product dequantizes at once: as fp32 they stay in a core's caches
 
 
 def parse_quantize(quantize: str | None) -> int | None:
@@ -194,10 +194,7 @@ class QuantizedWeight:
         """F.linear(x, weight), with x rounded to Q8_0; F.embedding(ids, weight)."""
         if func is F.linear and not kwargs and len(args) == 2:
             x, weight = args
-            x_rounded = rounded(x)
-            blocks = weight.split(max(1, _BLOCK // weight.shape[1]))
-            products = [F.linear(x_rounded, block.dequantize(x_rounded.dtype)) for block in blocks]
-            return torch.cat(products, -1).to(x.dtype)
+            return linear_in_blocks(rounded(x), weight).to(x.dtype)
         if func is F.embedding and len(args) == 2:
             ids, weight = args
             return weight[ids]
@@ -226,11 +223,17 @@ class QuantizedWeight:
         """All rows of this view of a matrix -> [n, K]. The kernel writes fp32 and bf16."""
         by_kernel = dtype if dtype == torch.bfloat16 else torch.float32
         out = torch.empty(self.shape, dtype=by_kernel, device="cpu")
-        place = self.first, self.rows, self.parts
-        torch.ops.gemma4_fast_cpu.dequantize_rows(
-            self.data, self.scale, out, *place, native.isa()
-        )
+        self._to(out)
         return out.to(dtype)
+
+    def _to(self, out: Tensor) -> None:
+        """All rows of this view of a matrix to out [n, K], contiguous, of any floating dtype."""
+        if self._has_kernel() and out.dtype in (torch.float32, torch.bfloat16):
+            place = self.first, self.rows, self.parts
+            kernel = torch.ops.gemma4_fast_cpu.dequantize_rows
+            kernel(self.data, self.scale, out, *place, native.isa())
+        else:
+            out.copy_(self.dequantize(out.dtype))
 
     def _values(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of this view of a matrix -> [n, K]."""
@@ -325,3 +328,20 @@ def rounded(x: Tensor) -> Tensor:
 
 
 WeightLike = Tensor | QuantizedWeight
+
+
+def linear_in_blocks(x: Tensor, weight: WeightLike) -> Tensor:
+    """x [..., K] times a weight [N, K] as it is in x's dtype -> [..., N]. Never is more of it widened than fits a core's caches,
+    nor into new memory."""
+    n, k = weight.shape
+    rows = max(1, _BLOCK // k)
+    out, buffer = x.new_empty(*x.shape[:-1], n), x.new_empty(min(rows, n), k)
+    for start in range(0, n, rows):
+        block = weight[start : start + rows]
+        wide = buffer[: len(block)]
+        if isinstance(block, QuantizedWeight):
+            block._to(wide)
+        else:
+            wide.copy_(block)
+        out[..., start : start + rows] = F.linear(x, wide)
+    return out

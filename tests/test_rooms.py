@@ -16,7 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "cuda_build": set(),
     "native": {"cuda_build"},
     "quant": {"native"},
-    "reference": {"reference", "config"},
+    "reference": {"reference", "config", "quant"},
     "ops": {"ops", "reference", "errors", "native", "quant"},
     "cache": {"config", "native"},
     "layers": {"ops", "cache", "config", "quant"},

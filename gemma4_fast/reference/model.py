@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma4_fast.config import Gemma4Config, LayerConfig
+from gemma4_fast.quant import linear_in_blocks
 from gemma4_fast.reference import ops
 
-BLOCK = 1 << 20  # values of a matrix that are widened at once: they stay in a core's caches
+SMALL = 1 << 20  # values of a matrix that is widened whole
 
 
 class Widened:
@@ -36,11 +37,9 @@ class Widened:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is not F.linear or kwargs or len(args) != 2:
+        if func is not F.linear or kwargs or len(args) != 2 or args[0].dtype != args[1].dtype:
             return NotImplemented
-        x, (weight, dtype) = args[0], (args[1].weight, args[1].dtype)
-        blocks = weight.split(max(1, BLOCK // weight.shape[1]))
-        return torch.cat([F.linear(x, block.to(dtype)) for block in blocks], -1)
+        return linear_in_blocks(args[0], args[1].weight)
 
 
 class Weights(Mapping[str, Tensor]):
@@ -64,7 +63,7 @@ class Weights(Mapping[str, Tensor]):
 
     def matrix(self, w: Tensor) -> Tensor:
         """w as these weights are read, widened where it is multiplied by if it is large."""
-        if self._dtype is None or w.numel() <= BLOCK:
+        if self._dtype is None or w.numel() <= SMALL:
             return self.widened(w)
         return cast(Tensor, Widened(w, self._dtype))
 
