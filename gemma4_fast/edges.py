@@ -80,9 +80,7 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         got = ops.gqa_prefill(q, k, v, bounds, window)[rows]
         return "gqa_prefill", phase, relative_error(got, truth), relative_error(plain, truth)
 
-    def judge_decode(
-        phase: str, q: Tensor, k: Tensor | None, v: Tensor, lens: Tensor
-    ) -> tuple[str, str, float, float]:
+    def judge_decode(phase: str, q: Tensor, k: Tensor | None, v: Tensor, lens: Tensor) -> tuple[str, str, float, float]:
         """One sequence after the other for the reference, so that no more than one of their caches is widened."""
 
         def by_reference(wide: bool) -> Tensor:

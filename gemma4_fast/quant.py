@@ -215,9 +215,7 @@ class QuantizedWeight:
 
     def _has_kernel(self) -> bool:
         """Whether the CPU kernels quantize and dequantize this matrix: the same bits, many times as fast."""
-        return (
-            self.device.type == "cpu" and native.kernels_missing() is None and self._contiguous()
-        )
+        return self.device.type == "cpu" and native.kernels_missing() is None and self._contiguous()
 
     def _values_by_kernel(self, dtype: torch.dtype) -> Tensor:
         """All rows of this view of a matrix -> [n, K]. The kernel writes fp32 and bf16."""
@@ -331,8 +329,10 @@ WeightLike = Tensor | QuantizedWeight
 
 
 def linear_in_blocks(x: Tensor, weight: WeightLike) -> Tensor:
-    """x [..., K] times a weight [N, K] as it is in x's dtype -> [..., N]. Never is more of it widened than fits a core's caches,
-    nor into new memory."""
+    """x [..., K] times a weight [N, K], which is converted to x's dtype block by block -> [..., N].
+
+    A block fits the processor's caches, and all of them take the same memory.
+    """
     n, k = weight.shape
     rows = max(1, _BLOCK // k)
     out, buffer = x.new_empty(*x.shape[:-1], n), x.new_empty(min(rows, n), k)

@@ -114,9 +114,7 @@ def verify(
 
 
 @torch.inference_mode()
-def _verify(
-    model: Gemma4, level: str, tokens: _Tokens, progress: Callable[[int, int], None] | None
-) -> Report:
+def _verify(model: Gemma4, level: str, tokens: _Tokens, progress: Callable[[int, int], None] | None) -> Report:
     with model.running():
         report = Report(level, str(model.device), str(model.dtype).removeprefix("torch."), _backends(model))
         tensors = model.state_dict()
@@ -135,9 +133,7 @@ class _Tokens(NamedTuple):
     history: int = 0
 
 
-def _tokens(
-    model: Gemma4, given: Sequence[int] | Tensor | None, seed: int, level: str
-) -> _Tokens:
+def _tokens(model: Gemma4, given: Sequence[int] | Tensor | None, seed: int, level: str) -> _Tokens:
     c, history = model.config, 0
     if given is None:
         window = max((layer.window or 0 for layer in c.layers()), default=0)
@@ -202,9 +198,7 @@ def kinds_of(config: Gemma4Config) -> list[LayerConfig]:
 
 
 @torch.inference_mode()
-def compare_layers(
-    model: Gemma4, ids: Tensor, layers: Mapping[int, Layered], whose: str, report: Report
-) -> None:
+def compare_layers(model: Gemma4, ids: Tensor, layers: Mapping[int, Layered], whose: str, report: Report) -> None:
     """Layers by their index, with the donors of those that share KV, on what `whose` layers were given for one prompt ids [T]:
     their outputs' errors against the wider reference. It is `whose` error that decides how large ours may be."""
     with model.running():
@@ -229,9 +223,7 @@ class _Plan:
     history: so many random keys and values stand before the tokens. There is no prefill then.
     """
 
-    def __init__(
-        self, name: str, sequences: list[Tensor], steps: int, *, idle: int = 0, history: int = 0
-    ) -> None:
+    def __init__(self, name: str, sequences: list[Tensor], steps: int, *, idle: int = 0, history: int = 0) -> None:
         self.name, self.sequences, self.idle, self.history = name, sequences, idle, history
         shortest = min(s.shape[0] for s in sequences)
         decode = min(steps, shortest // 3)
@@ -363,9 +355,7 @@ class _Check:
         """A cache for these layers alone, which holds the plan's history."""
         batch, history = len(plan.sequences) + plan.idle, plan.history
         model = self.model
-        cache = KVCache(
-            self.config, batch, plan.room, model.dtype, model.device, only=indices
-        )
+        cache = KVCache(self.config, batch, plan.room, model.dtype, model.device, only=indices)
         if history:
             for i in indices:
                 if (layer := self.config.layer(i)).kv_donor is None:
@@ -447,9 +437,7 @@ class _Check:
 
         self._add(judge(), judge)
 
-    def _attention(
-        self, layer: LayerConfig, runs: list[_Run], stores: tuple[reference.KV, reference.KV]
-    ) -> None:
+    def _attention(self, layer: LayerConfig, runs: list[_Run], stores: tuple[reference.KV, reference.KV]) -> None:
         i = layer.index
         place: dict[str, Any] = dict(layer=i, kind=layer.label)
         sequences = [(run, b) for run in runs for b in range(len(run.plan.sequences))]
@@ -474,9 +462,7 @@ class _Check:
                     rows += self._compare("attention", run.plan, got, truth, plain, **place)
                 if i in run.cut:
                     at = [run.plan.pieces[0][1][b] - 1 for b in range(len(own))]
-                    truth, plain = (
-                        torch.stack([w[k][t] for w, t in zip(own, at, strict=True)]) for k in (0, 1)
-                    )
+                    truth, plain = (torch.stack([w[k][t] for w, t in zip(own, at, strict=True)]) for k in (0, 1))
                     errors = relative_error(run.cut[i][: len(at)], truth), relative_error(plain, truth)
                     phase = f"{run.plan.name}newest token alone"
                     rows.append(Comparison("attention", phase, *errors, **place))
@@ -538,9 +524,7 @@ class _Check:
         ends = list(itertools.accumulate((p[0].shape[0] for p in picked), initial=0))
         every = torch.arange(x.shape[0], device=x.device)
         with_output = [
-            (p[3], every[lo:hi], p[1])
-            for p, lo, hi in zip(picked, ends, ends[1:], strict=False)
-            if p[1] is not None
+            (p[3], every[lo:hi], p[1]) for p, lo, hi in zip(picked, ends, ends[1:], strict=False) if p[1] is not None
         ]
         # So many rows, these over and over if need be, that the experts take their path for many tokens if they have one.
         crossover = moe_crossover(x.device, x.dtype) if layer.is_moe else math.inf
@@ -655,44 +639,56 @@ class _Check:
             return all(r.ok for r in again())
 
     def _head(self, hidden: Tensor) -> None:
-        """Logits of given hidden states [T, H], the argmax form, and draws, for different numbers of rows."""
+        """Logits of given hidden states [T, H], the argmax form, and draws, for different numbers of rows.
+
+        The one that runs alone is the one whose choice is clearest: a wrong one cannot pass for rounding.
+        """
         head, most = self.model.head, min(self.extent.logits, hidden.shape[0])
+        hidden = hidden[-most:]
         if self.full or len(head) <= SAMPLED_FROM:
             self._judge_head(hidden, head, (most, 5, 1))
             return
-        fast, best = (
-            {n: self.model.logits(hidden[-n:], argmax=argmax) for n in (most, 1)}
-            for argmax in (False, True)
-        )
-        truth_of_newest = self._reference_logits(hidden[-1:], head, wide=True)
-        ids = self._sample([*fast.values(), truth_of_newest], list(best.values()))
+        fast, best = self.model.logits(hidden), self.model.logits(hidden, argmax=True)
+        one = self._clearest(fast)
+        h = hidden[one]
+        fast_one, best_one = self.model.logits(h), self.model.logits(h, argmax=True)
+        truth_of_one = self._reference_logits(h, head, wide=True)
+        ids = self._sample([fast, fast_one, truth_of_one], [best, best_one])
         table = head.index_select(0, ids)
-        truth, plain = self._both_logits(hidden[-most:], table)
-        place = torch.searchsorted(ids, best[most].clamp(min=0, max=len(head) - 1))
-        place = torch.where((best[most] >= 0) & (best[most] < len(head)), place, -1)
-        self._judge_logits(f"{most} rows", fast[most][:, ids], truth, plain)
+        truth, plain = self._both_logits(hidden, table)
+        self._judge_logits(f"{most} rows", fast[:, ids], truth, plain)
+        there = (best >= 0) & (best < len(head))
+        place = torch.searchsorted(ids, best.clamp(min=0, max=len(head) - 1))
+        place = torch.where(there, place, -1)
         self._judge_choice(f"{most} rows", place, truth, self._allowed(truth, plain))
         self._judge_head(hidden, table, (5,))
-        # The newest token's logits are known over the whole vocabulary: how it is drawn too.
-        loss = relative_error(plain[-1:], truth[-1:])
-        row = Comparison("logits", "1 rows", relative_error(fast[1], truth_of_newest), loss)
+        # Of one token the logits are known over the whole vocabulary, and so is how it is drawn.
+        loss = relative_error(plain[one], truth[one])
+        row = Comparison("logits", "1 rows", relative_error(fast_one, truth_of_one), loss)
         self._note(row, "logits")
-        allowed = self._allowed(truth[-1:], plain[-1:])
-        self._judge_choice("1 rows", best[1], truth_of_newest, allowed)
-        self._draws(hidden[-1:], truth_of_newest, allowed, head, filters=False)
+        allowed = self._allowed(truth[one], plain[one])
+        self._judge_choice("1 rows", best_one, truth_of_one, allowed)
+        self._draws(h, truth_of_one, allowed, head, filters=False)
+
+    @staticmethod
+    def _clearest(logits: Tensor) -> slice:
+        """The row of logits [T, V] whose largest is furthest above the next."""
+        top = logits.topk(min(2, logits.shape[1]), dim=-1).values
+        row = int((top[:, 0] - top[:, -1]).argmax())
+        return slice(row, row + 1)
 
     def _judge_head(self, hidden: Tensor, table: WeightLike, counts: Sequence[int]) -> None:
         """All of it over a table [V, H]: the head, or some of its rows."""
-        most = min(max(counts), hidden.shape[0])
-        truth, plain = self._both_logits(hidden[-most:], table)
+        truth, plain = self._both_logits(hidden, table)
         softcap = self.config.final_logit_softcapping
         for n in counts:
-            h, phase = hidden[-n:], f"{min(n, most)} rows"
-            self._judge_logits(phase, ops.logits(h, table, softcap), truth[-n:], plain[-n:])
-            allowed = self._allowed(truth[-n:], plain[-n:])
-            self._judge_choice(phase, ops.logits(h, table, softcap, True), truth[-n:], allowed)
+            rows = self._clearest(truth) if n == 1 else slice(-n, None)
+            h, t, p = hidden[rows], truth[rows], plain[rows]
+            phase, allowed = f"{h.shape[0]} rows", self._allowed(t, p)
+            self._judge_logits(phase, ops.logits(h, table, softcap), t, p)
+            self._judge_choice(phase, ops.logits(h, table, softcap, True), t, allowed)
             if n <= 5:  # a quarter of a million logits are sorted for each
-                self._draws(h, truth[-n:], allowed, table)
+                self._draws(h, t, allowed, table)
 
     def _sample(self, logits: Sequence[Tensor], ids: Sequence[Tensor]) -> Tensor:
         """Ids of some rows of the head, in order: runs spread over it, what these logits [T, V] say is likeliest, these ids."""

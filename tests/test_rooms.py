@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "verify": {
         "ops", "cache", "config", "graph", "layers", "edges", "report", "reference", "quant", "sampling", "native",
     },
+    "verdicts": {"native", "ops", "layers"},
     "integrations": {
         "integrations",
         "ops",

@@ -34,9 +34,7 @@ class Widened:
         return Widened(self.weight[expert], self.dtype)
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is not F.linear or kwargs or len(args) != 2 or args[0].dtype != args[1].dtype:
             return NotImplemented
         return linear_in_blocks(args[0], args[1].weight)
@@ -125,9 +123,7 @@ def attention_block(
     if layer.kv_donor is not None:  # the donor has appended these tokens already
         before = [n - new for n, new in zip(before, lens, strict=True)]
     h = ops.rms_norm(x, w["input_layernorm.weight"], eps)
-    position = torch.cat(
-        [torch.arange(n, n + new, device=x.device) for n, new in zip(before, lens, strict=True)]
-    )
+    position = torch.cat([torch.arange(n, n + new, device=x.device) for n, new in zip(before, lens, strict=True)])
     cos, sin = ops.rope_angles(position, inv_freq(layer, x.dtype, x.device))
 
     def heads(name: str, count: int) -> Tensor:
