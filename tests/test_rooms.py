@@ -31,7 +31,17 @@ ALLOWED: dict[str, set[str]] = {
     "edges": {"ops", "cache", "config", "reference"},
     "bench": LOW | {"bench", "reference", "ops", "cache", "layers", "model", "terminal", "explain", "weights", "quant"},
     "verify": {
-        "ops", "cache", "config", "graph", "layers", "edges", "report", "reference", "quant", "sampling", "native",
+        "ops",
+        "cache",
+        "config",
+        "graph",
+        "layers",
+        "edges",
+        "report",
+        "reference",
+        "quant",
+        "sampling",
+        "native",
     },
     "verdicts": {"native", "ops", "layers"},
     "integrations": {
