@@ -78,8 +78,9 @@ class Gemma4(nn.Module):
         check: "quick" compares one layer of each kind with the reference before returning and raises SelfCheckError if it is
         wrong; "full" compares every layer and the whole model; False does neither. True is "quick", unless the same model
         has passed on this machine before and nothing has changed since: see `verdict` and gemma4_fast/verdicts.py.
-        load_format "dummy" reads config.json only and fills in seeded random weights. Errors: CheckpointError (files), UnsupportedError (backend cannot run
-        here), ValueError (arguments); nothing is loaded before those that can be known beforehand.
+        load_format "dummy" reads config.json only and fills in seeded random weights.
+        Errors: CheckpointError (files), UnsupportedError (backend cannot run here), ValueError (arguments); nothing is loaded
+        before those that can be known beforehand.
         """
         from gemma4_fast import verdicts, weights
 

@@ -94,20 +94,23 @@ def settle(
 
 
 # ---------------------------------------------------------------- the key
-def source_of(path: Path, load_format: str = "auto", seed: int = 0) -> str:
+def source_of(path: Path, load_format: str = "auto", seed: int = 0) -> str | None:
     """What tells one checkpoint from another, without reading its weights: SHA-256 in hex.
 
-    For load_format "dummy" the config and the seed, from which the weights are drawn.
+    For load_format "dummy" the config and the seed, from which the weights are drawn. None if a file cannot be read: why is
+    for those to say who read the weights.
     """
     sha = hashlib.sha256()
-    _add(sha, load_format, (path / "config.json").read_bytes())
-    if load_format == "dummy":
-        _add(sha, seed)
+    with contextlib.suppress(OSError):
+        _add(sha, load_format, (path / "config.json").read_bytes())
+        if load_format == "dummy":
+            _add(sha, seed)
+            return sha.hexdigest()
+        for file in sorted(path.glob("*.safetensors*")):
+            found = file.stat()
+            _add(sha, file.name, found.st_size, found.st_mtime_ns, _header(file))
         return sha.hexdigest()
-    for file in sorted(path.glob("*.safetensors*")):
-        found = file.stat()
-        _add(sha, file.name, found.st_size, found.st_mtime_ns, _header(file))
-    return sha.hexdigest()
+    return None
 
 
 def _header(file: Path) -> bytes:

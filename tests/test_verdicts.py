@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from gemma4_fast import Gemma4, SelfCheckError, ops, use_backend, verdicts, verify
+from gemma4_fast.errors import CheckpointError
 from gemma4_fast.report import Report
 from gemma4_fast.weights import tiny_path
 
@@ -35,7 +37,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         levels.append(level)
         return Report(level, "cpu", "bfloat16", {})
 
-    monkeypatch.setattr("gemma4_fast.verify.verify", passed)
+    module = sys.modules["gemma4_fast.verify"]  # the package exports the function by this name
+    monkeypatch.setattr(module, "verify", passed)
     return levels
 
 
@@ -115,7 +118,7 @@ CHANGES: dict[str, Callable[[pytest.MonkeyPatch, Path], dict[str, Any]]] = {
     "config": lambda m, path: other_config(path) or {},  # type: ignore[func-returns-value]
     "sources": lambda m, path: m.setattr(verdicts, "build", lambda: "other") or {},  # type: ignore[func-returns-value]
     "libraries": lambda m, path: m.setattr(verdicts, "hash_of", lambda file: "x") or {},  # type: ignore[func-returns-value]
-    "torch": lambda m, path: m.setattr(torch, "__version__", "9.9") or {},  # type: ignore[func-returns-value]
+    "torch": lambda m, path: m.setattr(torch, "__version__", "2.99.0") or {},  # type: ignore[func-returns-value]
     "triton": lambda m, path: m.setattr(verdicts, "_version", lambda name: "9") or {},  # type: ignore[func-returns-value]
     "processor": lambda m, path: m.setattr(verdicts, "_processor", lambda: "Z80") or {},  # type: ignore[func-returns-value]
     "dummy weights": lambda m, path: dict(load_format="dummy"),
@@ -219,6 +222,14 @@ def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path
         patch.delenv("XDG_CACHE_HOME")
         patch.setenv("HOME", str(tmp_path))
         assert verdicts.folder() == tmp_path / ".cache" / "gemma4_fast" / "checked"
+
+
+def test_a_checkpoint_that_cannot_be_read_is_the_loaders_to_tell(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors").symlink_to(checkpoint / "gone")
+    assert verdicts.source_of(checkpoint) is None
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load(checkpoint)
 
 
 def test_a_model_that_came_from_no_checkpoint_keeps_none(kept: Path, runs: list[str]) -> None:

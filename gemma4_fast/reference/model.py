@@ -24,7 +24,7 @@ SMALL = 1 << 20  # values of a matrix that is widened whole
 class Widened:
     """A matrix [N, K], or one for each expert [E, N, K], that is widened to `dtype` where it is multiplied by.
 
-    It offers what this page asks of a weight: `shape`, an expert by its number, and `F.linear`.
+    It offers what this page asks of a weight: `shape`, `dtype`, `to`, an expert by its number, and `F.linear`.
     """
 
     def __init__(self, weight: Any, dtype: torch.dtype) -> None:
@@ -32,6 +32,10 @@ class Widened:
 
     def __getitem__(self, expert: int) -> Widened:
         return Widened(self.weight[expert], self.dtype)
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """All of it."""
+        return cast(Tensor, self.weight.to(self.dtype).to(dtype))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
