@@ -74,7 +74,8 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         mask = key[None] <= rows[:, None]
         if window is not None:
             mask &= key[None] > rows[:, None] - window
-        truth = reference.attend(*widened(q[rows], k, v), mask, 1.0)
+        wide_q, wide_k, wide_v = widened(q[rows], k, v)
+        truth = reference.attend(wide_q, wide_k, wide_v, mask, 1.0)
         plain = reference.attend(q[rows], k, v, mask, 1.0)
         bounds = torch.tensor([0, total], dtype=torch.int32, device=device)
         got = ops.gqa_prefill(q, k, v, bounds, window)[rows]

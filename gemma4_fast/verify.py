@@ -203,7 +203,7 @@ def compare_layers(model: Gemma4, ids: Tensor, layers: Mapping[int, Layered], wh
     their outputs' errors against the wider reference. It is `whose` error that decides how large ours may be."""
     with model.running():
         check = _Check(model, model.state_dict(), _Tokens(ids), report)
-        step, kv = model.model.step([len(ids)], None), {}
+        step, kv = model.model.step([len(ids)], None), cast(reference.KV, {})
         for i, other in layers.items():
             layer, x = check.config.layer(i), other.x
             got, _ = model.model.run_layer(i, x, None, step, None, other.ple)
@@ -319,7 +319,7 @@ class _Check:
         for plan in self.plans:
             runs.append(self._fast(plan, [c.index for c in self.layers]))
             self.step()
-        stores = {}, {}  # what layers share: K and V, wide and plain
+        stores: tuple[reference.KV, reference.KV] = {}, {}  # what layers share: K and V, wide and plain
         for layer in self.layers:
             self._attention(layer, runs, stores)
             self.step()
@@ -553,7 +553,7 @@ class _Check:
             return rows
 
         self._add(
-            judge([cast(Tensor, y) for _, _, y in with_output]),
+            judge([y for _, _, y in with_output]),
             lambda: judge([block_alone(part) for _, part, _ in with_output]),
         )
         if layer.is_moe:
