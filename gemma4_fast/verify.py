@@ -72,7 +72,7 @@ class _Extent:
 
 CHUNK = 17  # tokens of the second chunk
 EXTENTS = {
-    "quick": _Extent(2, (13, 9), logits=16, first=0, newest=16, every_piece=False),
+    "quick": _Extent(2, (10, 6), logits=8, first=0, newest=16, every_piece=False),
     "full": _Extent(4, (42, 29), logits=64, first=8, newest=56, every_piece=True),
 }
 DISTINCT = 8  # tokens in all that level "quick" runs the feed-forward block on
