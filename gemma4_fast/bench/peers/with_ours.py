@@ -29,6 +29,7 @@ class Peer:
             torch.set_num_threads(spec["threads"])
         options: dict[str, Any] = {n: spec[n] for n in ("dtype", "device", "quantize")}
         if spec["path"] is not None:
+            options |= {"check_memory": False}  # the plan was compared with the free memory
             self.model = Gemma4.from_pretrained(spec["path"], check=False, progress=False, **options)
         else:
             self.model = Gemma4.dummy(Gemma4Config.from_dict(spec["config"]), seed=spec["seed"], **options)
