@@ -335,13 +335,18 @@ def linear_in_blocks(x: Tensor, weight: WeightLike) -> Tensor:
     """
     n, k = weight.shape
     rows = max(1, _BLOCK // k)
-    out, buffer = x.new_empty(*x.shape[:-1], n), x.new_empty(min(rows, n), k)
+    out, buffer = x.new_empty(*x.shape[:-1], n), x.new_empty(0)
     for start in range(0, n, rows):
         block = weight[start : start + rows]
-        wide = buffer[: len(block)]
-        if isinstance(block, QuantizedWeight):
-            block._to(wide)
+        if isinstance(block, Tensor) and block.dtype == x.dtype:
+            wide = block
         else:
-            wide.copy_(block)
+            if not buffer.numel():
+                buffer = x.new_empty(min(rows, n), k)
+            wide = buffer[: len(block)]
+            if isinstance(block, QuantizedWeight):
+                block._to(wide)
+            else:
+                wide.copy_(block)
         out[..., start : start + rows] = F.linear(x, wide)
     return out

@@ -64,10 +64,13 @@ class Weights(Mapping[str, Tensor]):
         return w if self._dtype is None else w.to(self._dtype)
 
     def matrix(self, w: Tensor) -> Tensor:
-        """w as these weights are read, widened where it is multiplied by if it is large."""
-        if self._dtype is None or w.numel() <= SMALL:
+        """w as these weights are read, widened where it is multiplied by if it is large.
+
+        A large one that stays as it is is multiplied by in blocks too: PyTorch may copy a whole one.
+        """
+        if w.numel() <= SMALL or (self._dtype is None and not isinstance(w, Tensor)):
             return self.widened(w)
-        return cast(Tensor, Widened(w, self._dtype))
+        return cast(Tensor, Widened(w, self._dtype or w.dtype))
 
     def layer(self, index: int) -> Weights:
         """The tensors of decoder layer `index`, with names as in facts: "self_attn.q_proj.weight", "layer_scalar", ..."""
