@@ -172,10 +172,27 @@ def load(
     model._tokenizer = tokenizer  # large ones take a second to read
     loaded = Loaded(model, None, time.perf_counter() - start, 0.0)
     if check:
-        level = "full" if check == "full" else "quick"
-        loaded.report, loaded.check_s = checked(model, level)
-        loaded.report.raise_if_wrong()
+        loaded.report, loaded.check_s = settled(model, check)
     return loaded
+
+
+def checked_by(loaded: Loaded) -> str | None:
+    """What the self-check said, now or at an earlier start; None if it was not asked."""
+    if loaded.report is not None:
+        return loaded.report.verdict()
+    return None if loaded.model.verdict is None else str(loaded.model.verdict)
+
+
+def settled(model: Gemma4, check: bool | str) -> tuple[Report | None, float]:
+    """The report of the check, None if an earlier one still holds, and its seconds. SelfCheckError if the model is wrong."""
+    from gemma4_fast import verdicts
+
+    start = time.perf_counter()
+    with terminal.progress_bar("checking") as bar:
+        report = verdicts.settle(model, check, progress=bar)
+    if report is None:
+        terminal.note(f"{PROGRAM}: {model.verdict}")
+    return report, time.perf_counter() - start
 
 
 def require_memory(
@@ -322,7 +339,7 @@ def generate(args: Namespace) -> int:
             "sampling": terminal.sampling_dict(session.sampling),
             "max_new_tokens": session.max_new_tokens,
             "timings": {"load_s": loaded.load_s, "check_s": loaded.check_s, **terminal.rates(result, len(ids))},
-            "check": None if loaded.report is None else loaded.report.verdict(),
+            "check": checked_by(loaded),
             "backends": {c.op: c.backend for c in chosen.choices},
             "device": chosen.device,
             "dtype": chosen.dtype,
