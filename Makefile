@@ -17,6 +17,15 @@ WHEEL := build/wheel
 SANITIZE := build/sanitize
 SANITIZE_TESTS := sanitize/loaded test_cpu test_quant test_graph test_ops test_cuda
 
+# The tests that compare floats, and how `make test-cpus` makes PyTorch, oneDNN and MKL take this
+# processor for a lesser one, on one and two threads. The last two use all that PyTorch finds.
+FLOAT_TESTS := accelerate cpu generate graph interfaces model ops quant table verify weights
+CPU_SETTINGS := \
+	ATEN_CPU_CAPABILITY=default,ONEDNN_MAX_CPU_ISA=SSE41,MKL_CBWR=COMPATIBLE,OMP_NUM_THREADS=1 \
+	ATEN_CPU_CAPABILITY=avx2,ONEDNN_MAX_CPU_ISA=AVX2,MKL_CBWR=AVX2,OMP_NUM_THREADS=2 \
+	ONEDNN_MAX_CPU_ISA=AVX512_CORE,OMP_NUM_THREADS=1 \
+	ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16,OMP_NUM_THREADS=2
+
 # Empty files that say "this step is done". Make repeats a step when one of the files it depends on is newer.
 VENV_DONE := $(VENV)/.venv-done
 RUN_DONE := $(VENV)/.run-done
@@ -30,13 +39,14 @@ GPU_DONE := $(GPU_VENV)/.gpu-done
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full gpu bench wheel sanitize lint format clean
+.PHONY: help demo test test-full test-cpus gpu bench wheel sanitize lint format clean
 .NOTPARALLEL: # two steps of the set-up must not run pip in one environment at the same time
 
 help:
 	@echo "make demo      generate text with the tiny model, timed and checked (sets up $(VENV) first)"
 	@echo "make test      ruff, mypy and pytest (sets up $(VENV) first)"
 	@echo "make test-full the same, and what takes long: the large cases in Triton's interpreter, every kernel compiled for every GPU"
+	@echo "make test-cpus the tests that compare floats, with PyTorch's code for four kinds of processor"
 	@echo "make gpu       all that needs a GPU, in ten minutes at most: tests, memory checker, benchmarks, into bench/results/"
 	@echo "make bench     the standard benchmarks of this machine, in ten minutes at most, into bench/results/"
 	@echo "make wheel     a wheel with the CPU kernels, which installs without a compiler, into dist/ (Linux)"
@@ -55,6 +65,13 @@ test: lint $(PACKAGE_DONE) $(NATIVE_DONE)
 
 test-full: lint $(PACKAGE_DONE) $(NATIVE_DONE)
 	$(BIN)/python -m pytest -m "full or not full" $(PYTEST_ARGS)
+
+test-cpus: $(DEV_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
+	@set -e; for setting in $(CPU_SETTINGS); do \
+		echo "== $$setting"; \
+		env $$(echo $$setting | tr , ' ') \
+			$(BIN)/python -m pytest $(FLOAT_TESTS:%=tests/test_%.py) $(PYTEST_ARGS); \
+	done
 
 # With what the interpreter has: a GPU's PyTorch is large, and often there already. Nothing is downloaded.
 gpu: $(GPU_DONE)

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_suffix(".txt")
 BUILD = ROOT / "build" / "cuda"
 COMMAND = "python tests/cuda_compiled.py --write"
-QUICK = "sm_90a"  # what `make test` compiles for
+QUICK = "sm_90a"  # the target that the quicker checks compile for
 # Bytes of shared memory: of a multiprocessor, and that a block may have. RESERVED of each block's are the system's.
 SHARED = {"sm_80": (164 << 10, 163 << 10), "sm_120": (100 << 10, 99 << 10)}
 SHARED |= dict.fromkeys(("sm_90a", "sm_100"), (228 << 10, 227 << 10))

@@ -5,12 +5,15 @@ Imported by several tests. Shapes are small, but head dims, patterns and special
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from bounds import FLOOR, SLACK, InFp64, assert_right, error, largest
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
 from gemma4_fast import Gemma4
@@ -72,6 +75,57 @@ def transformers_model(member: str) -> Gemma4ForCausalLM:
             else:
                 tensor.copy_(noise * tensor.shape[-1] ** -0.5)
     return model
+
+
+def widened(model: Any) -> Any:
+    """A copy of a model of transformers in fp64, to be called in `InFp64`.
+
+    RoPE frequencies and embedding scales keep the values that they have in fp32.
+    """
+    wide = copy.deepcopy(model).double()
+    wide.set_experts_implementation("eager")  # PyTorch's grouped_mm does not take fp64
+    return wide
+
+
+@functools.cache
+def wide_model(member: str) -> Gemma4ForCausalLM:
+    return widened(transformers_model(member))
+
+
+@torch.no_grad()
+def exact_logits(member: str, ids: Tensor, **kwargs: Any) -> Tensor:
+    """What transformers computes when nothing is rounded to fp32: the truth, in fp64."""
+    with InFp64():
+        return wide_model(member)(ids, **kwargs).logits
+
+
+@functools.cache
+def relative_loss(member: str) -> float:
+    """What transformers' eager model loses in fp32 on this machine, relative to its largest logit."""
+    ids = prompt(3, 60)
+    truth = exact_logits(member, ids)
+    with torch.no_grad():
+        plain = transformers_model(member)(ids).logits
+    return error(plain, truth) / largest(truth)
+
+
+def assert_model_right(member: str, got: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """`got` obeys the rule of bounds.py, with eager's loss taken from more tokens than these."""
+    assert_right(got, eager, truth, loss=relative_loss(member) * largest(truth))
+
+
+def assert_near_eager(got: Tensor, eager: Tensor) -> None:
+    """`got` is what some member's eager model computed, up to the rounding of both.
+
+    For fp32 results whose truth in fp64 is not at hand. Against the truth, eager's error is
+    `relative_loss` of the scale, and the rule of bounds.py allows `SLACK` times that and `FLOOR`
+    to what is compared with it.
+    """
+    assert got.shape == eager.shape and got.dtype == eager.dtype
+    loss = max(map(relative_loss, MEMBERS))
+    bound = ((1 + SLACK) * loss + FLOOR) * largest(eager)
+    off = error(got, eager)
+    assert off <= bound, f"they differ by {off:.3g}, allowed {bound:.3g}"  # fails for NaN too
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from typing import Any
 import family
 import pytest
 import torch
+from family import assert_near_eager
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -46,7 +47,6 @@ from gemma4_fast.weights import resolve
 
 PAD, EOS, IMAGE = 0, 210, 200
 GREEDY: dict[str, Any] = dict(max_new_tokens=20, do_sample=False, pad_token_id=PAD, eos_token_id=EOS)
-TOLERANCE = 1e-4  # fp32 logits of size 4, summed in another order
 
 
 @pytest.fixture(autouse=True)
@@ -91,11 +91,6 @@ def both(pair: tuple[Any, Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     return out
 
 
-def near(got: Tensor, wanted: Tensor) -> None:
-    assert got.shape == wanted.shape and got.dtype == wanted.dtype
-    torch.testing.assert_close(got, wanted, atol=TOLERANCE, rtol=0)
-
-
 def cache_of(out: Any) -> Any:
     return out[CACHE]
 
@@ -111,7 +106,7 @@ def left_padded() -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- forward
 def test_logits_are_the_same(pair: tuple[Any, Any]) -> None:
     theirs, ours = both(pair, family.prompt(3, 30))
-    near(ours.logits, theirs.logits)
+    assert_near_eager(ours.logits, theirs.logits)
     assert isinstance(cache_of(ours), Gemma4Cache) and cache_of(ours).get_seq_length() == 30
 
 
@@ -119,42 +114,42 @@ def test_padding_left_and_right(pair: tuple[Any, Any]) -> None:
     ids, mask = left_padded()
     for padded in (mask, mask.flip(1)):
         theirs, ours = both(pair, ids, attention_mask=padded)
-        near(ours.logits[padded.bool()], theirs.logits[padded.bool()])
+        assert_near_eager(ours.logits[padded.bool()], theirs.logits[padded.bool()])
     row = pair[1](ids[:1, 7:]).logits
-    near(pair[1](ids, attention_mask=mask).logits[:1, 7:].detach(), row.detach())
+    assert_near_eager(pair[1](ids, attention_mask=mask).logits[:1, 7:].detach(), row.detach())
 
 
 def test_hidden_states_and_tuples(pair: tuple[Any, Any]) -> None:
     theirs, ours = both(pair, family.prompt(2, 20), output_hidden_states=True)
     assert len(ours.hidden_states) == len(theirs.hidden_states)
     for got, wanted in zip(ours.hidden_states, theirs.hidden_states, strict=True):
-        near(got, wanted)
+        assert_near_eager(got, wanted)
     theirs, ours = both(pair, family.prompt(2, 20), use_cache=False, return_dict=False)
     assert len(ours) == len(theirs) == 1
-    near(ours[0], theirs[0])
+    assert_near_eager(ours[0], theirs[0])
 
 
 def test_loss_and_logits_to_keep(moe: tuple[Any, Any], shared: tuple[Any, Any]) -> None:
     ids = family.prompt(2, 20)
     for models in (moe, shared):
         theirs, ours = both(models, ids, labels=ids)
-        near(ours.loss, theirs.loss)
+        assert_near_eager(ours.loss, theirs.loss)
         for keep in (1, 3, torch.tensor([2, 5])):
             theirs, ours = both(models, ids, logits_to_keep=keep)
-            near(ours.logits, theirs.logits)
+            assert_near_eager(ours.logits, theirs.logits)
 
 
 def test_arguments_by_position(moe: tuple[Any, Any]) -> None:
     ids, mask = left_padded()
     theirs, ours = both(moe, ids, mask)
-    near(ours.logits[mask.bool()], theirs.logits[mask.bool()])
+    assert_near_eager(ours.logits[mask.bool()], theirs.logits[mask.bool()])
 
 
 def test_embeddings_in_place_of_ids(pair: tuple[Any, Any]) -> None:
     ids = family.prompt(2, 20)
     embeds = pair[0].get_input_embeddings()(ids).detach()
     theirs, ours = both(pair, inputs_embeds=embeds)
-    near(ours.logits, theirs.logits)
+    assert_near_eager(ours.logits, theirs.logits)
 
 
 def test_a_prompt_in_pieces(pair: tuple[Any, Any]) -> None:
@@ -169,14 +164,14 @@ def test_a_prompt_in_pieces(pair: tuple[Any, Any]) -> None:
         cache = cache_of(out)
         got.append(out.logits)
     assert not engine(pair[1]).said
-    near(torch.cat(got, 1)[mask.bool()], whole[mask.bool()])
+    assert_near_eager(torch.cat(got, 1)[mask.bool()], whole[mask.bool()])
 
 
 def test_long_prompts_run_in_chunks(moe: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemma4_fast.integrations.engine.CHUNK", 24)
     ids, mask = left_padded()
     theirs, ours = both(moe, ids, attention_mask=mask)
-    near(ours.logits[mask.bool()], theirs.logits[mask.bool()])
+    assert_near_eager(ours.logits[mask.bool()], theirs.logits[mask.bool()])
 
 
 def test_what_a_caller_gets_can_be_used_with_gradients(moe: tuple[Any, Any]) -> None:
@@ -191,9 +186,9 @@ def test_bare_text_models(moe: tuple[Any, Any]) -> None:
     theirs = moe[0].model
     ours = accelerate(copy.deepcopy(theirs), check=False)
     a, b = both((theirs, ours), family.prompt(2, 20))
-    near(b.last_hidden_state, a.last_hidden_state)
+    assert_near_eager(b.last_hidden_state, a.last_hidden_state)
     step = ours(family.prompt(2, 1), **{CACHE: cache_of(b)}).last_hidden_state
-    near(step, theirs(family.prompt(2, 1), **{CACHE: cache_of(a)}).last_hidden_state)
+    assert_near_eager(step, theirs(family.prompt(2, 1), **{CACHE: cache_of(a)}).last_hidden_state)
     kept = step.clone()
     ours(family.prompt(2, 1, seed=5), **{CACHE: cache_of(b)})
     assert torch.equal(kept, step), "the next step wrote into what the last one gave"
@@ -267,10 +262,10 @@ def test_outputs_of_generate(pair: tuple[Any, Any]) -> None:
     theirs, ours = generated(pair, family.prompt(2, 13), **options)
     assert torch.equal(ours.sequences, theirs.sequences)
     for got, wanted in zip(ours.scores + ours.logits, theirs.scores + theirs.logits, strict=True):
-        near(got, wanted)
+        assert_near_eager(got, wanted)
     for got, wanted in zip(ours.hidden_states, theirs.hidden_states, strict=True):
         for a, b in zip(got, wanted, strict=True):
-            near(a, b)
+            assert_near_eager(a, b)
 
 
 def test_what_people_pass_to_generate(moe: tuple[Any, Any]) -> None:
@@ -382,7 +377,7 @@ def assert_same_keys(theirs: Any, ours: Any, mask: Tensor | None = None) -> None
             if mask is not None:
                 shown = mask[:, -wanted.shape[2] :].bool()[:, None, :, None]
                 got, wanted = got * shown, wanted * shown
-            near(got, wanted)
+            assert_near_eager(got, wanted)
 
 
 def test_the_cache_shows_transformers_keys_and_values(pair: tuple[Any, Any]) -> None:
@@ -420,7 +415,7 @@ def test_the_cache_changes_its_batch(change: str, pair: tuple[Any, Any]) -> None
         ids = token[torch.arange(len(rows)) % 4]
         out = model(ids, attention_mask=wide, **{CACHE: cache})
         logits.append(out.logits)
-    near(logits[1], logits[0])
+    assert_near_eager(logits[1], logits[0])
     assert not engine(pair[1]).said
 
 
@@ -440,7 +435,7 @@ def test_the_cache_forgets_its_newest_tokens(pair: tuple[Any, Any]) -> None:
         steps.append(model(token, attention_mask=wide, **{CACHE: cache}).logits)
         if model is pair[0]:
             wanted = steps
-    near(steps[0], wanted[0])
+    assert_near_eager(steps[0], wanted[0])
     assert not engine(pair[1]).said
 
 
@@ -453,7 +448,7 @@ def test_a_window_that_moved_on_cannot_be_cropped(moe: tuple[Any, Any]) -> None:
     cache.crop(-100)
     assert cache.get_seq_length() == 0
     cache.reset()
-    near(moe[1](ids, **{CACHE: cache}).logits, moe[0](ids).logits)
+    assert_near_eager(moe[1](ids, **{CACHE: cache}).logits, moe[0](ids).logits)
 
 
 def test_a_pass_that_was_interrupted(moe: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,7 +462,7 @@ def test_a_pass_that_was_interrupted(moe: tuple[Any, Any], monkeypatch: pytest.M
         with pytest.raises(RuntimeError, match="interrupted"):
             moe[1](ids[:, :1], **{CACHE: cache}, **options)
     cache.reset()
-    near(moe[1](ids, **{CACHE: cache}).logits, moe[0](ids).logits)
+    assert_near_eager(moe[1](ids, **{CACHE: cache}).logits, moe[0](ids).logits)
 
 
 def test_a_mask_that_the_caller_writes_into(moe: tuple[Any, Any]) -> None:
@@ -476,7 +471,7 @@ def test_a_mask_that_the_caller_writes_into(moe: tuple[Any, Any]) -> None:
     theirs, ours = both(moe, ids[:, :20], attention_mask=mask[:, :20])
     mask[0, :6] = False  # hides three more
     step = dict(attention_mask=mask[:, :21])
-    near(
+    assert_near_eager(
         moe[1](ids[:, 20:21], **step, **{CACHE: cache_of(ours)}).logits,
         moe[0](ids[:, 20:21], **step, **{CACHE: cache_of(theirs)}).logits,
     )
@@ -490,7 +485,7 @@ def test_the_cache_grows(moe: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) 
     for lo in range(10, 400, 65):
         out = moe[1](ids[:, lo : lo + 65], **{CACHE: cache_of(out)})
     assert room <= 64 and cache_of(out).kv.max_len >= 400
-    near(out.logits[:, -1], moe[0](ids).logits[:, -1])
+    assert_near_eager(out.logits[:, -1], moe[0](ids).logits[:, -1])
 
 
 def test_the_cache_is_smaller(moe: tuple[Any, Any]) -> None:
@@ -548,7 +543,7 @@ def test_what_is_left_to_transformers_code(name: str, warned: Callable[[], list[
     ours(ids, **copy.deepcopy(options))
     real = options.get("attention_mask")
     real = real.bool() if isinstance(real, Tensor) else torch.ones(1, 20, dtype=torch.bool)
-    near(b.logits[real], a.logits[real])
+    assert_near_eager(b.logits[real], a.logits[real])
     assert len(warned()) == 1 and word in warned()[0]
     if a.attentions is not None:
         assert all(torch.equal(x, y) for x, y in zip(b.attentions, a.attentions, strict=True))
@@ -568,7 +563,7 @@ def test_in_the_midst_of_a_text(warned: Callable[[], list[str]]) -> None:
                 cache = cache_of(o)
                 out.append(o.logits)
             logits.append(torch.cat(out, 1))
-        near(logits[1][mask.bool()], logits[0][mask.bool()])
+        assert_near_eager(logits[1][mask.bool()], logits[0][mask.bool()])
         assert cache.plain and cache.get_seq_length() == 30
     assert any("output_attentions" in w for w in warned())
 
@@ -583,9 +578,9 @@ def test_other_caches_are_transformers_own(warned: Callable[[], list[str]]) -> N
     assert torch.equal(out, wanted) and any("StaticCache" in w for w in warned())
     filled = DynamicCache(config=theirs.config)
     theirs(ids, **{CACHE: filled})
-    near(ours(ids[:, :1], **{CACHE: copy.deepcopy(filled)}).logits, theirs(ids[:, :1], **{CACHE: filled}).logits)
+    assert_near_eager(ours(ids[:, :1], **{CACHE: copy.deepcopy(filled)}).logits, theirs(ids[:, :1], **{CACHE: filled}).logits)
     static = {CACHE: StaticCache(config=theirs.config, max_cache_len=40)}
-    near(ours(ids, **static).logits, theirs(ids).logits)
+    assert_near_eager(ours(ids, **static).logits, theirs(ids).logits)
 
 
 def test_training(warned: Callable[[], list[str]]) -> None:
@@ -596,14 +591,15 @@ def test_training(warned: Callable[[], list[str]]) -> None:
         with torch.enable_grad():
             model(ids, labels=ids).loss.backward()
     for (name, a), b in zip(theirs.named_parameters(), ours.parameters(), strict=True):
-        torch.testing.assert_close(b.grad, a.grad, msg=name)
+        assert a.grad is not None and b.grad is not None, name
+        assert_near_eager(b.grad, a.grad)
     assert any("training mode" in w for w in warned())
     # And a step of the optimizer is seen at once: the weights are the same memory.
     for model in (theirs, ours):
         for p in model.parameters():
             p -= 0.01 * p.grad
         model.eval()
-    near(ours(ids).logits, theirs(ids).logits)
+    assert_near_eager(ours(ids).logits, theirs(ids).logits)
 
 
 def test_gradients_in_evaluation_mode(warned: Callable[[], list[str]]) -> None:
@@ -619,7 +615,7 @@ def test_gradients_in_evaluation_mode(warned: Callable[[], list[str]]) -> None:
         ours(inputs_embeds=given).logits.sum().backward()
         assert given.grad is not None
         logits = ours(ids).logits  # nothing wants any now
-    near(logits, theirs(ids).logits)
+    assert_near_eager(logits, theirs(ids).logits)
     assert not logits.requires_grad
 
 
@@ -627,7 +623,7 @@ def test_compiling(warned: Callable[[], list[str]]) -> None:
     theirs, ours = fresh("12b")
     ids = family.prompt(1, 12)
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
-    near(compiled(ids, use_cache=False).logits, theirs(ids).logits)
+    assert_near_eager(compiled(ids, use_cache=False).logits, theirs(ids).logits)
     assert not warned()
 
 
@@ -647,11 +643,11 @@ def test_hooks_are_called(warned: Callable[[], list[str]]) -> None:
     other = theirs.model.layers[2].mlp.register_forward_hook(lambda module, args, out: out * 0)
     ours(ids[:, :1], **{CACHE: cache})
     assert len(seen) == 1
-    near(ours(ids).logits, theirs(ids).logits)
+    assert_near_eager(ours(ids).logits, theirs(ids).logits)
     hook.remove()
     other.remove()
     assert isinstance(cache_of(ours(ids)), Gemma4Cache) and not cache_of(ours(ids)).plain
-    near(ours(ids).logits, theirs(ids).logits)
+    assert_near_eager(ours(ids).logits, theirs(ids).logits)
     assert len(seen) == 2 and any("layers.2.mlp has a hook" in w for w in warned())
 
 
@@ -670,7 +666,7 @@ def test_other_libraries_layers(warned: Callable[[], list[str]]) -> None:
     theirs, ours = fresh()
     for model in (theirs, ours):
         model.model.layers[3].self_attn.q_proj = Adapted(model.model.layers[3].self_attn.q_proj)
-    near(ours(family.prompt(1, 12)).logits, theirs(family.prompt(1, 12)).logits)
+    assert_near_eager(ours(family.prompt(1, 12)).logits, theirs(family.prompt(1, 12)).logits)
     assert any("layers.3.self_attn.q_proj is a" in w for w in warned())
     late = accelerate(copy.deepcopy(theirs))  # accelerated with it: said then
     assert len(warned()) == 2 and "layers.3.self_attn.q_proj is a" in warned()[1]
@@ -728,7 +724,7 @@ def test_a_model_that_changes_in_the_midst_of_a_text(change: str, how: str, monk
     unchanged = family.transformers_model("26b-a4b")(torch.cat([ids, first, rest], 1)).logits[:, -rest.shape[1] :]
     for _ in range(2):
         wanted, got = (model(rest, **{CACHE: cache}).logits for model, cache in zip((theirs, ours), caches, strict=True))
-        near(got, wanted)
+        assert_near_eager(got, wanted)
         assert (wanted - unchanged).abs().max() > 0.1
 
 
@@ -743,7 +739,7 @@ def test_a_text_model_within_another_that_changes(monkeypatch: pytest.MonkeyPatc
         weight = model.model.language_model.layers[1].mlp.up_proj.weight
         model.model.language_model.layers[1].mlp.up_proj.weight = nn.Parameter(other(weight))
         logits.append(model(ids[:, 1:2], **{CACHE: cache}).logits)
-    near(logits[1], logits[0])
+    assert_near_eager(logits[1], logits[0])
 
 
 def test_weights_that_become_other_tensors(moe: tuple[Any, Any]) -> None:
@@ -752,16 +748,16 @@ def test_weights_that_become_other_tensors(moe: tuple[Any, Any]) -> None:
     doubled = {k: v * 1.1 for k, v in theirs.state_dict().items()}
     for model in (theirs, ours):
         model.load_state_dict(doubled, assign=True)
-    near(ours(ids).logits, theirs(ids).logits)
+    assert_near_eager(ours(ids).logits, theirs(ids).logits)
     for change in CHANGES.values():
         for model in (theirs, ours):
             change(model)
-        near(ours(ids).logits, theirs(ids).logits)
+        assert_near_eager(ours(ids).logits, theirs(ids).logits)
     theirs, ours = fresh()
     for model in (theirs, ours):
         model.set_experts_implementation("eager")  # the default has no fp64
         model.double()
-    near(ours(ids).logits, theirs(ids).logits)  # transformers' norms stay in fp32
+    assert_near_eager(ours(ids).logits, theirs(ids).logits)  # transformers' norms stay in fp32
     assert ours(ids).logits.dtype == torch.float64
 
 
@@ -797,7 +793,7 @@ def test_what_else_is_not_ignored(warned: Callable[[], list[str]]) -> None:
         for model in (theirs, ours):
             change(model)
         assert (theirs(ids).logits - usual).abs().max() > 0.1
-        near(ours(ids).logits, theirs(ids).logits)
+        assert_near_eager(ours(ids).logits, theirs(ids).logits)
         assert word in warned()[-1]
 
     check("attn_implementation", lambda m: m.set_attn_implementation("of_ones_own"))
@@ -807,14 +803,14 @@ def test_what_else_is_not_ignored(warned: Callable[[], list[str]]) -> None:
     try:
         modeling_gemma4.Gemma4TextMLP.forward = lambda self, x: right(self, x.flip(-1))
         theirs, ours = fresh()
-        near(ours(ids).logits, theirs(ids).logits)
+        assert_near_eager(ours(ids).logits, theirs(ids).logits)
         assert (theirs(ids).logits - usual).abs().max() > 0.1
     finally:
         modeling_gemma4.Gemma4TextMLP.forward = right
     theirs, ours = fresh()
     for model in (theirs, ours):
         model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, 211))
-    near(ours(ids).logits, theirs(ids).logits)
+    assert_near_eager(ours(ids).logits, theirs(ids).logits)
 
 
 def test_fewer_layers_than_the_configuration_has(warned: Callable[[], list[str]]) -> None:
@@ -822,7 +818,7 @@ def test_fewer_layers_than_the_configuration_has(warned: Callable[[], list[str]]
     for model in (theirs, ours):
         model.model.layers = model.model.layers[:6]
         model.config.num_hidden_layers = 6
-        near(model(family.prompt(1, 12)).logits, theirs(family.prompt(1, 12)).logits)
+        assert_near_eager(model(family.prompt(1, 12)).logits, theirs(family.prompt(1, 12)).logits)
     ours.config.num_hidden_layers = 12
     accelerate(ours)  # is not to fail
     assert "layers" in warned()[-1]
@@ -849,12 +845,12 @@ def test_a_class_of_ones_own() -> None:
     model.model.__class__ = Mine
     wanted = model(family.prompt(1, 12)).logits
     accelerate(model)
-    near(model(family.prompt(1, 12)).logits, wanted)
+    assert_near_eager(model(family.prompt(1, 12)).logits, wanted)
     assert any("forward of its own" in reason for reason in engine(model).said)
     restore(model)
     with pytest.raises(UnsupportedError, match="forward of its own"):
         accelerate(model, quantize="int8")
-    near(model(family.prompt(1, 12)).logits, wanted)
+    assert_near_eager(model(family.prompt(1, 12)).logits, wanted)
 
 
 def test_what_an_old_cache_keeps_alive() -> None:
@@ -894,10 +890,10 @@ def test_threads_bind_once() -> None:
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             outs = list(pool.map(lambda _: no_grad_call(ours, ids), range(4)))
         for logits in outs:
-            near(logits, wanted)
+            assert_near_eager(logits, wanted)
     ours.model.layers[0].self_attn.q_proj.weight.mul_(0)
     theirs.model.layers[0].self_attn.q_proj.weight.mul_(0)
-    near(ours(ids).logits, theirs(ids).logits)
+    assert_near_eager(ours(ids).logits, theirs(ids).logits)
 
 
 def no_grad_call(model: Any, ids: Tensor) -> Tensor:
@@ -934,11 +930,11 @@ def test_a_default_device(moe: tuple[Any, Any]) -> None:
 def test_models_made_by_its_class(moe: tuple[Any, Any], tmp_path: Path) -> None:
     made = type(moe[1])(moe[0].config).eval()
     made.load_state_dict(moe[0].state_dict())
-    near(made(family.prompt(1, 9)).logits, moe[0](family.prompt(1, 9)).logits)
+    assert_near_eager(made(family.prompt(1, 9)).logits, moe[0](family.prompt(1, 9)).logits)
     moe[1].save_pretrained(tmp_path)
     loaded = type(moe[1]).from_pretrained(tmp_path)
-    near(loaded(family.prompt(1, 9)).logits, moe[0](family.prompt(1, 9)).logits)
-    near(accelerate(loaded)(family.prompt(1, 9)).logits, moe[0](family.prompt(1, 9)).logits)
+    assert_near_eager(loaded(family.prompt(1, 9)).logits, moe[0](family.prompt(1, 9)).logits)
+    assert_near_eager(accelerate(loaded)(family.prompt(1, 9)).logits, moe[0](family.prompt(1, 9)).logits)
 
 
 @pytest.mark.parametrize("case", ["labels behind padding", "padding after the prompt"])
@@ -947,12 +943,11 @@ def test_what_comes_of_padding(case: str, warned: Callable[[], list[str]]) -> No
     ids, mask = left_padded()
     if case == "labels behind padding":
         labels = ids.masked_fill(mask == 0, -100)
-        near(ours(ids, attention_mask=mask, labels=labels).loss, theirs(ids, attention_mask=mask, labels=labels).loss)
-        right = labels.flip(1)
-        near(
-            ours(ids, attention_mask=mask.flip(1), labels=right).loss,
-            theirs(ids, attention_mask=mask.flip(1), labels=right).loss,
-        )
+        for given in (
+            dict(attention_mask=mask, labels=labels),
+            dict(attention_mask=mask.flip(1), labels=labels.flip(1)),
+        ):
+            assert_near_eager(ours(ids, **given).loss, theirs(ids, **given).loss)
     else:
         options = dict(attention_mask=mask.flip(1), **GREEDY)
         assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
@@ -961,7 +956,7 @@ def test_what_comes_of_padding(case: str, warned: Callable[[], list[str]]) -> No
 
 def test_arguments_that_are_off_count_too(moe: tuple[Any, Any]) -> None:
     theirs, ours = fresh()
-    near(ours(family.prompt(1, 12), is_causal=False).logits, theirs(family.prompt(1, 12), is_causal=False).logits)
+    assert_near_eager(ours(family.prompt(1, 12), is_causal=False).logits, theirs(family.prompt(1, 12), is_causal=False).logits)
     assert (theirs(family.prompt(1, 12), is_causal=False).logits - theirs(family.prompt(1, 12)).logits).abs().max() > 0.1
 
 
@@ -975,7 +970,7 @@ def test_forward_derivatives(warned: Callable[[], list[str]]) -> None:
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(embeds, torch.ones_like(embeds))
             tangents.append(forward_ad.unpack_dual(model(inputs_embeds=dual).logits).tangent)
-    near(tangents[1], tangents[0])
+    assert_near_eager(tangents[1], tangents[0])
     assert "differentiated" in warned()[0]
 
 
@@ -985,11 +980,11 @@ def test_a_head_that_is_no_longer_plain(moe: tuple[Any, Any]) -> None:
         torch.manual_seed(0)
         torch.nn.utils.parametrizations.weight_norm(model.lm_head)
         model.lm_head.parametrizations.weight.original0.mul_(2)
-    near(ours(family.prompt(1, 9)).logits, theirs(family.prompt(1, 9)).logits)
+    assert_near_eager(ours(family.prompt(1, 9)).logits, theirs(family.prompt(1, 9)).logits)
     theirs, ours = fresh("12b")
     for model in (theirs, ours):
         model.lm_head.weight = nn.Parameter(model.lm_head.weight[:100])
-    near(ours(family.prompt(1, 9)).logits, theirs(family.prompt(1, 9)).logits)
+    assert_near_eager(ours(family.prompt(1, 9)).logits, theirs(family.prompt(1, 9)).logits)
 
 
 def test_a_cache_without_windows(pair: tuple[Any, Any]) -> None:
@@ -1000,7 +995,7 @@ def test_a_cache_without_windows(pair: tuple[Any, Any]) -> None:
         model(ids, **{CACHE: cache})
         cache.crop(-120)
         logits.append(model(ids[:, 5:25], **{CACHE: cache}).logits)
-    near(logits[1], logits[0])
+    assert_near_eager(logits[1], logits[0])
     assert not engine(pair[1]).said
 
 
@@ -1054,7 +1049,7 @@ def test_a_wrong_kernel_is_found(moe: tuple[Any, Any], monkeypatch: pytest.Monke
     with pytest.raises(gemma4_fast.SelfCheckError, match="geglu_mlp"):
         accelerate(model, backend="torch")
     assert type(model) is Gemma4ForCausalLM
-    near(model(family.prompt(1, 9)).logits, moe[0](family.prompt(1, 9)).logits)
+    assert_near_eager(model(family.prompt(1, 9)).logits, moe[0](family.prompt(1, 9)).logits)
 
 
 def test_verify_holds_it_to_transformers_code(pair: tuple[Any, Any]) -> None:
@@ -1118,7 +1113,8 @@ def test_restore(pair: tuple[Any, Any]) -> None:
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.model.layers.parameters())
     assert torch.equal(model(family.prompt(1, 12)).logits, theirs(family.prompt(1, 12)).logits)
     a = theirs(family.prompt(1, 12))
-    near(model(family.prompt(1, 1), **{CACHE: cache}).logits, theirs(family.prompt(1, 1), **{CACHE: cache_of(a)}).logits)
+    wanted = theirs(family.prompt(1, 1), **{CACHE: cache_of(a)}).logits
+    assert_near_eager(model(family.prompt(1, 1), **{CACHE: cache}).logits, wanted)
     accelerate(accelerate(model))  # again, and twice
 
 
@@ -1156,7 +1152,7 @@ def test_quantized(to: str, pair: tuple[Any, Any]) -> None:
     native.load_state_dict({k: v for k, v in theirs.state_dict().items() if k != "lm_head.weight"})
     native.quantize(to)
     ids = family.prompt(2, 20)
-    near(model(ids).logits, native(ids))
+    assert_near_eager(model(ids).logits, native(ids))
     embeds = model.get_input_embeddings()(ids)
     out = model.generate(ids, **GREEDY)
     wanted = native.generate(ids, max_new_tokens=20, temperature=0.0, stop_token_ids=(EOS,))
@@ -1191,10 +1187,10 @@ def test_a_head_of_its_own() -> None:
     theirs.lm_head.weight = nn.Parameter(theirs.lm_head.weight.roll(1, 0))
     ids = family.prompt(2, 12)
     a, b = both((theirs, accelerate(copy.deepcopy(theirs))), ids)
-    near(b.logits, a.logits)
+    assert_near_eager(b.logits, a.logits)
     quantized = accelerate(copy.deepcopy(theirs), quantize="int8")(ids).logits
     tied = accelerate(copy.deepcopy(family.transformers_model("12b")), quantize="int8")(ids).logits
-    near(quantized, tied.roll(1, -1))
+    assert_near_eager(quantized, tied.roll(1, -1))
 
 
 def hooked(model: Any) -> None:
@@ -1261,7 +1257,7 @@ def agree(pair: tuple[Any, Any], **inputs: Tensor) -> None:
     """The two models' logits of the tokens that are real, and what they generate."""
     real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
     a, b = both(pair, **inputs)
-    near(b.logits[real], a.logits[real])
+    assert_near_eager(b.logits[real], a.logits[real])
     a, b = (m.generate(**inputs, **GREEDY) for m in pair)
     assert torch.equal(a, b)
 
@@ -1328,7 +1324,7 @@ def test_unified_models() -> None:
     inputs = with_patches(7)
     assert told_apart(pair[1], inputs) > 0.1
     wide = with_patches(12)
-    near(pair[1](**wide).logits, theirs(**wide).logits)
+    assert_near_eager(pair[1](**wide).logits, theirs(**wide).logits)
     assert [r for r in engine(pair[1]).said if "an image of N tokens" in r] and len(engine(pair[1]).said) == 1
 
 
@@ -1347,7 +1343,7 @@ def test_images_in_pieces() -> None:
             cache = cache_of(out)
             logits.append(out.logits)
         embeds.append(torch.cat(logits, 1))
-    near(embeds[1], embeds[0])
+    assert_near_eager(embeds[1], embeds[0])
     assert not engine(ours).said
 
 
@@ -1372,7 +1368,7 @@ def test_hooks_on_the_text_model_itself() -> None:
     for model in (theirs, ours):
         model.model.language_model.register_forward_pre_hook(steer, with_kwargs=True)
     wanted = theirs(input_ids=ids).logits
-    near(ours(input_ids=ids).logits, wanted)
+    assert_near_eager(ours(input_ids=ids).logits, wanted)
     assert (wanted - usual).abs().max() > 0.1 and not engine(ours).said
 
 
@@ -1416,14 +1412,14 @@ def test_adapters_once_they_are_merged() -> None:
     ids = family.prompt(2, 12)
     wanted = adapted(ids).logits
     assert accelerate(adapted) is adapted
-    near(adapted(ids).logits, wanted)
+    assert_near_eager(adapted(ids).logits, wanted)
     assert any("PEFT" in reason and "merge_and_unload" in reason for reason in engine(adapted).said)
     merged = adapted.merge_and_unload()
     out = merged(ids)
-    near(out.logits, wanted)
+    assert_near_eager(out.logits, wanted)
     assert not cache_of(out).plain
 
 
 def test_automodel(tiny: tuple[Any, Any, Any]) -> None:
     model = accelerate(AutoModel.from_pretrained(resolve("tiny"), dtype=torch.float32))
-    near(model(family.prompt(1, 12)).last_hidden_state, tiny[0].model(family.prompt(1, 12)).last_hidden_state)
+    assert_near_eager(model(family.prompt(1, 12)).last_hidden_state, tiny[0].model(family.prompt(1, 12)).last_hidden_state)

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from family import MEMBERS
 
 from gemma4_fast import ops
 from gemma4_fast.arguments import parser
@@ -32,7 +33,7 @@ from gemma4_fast.bench.rivals import Way
 from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.cache import KVCache
 from gemma4_fast.cli import COMMANDS, main
-from gemma4_fast.config import PRESETS
+from gemma4_fast.config import PRESETS, Gemma4Config
 from gemma4_fast.reference import ops as reference
 
 CPU = torch.device("cpu")
@@ -976,8 +977,10 @@ def test_transformers_runs_the_same_model(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_dummy_weights_are_the_same_in_transformers(run: Run) -> None:
-    code, out, _ = run("model", "--config", "e2b", "--layers", "5", "--vocab", "64", "--prompt", "16", "--decode", "3",
+def test_dummy_weights_are_the_same_in_transformers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Gemma4Config.from_dict({"model_type": "gemma4_text", **MEMBERS["e2b"]})
+    monkeypatch.setitem(PRESETS, "e2b", small)
+    code, out, _ = run("model", "--config", "e2b", "--layers", "10", "--vocab", "64", "--prompt", "16", "--decode", "3",
                          "--dtype", "float32", "--rounds", "1", "--peers", "transformers", "--json", "--quiet")  # fmt: skip
     made = [r for r in (Row.from_dict(json.loads(line)) for line in out.splitlines()) if r.kind == "model"]
     (row,) = [r for r in made if r.contender == "transformers" and r.params["phase"] == "prefill"]

@@ -123,8 +123,9 @@ def test_large_values_do_not_overflow() -> None:
     hot["q"] *= 1e3  # scores of +-1e4
     for isa in native.isas():
         with use_backend("cpu", isa=isa):
-            assert torch.allclose(ops.moe(**args), ops.TABLE["moe"].reference(**args), rtol=1e-4)
-            assert torch.allclose(ops.gqa_prefill(**hot), ops.TABLE["gqa_prefill"].reference(**hot), rtol=1e-3, atol=1e-3)
+            for name, given in (("moe", args), ("gqa_prefill", hot)):
+                verdict = Judge(ops.TABLE[name], given)(getattr(ops, name))
+                assert verdict.ok, verdict.message
             x = torch.tensor([[float("inf")], [-2000.0], [200.0]])
             capped = ops.logits(x, torch.ones(1, 1), 30.0)
         assert torch.allclose(capped.flatten(), torch.tensor([30.0, -30.0, 30.0 * math.tanh(200 / 30)]))

@@ -37,6 +37,7 @@ print(json.dumps([names, has, said]))
 
 
 @pytest.mark.skipif(isinstance(cuda_build.find_tools(), str), reason=f"the package {cuda_build.find_tools()}")
+@pytest.mark.full
 def test_the_library_loads_without_a_gpu() -> None:
     """Whatever PyTorch this is: no CUDA library is wanted by the one that was built, and none is given away."""
     folder = cuda_compiled.BUILD / cuda_compiled.QUICK

@@ -22,6 +22,7 @@ GOOD = Facts(stack=0, spills=0, local=0, waits=True, hasty=0, called=False, thre
 
 
 @compiles
+@pytest.mark.full
 def test_kernels_compile_to_what_the_file_says(capsys: pytest.CaptureFixture[str]) -> None:
     code = cuda_compiled.main(["--target", cuda_compiled.QUICK])
     assert code == 0, capsys.readouterr().out
@@ -302,6 +303,7 @@ def test_files_by_what_they_launch() -> None:
 
 
 @compiles
+@pytest.mark.full
 def test_the_command_tells_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     version, rows = cuda_compiled.parse(cuda_compiled.FILE.read_text())
     narrow = [row for row in rows if row.file == "norms.cu" and row.target == "sm_90a"]

@@ -10,14 +10,31 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import assert_right, error
+from torch import Tensor
 
 from gemma4_fast import CheckpointError, Gemma4, Gemma4Config, ops
 from gemma4_fast.generate import Generation, Prefix, Session, Stream, perplexity
 from gemma4_fast.ops.torch_backend import draw, restrict
+from gemma4_fast.reference import model as reference
 from gemma4_fast.sampling import Sampling
 from gemma4_fast.weights import tiny_path
 
 PROMPT = "It is a truth universally acknowledged"
+
+
+def reference_logprobs(model: Gemma4, ids: list[int]) -> tuple[Tensor, Tensor, float]:
+    """Log-probabilities [T, V] after each of `ids`: the reference model's in fp32 and in fp64.
+
+    They are the yardstick and the truth for the rule of bounds.py. Returns the loss too, that of
+    all values, for comparisons of few.
+    """
+    tensors = model.state_dict()
+    plain, truth = (
+        reference.forward(tensors, model.config, torch.tensor(ids), dtype=dtype).log_softmax(-1)
+        for dtype in (torch.float32, torch.float64)
+    )
+    return plain, truth, error(plain, truth)
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +127,16 @@ def test_stop_tokens(tiny: Gemma4) -> None:
 
 def test_logprobs_are_the_models_own(tiny: Gemma4) -> None:
     got = one(tiny, max_new_tokens=12, seed=2, temperature=0.7, top_k=5, logprobs=3)
-    ids = torch.tensor([got.prompt_ids + got.token_ids])
-    logp = tiny(ids[:, :-1])[0, len(got.prompt_ids) - 1 :].log_softmax(-1)
-    want = logp.gather(-1, torch.tensor(got.token_ids)[:, None]).squeeze(-1)
-    assert got.logprobs == pytest.approx(want.tolist(), abs=1e-4)
-    assert got.top_logprobs is not None
-    for row, top in zip(logp, got.top_logprobs, strict=True):
-        best = row.topk(3)
-        assert [t for t, _ in top] == best.indices.tolist()
-        assert [v for _, v in top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    ids, chosen = got.prompt_ids + got.token_ids, torch.tensor(got.token_ids)[:, None]
+    plain, truth, loss = reference_logprobs(tiny, ids[:-1])
+    plain, truth = (x[len(got.prompt_ids) - 1 :] for x in (plain, truth))
+    assert got.logprobs is not None and got.top_logprobs is not None
+    logprobs = torch.tensor(got.logprobs)[:, None]
+    assert_right(logprobs, plain.gather(-1, chosen), truth.gather(-1, chosen), loss=loss)
+    best = truth.topk(3).indices
+    assert [[t for t, _ in top] for top in got.top_logprobs] == best.tolist()
+    values = torch.tensor([[v for _, v in top] for top in got.top_logprobs])
+    assert_right(values, plain.gather(-1, best), truth.gather(-1, best), loss=loss)
     alone = one(tiny, max_new_tokens=3, temperature=0, logprobs=0)
     assert alone.logprobs is not None and len(alone.logprobs) == 3 and alone.top_logprobs is None
 
@@ -351,9 +369,11 @@ def test_perplexity_counts_each_token_once(tiny: Gemma4) -> None:
     )
     whole, counted = perplexity(tiny, ids, window=1000, stride=1000)
     assert counted == len(ids)
-    logp = tiny(torch.tensor([[tiny.config.bos_token_id, *ids[:-1]]])).log_softmax(-1)[0]
-    nll = -logp.gather(-1, torch.tensor(ids)[:, None]).mean().item()
-    assert whole == pytest.approx(math.exp(nll), rel=1e-4)
+    bos, chosen = tiny.config.bos_token_id, torch.tensor(ids)[:, None]
+    assert bos is not None
+    plain, truth, loss = reference_logprobs(tiny, [bos, *ids[:-1]])
+    mean = truth.gather(-1, chosen).mean()
+    assert_right(-torch.tensor(whole).log(), plain.gather(-1, chosen).mean(), mean, loss=loss)
     for window, stride in ((8, 8), (8, 3), (5, 1)):
         assert perplexity(tiny, ids, window=window, stride=stride)[1] == len(ids)
     with pytest.raises(ValueError):
@@ -400,7 +420,10 @@ def test_an_aborted_prefill_spoils_no_kept_prefix(tiny: Gemma4, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         first_logprobs(ids[:200] + [9] * 60, prefix)
     monkeypatch.setattr(tiny.model, "run_layer", right)
-    assert first_logprobs(ids, prefix) == pytest.approx(first_logprobs(ids, None), abs=1e-4)
+    plain, truth, loss = reference_logprobs(tiny, ids)
+    best = truth[-1].topk(5).indices
+    for kept in (prefix, None):
+        assert_right(torch.tensor(first_logprobs(ids, kept)), plain[-1, best], truth[-1, best], loss=loss)
 
 
 def test_a_kept_prefix_belongs_to_its_model(tiny: Gemma4) -> None:

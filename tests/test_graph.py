@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import assert_right
 from family import MEMBERS
 from test_native import require_native
 from torch import Tensor
@@ -368,16 +369,20 @@ def test_a_step_that_knows_the_longest_sequence_reads_that_much_of_full_caches()
         seen.append(tuple(v.shape))
         return decode(q, k, v, *args)
 
-    model = model_of("12b")
-    caches = [model.new_cache(2, 192) for _ in range(2)]
-    with model.running(), use_backend("torch"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "gqa_decode", noted)
-        for cache in caches:
+    def one_step(model: Gemma4, limit: int | None) -> Tensor:
+        cache = model.new_cache(2, 192)
+        with model.running(), use_backend("torch"):
             model.model(torch.arange(2 * 50), model.model.step([50, 50], cache), cache)
-        steps = [model.model.step([1, 1], cache, decode=True) for cache in caches]
-        steps[1].limit = 64
-        outs = [model.model(torch.tensor([5, 6]), step, cache) for step, cache in zip(steps, caches, strict=True)]
-    torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)
+            step = model.model.step([1, 1], cache, decode=True)
+            step.limit = limit
+            return model.model(torch.tensor([5, 6]), step, cache)
+
+    model = model_of("12b")
+    truth = one_step(copy.deepcopy(model).double(), None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "gqa_decode", noted)
+        plain, limited = (one_step(model, limit) for limit in (None, 64))
+    assert_right(limited, plain, truth)
     half = len(seen) // 2
     slots = [{s[1] for s in seen[:half]}, {s[1] for s in seen[half:]}]
     assert 192 in slots[0] and 192 not in slots[1] and 64 in slots[1]

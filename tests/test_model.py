@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from pathlib import Path
@@ -9,19 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from family import MEMBERS, fast_model, load_with_transformers, prompt, transformers_in, transformers_model
+from bounds import FLOOR, assert_right, error, largest
+from family import (
+    MEMBERS,
+    assert_model_right,
+    exact_logits,
+    fast_model,
+    load_with_transformers,
+    prompt,
+    transformers_in,
+    transformers_model,
+)
 from safetensors.torch import load_file, save_file
 
 from gemma4_fast import Gemma4
-from gemma4_fast.generate import Session
+from gemma4_fast.generate import Generation, Session
 from gemma4_fast.reference import model as reference
 
 each_member = pytest.mark.parametrize("member", MEMBERS)
 WINDOW = 8  # family.py's; prompts below are longer
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (a.double() - b.double()).abs().max().item()
 
 
 @torch.no_grad()
@@ -32,23 +39,24 @@ def their_logits(member: str, ids: torch.Tensor, model: Any = None) -> torch.Ten
 @each_member
 def test_fp32_logits_are_transformers(member: str) -> None:
     ids = prompt(2, 60)
-    assert difference(fast_model(member)(ids), their_logits(member, ids)) < 1e-4
+    assert_right(fast_model(member)(ids), their_logits(member, ids), exact_logits(member, ids))
 
 
 @each_member
 def test_reference_agrees_with_transformers(member: str) -> None:
     model, ids = fast_model(member), prompt(1, 60)
-    theirs = their_logits(member, ids)[0]
-    assert difference(reference.forward(model.state_dict(), model.config, ids[0]), theirs) < 1e-4
+    theirs, truth = their_logits(member, ids)[0], exact_logits(member, ids)[0]
+    assert_right(reference.forward(model.state_dict(), model.config, ids[0]), theirs, truth)
     wide = reference.forward(model.state_dict(), model.config, ids[0], dtype=torch.float64)
+    # Two truths: they agree up to the RoPE frequencies, which transformers rounds to fp32.
     assert wide.dtype == torch.float64
-    assert difference(wide, theirs) < 1e-4
+    assert error(wide, truth) < FLOOR * largest(truth)
 
 
 @each_member
 def test_bf16_error_is_at_most_half_more_than_transformers(member: str) -> None:
     ids = prompt(8, 60)
-    exact = their_logits(member, ids)
+    exact = exact_logits(member, ids)
     theirs = their_logits(member, ids, transformers_in(member, torch.bfloat16))
     ours = fast_model(member, torch.bfloat16)(ids)
 
@@ -78,24 +86,44 @@ def test_cached_decoding_is_the_full_forward(member: str) -> None:
     cache = model.new_cache(2, 90)
     cuts = [1, 1, 15, 40, 9, *[1] * 24]  # one-token pieces first, last, and past the ring's 64 slots
     pieces = [model(piece, cache) for piece in ids.split(cuts, dim=1)]
-    assert difference(torch.cat(pieces, 1), model(ids)) < 1e-4
+    assert_right(torch.cat(pieces, 1), their_logits(member, ids), exact_logits(member, ids))
     assert cache.host_lens == cache.lens.tolist() == [90, 90]
+
+
+RAGGED = [prompt(1, tokens, seed=tokens) for tokens in (70, 3, 101)]
+
+
+@functools.cache
+def ragged_last_logits(member: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the last token of each prompt in RAGGED, alone: transformers' logits in fp32 and in fp64."""
+    plain = torch.stack([their_logits(member, ids)[0, -1] for ids in RAGGED])
+    truth = torch.stack([exact_logits(member, ids)[0, -1] for ids in RAGGED])
+    return plain, truth
 
 
 @each_member
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
 def test_chunked_prefill_is_one_shot(member: str, chunk: int) -> None:
     model = fast_model(member)
-    prompts = [prompt(1, n, seed=n)[0].tolist() for n in (70, 3, 101)]
+    prompts = [ids[0].tolist() for ids in RAGGED]
 
-    def last_logits(size: int) -> torch.Tensor:
-        session = Session(model, prompts, max_new_tokens=1, prefill_chunk=size)
-        with torch.inference_mode():
-            return model.logits(session._prefill(None)[1])
+    session = Session(model, prompts, max_new_tokens=1, prefill_chunk=chunk)
+    with torch.inference_mode():
+        last = model.logits(session._prefill(None)[1])
+    assert_model_right(member, last, *ragged_last_logits(member))
 
-    assert difference(last_logits(chunk), last_logits(10_000)) < 1e-4
-    alone = torch.stack([model(torch.tensor([p]))[0, -1] for p in prompts])
-    assert difference(last_logits(chunk), alone) < 1e-4
+
+@torch.no_grad()
+def assert_scores_right(member: str, generation: Generation) -> None:
+    """The log-probabilities of the tokens that were generated obey the rule of bounds.py."""
+    ids = torch.tensor([generation.prompt_ids + generation.token_ids])
+    chosen = torch.tensor(generation.token_ids)[:, None]
+    plain, truth = (
+        logits[0, len(generation.prompt_ids) - 1 : -1].log_softmax(-1).gather(-1, chosen)[:, 0]
+        for logits in (their_logits(member, ids), exact_logits(member, ids))
+    )
+    assert generation.logprobs is not None
+    assert_model_right(member, torch.tensor(generation.logprobs), plain, truth)
 
 
 @each_member
@@ -110,7 +138,8 @@ def test_a_ragged_batch_is_each_alone(member: str) -> None:
             alone = model.generate(p, seed=7 + b, **sampling, **options)
             assert not isinstance(alone, list)
             assert alone.token_ids == together[b].token_ids
-            assert alone.logprobs == pytest.approx(together[b].logprobs, abs=1e-4)
+            assert_scores_right(member, alone)
+            assert_scores_right(member, together[b])
 
 
 @each_member
@@ -127,9 +156,9 @@ def test_saved_model_loads_in_transformers_with_the_same_logits(member: str, dty
 
 @each_member
 def test_fp64_and_fp16_run(member: str) -> None:
-    ids = prompt(1, 20)
-    exact = their_logits(member, ids)
-    assert difference(fast_model(member, torch.float64)(ids), exact) < 1e-4
+    model, ids = fast_model(member, torch.float64), prompt(1, 20)
+    truth = reference.forward(model.state_dict(), model.config, ids[0])
+    assert error(model(ids)[0], truth) < 1e-10 * largest(truth)  # fp64 is used throughout
     half = fast_model(member, torch.float16)(ids)
     assert half.dtype == torch.float16 and half.isfinite().all()
 
@@ -138,7 +167,7 @@ def test_state_dict_views_share_the_parameters() -> None:
     model = fast_model("e2b")
     before = model(prompt(1, 5))
     model.state_dict()["model.layers.0.mlp.up_proj.weight"][0] *= -3.0
-    assert difference(model(prompt(1, 5)), before) > 1e-3
+    assert error(model(prompt(1, 5)), before) > 1e-3
     packed = model.model.layer(0).self_attn.qkv_proj.weight
     view = model.state_dict()["model.layers.0.self_attn.v_proj.weight"]
     assert view.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr()

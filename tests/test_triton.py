@@ -100,6 +100,7 @@ SLOW = {
     "moe_feed_forward": ["26b_one_token", "few", "int8"],
     "ple_gate": ["e2b_one_token", "e4b"],
     "embedding": ["e2b_per_layer"],
+    "sample": ["26b_slice"],
 }
 
 
@@ -309,7 +310,8 @@ def test_an_id_that_is_no_expert_adds_nothing(tokens: int, bits: int) -> None:
     args["ids"] = args["ids"].clone()
     args["ids"][:, 1], args["ids"][0] = 8, -1
     with use_backend("triton"):
-        torch.testing.assert_close(ops.moe(**args), ops.moe(**wanted))
+        verdict = Judge(ops.TABLE["moe"], wanted).of([ops.moe(**args)])
+    assert verdict.ok, verdict.message
 
 
 def test_more_tokens_of_one_expert_than_a_tile_has_rows() -> None:

@@ -311,6 +311,7 @@ for function in (spills, oversized, exact, races, late, reads, unserved, breaks,
 """
 
 
+@pytest.mark.full
 def test_bad_kernels_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
