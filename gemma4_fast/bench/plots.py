@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma4_fast import terminal
-from gemma4_fast.bench.markdown import OURS, by_machine, commits, hardware, subject, workload
-from gemma4_fast.bench.rows import KINDS, Row, Spread
+from gemma4_fast.bench.markdown import by_machine, commits, hardware, subject, workload
+from gemma4_fast.bench.rows import KINDS, OURS, Row, Spread
 from gemma4_fast.bench.show import limit, microseconds, number, who
 
 if TYPE_CHECKING:

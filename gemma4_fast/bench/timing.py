@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gemma4_fast.bench.load import Load
 from gemma4_fast.bench.machine import free_bytes
 from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.errors import UnsupportedError
@@ -215,8 +216,11 @@ class Roofline:
         return made
 
     def _row(self, name: str, when: str, call: Call, seconds: float, **cost: Any) -> Row:
-        samples = turns({name: call}, self.stopwatch, seconds)[name]
-        return Row("roofline", name, "torch", params={"at": when}, time_us=Spread.of(samples), **cost)
+        load = Load()
+        with load.measured():
+            samples = turns({name: call}, self.stopwatch, seconds)[name]
+        time_us = Spread.of(samples)
+        return Row("roofline", name, "torch", params={"at": when}, time_us=time_us, other_load=load.others, **cost)
 
     def probes(self, flops: int, moved: int, dtype: torch.dtype) -> dict[str, Call]:
         """What to sample between the calls of a row of this cost: reading always, products where they may be the limit."""
@@ -228,10 +232,14 @@ class Roofline:
         return chosen
 
     def of_samples(self, samples: Mapping[str, list[float]], dtype: torch.dtype) -> dict[str, float]:
-        """The rates that the probes' samples say: gb_s, gflop_s."""
+        """The rates that the probes' samples say: gb_s and gflop_s, their medians; with _p20 and _p80 the ends."""
         found = {}
-        if samples.get("read"):
-            found["gb_s"] = round(self.nbytes / Spread.of(samples["read"]).median / 1e3, 2)
-        if samples.get("product"):
-            found["gflop_s"] = round(self.product(dtype)[1] / Spread.of(samples["product"]).median / 1e3, 1)
+        for probe, name, digits in (("read", "gb_s", 2), ("product", "gflop_s", 1)):
+            if not samples.get(probe):
+                continue
+            done = self.nbytes if probe == "read" else self.product(dtype)[1]
+            took = Spread.of(samples[probe])
+            found[name] = round(done / took.median / 1e3, digits)
+            found[f"{name}_p20"] = round(done / took.p80 / 1e3, digits)
+            found[f"{name}_p80"] = round(done / took.p20 / 1e3, digits)
         return found
