@@ -181,9 +181,9 @@ def cache_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Wor
 def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> Plan:
     """The run that `bench model` asks for. ValueError for what cannot be."""
     known = [p for p in PEERS if p != OURS]
-    every = EVERYTHING in args.peers
-    named = known if every else args.peers
-    peers = tuple(_names(named, [*known, EVERYTHING], "peer")) if named else ()
+    named = _names(args.peers, [*known, EVERYTHING], "peer") if args.peers else []
+    every = EVERYTHING in named
+    peers = tuple(known if every else named)
     pythons = {}
     for item in args.peer_python:
         peer, _, python = item.partition("=")

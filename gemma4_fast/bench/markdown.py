@@ -59,6 +59,11 @@ def workload(row: Row) -> str:
     return f"{text}, {p['busy_processes']} busy beside it" if p.get("busy_processes") else text
 
 
+def ours_first(rows: Iterable[Row]) -> list[str]:
+    """The contenders by name: this package's own, then the others in the order of the rows."""
+    return sorted(dict.fromkeys(who(row) for row in rows), key=lambda name: not name.startswith(OURS))
+
+
 def best(rows: Iterable[Row]) -> Row | None:
     """The fastest of those that worked."""
     return max((r for r in rows if r.status == "ok" and r.tokens_per_s), key=lambda r: r.tokens_per_s or 0.0, default=None)
@@ -79,7 +84,7 @@ def performance(rows: Sequence[Row]) -> str:
 
 
 def _speeds(rows: list[Row]) -> str:
-    contenders = list(dict.fromkeys(who(row) for row in rows))
+    contenders = ours_first(rows)
     lines: dict[str, dict[str, Row]] = {}
     for row in rows:
         lines.setdefault(f"{subject(row)}: {workload(row)}", {})[who(row)] = row
