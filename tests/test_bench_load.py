@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_fast.bench import html, load, markdown, model, plan, rows, show
+from gemma4_fast.bench import compare, html, load, markdown, model, plan, rows, show
 from gemma4_fast.bench.dummy import dummy
 from gemma4_fast.bench.ops import Case, OpBench, quantized
 from gemma4_fast.bench.recorder import Recorder
@@ -156,6 +156,16 @@ def test_tables_and_pages_say_that_the_machine_was_busy(tmp_path: Path, capsys: 
     assert "usy" not in markdown.performance(quiet)
     show.tables(quiet, show.console())
     assert "usy" not in capsys.readouterr().out
+
+
+def test_compare_says_which_rows_were_disturbed() -> None:
+    quiet, disturbed = row(bytes=1000), row(bytes=1000, busy=True)
+    assert "busy: true): 1 of these rows" in compare.text(compare.compare([quiet], [disturbed]), 0.05)
+    assert "busy" not in compare.text(compare.compare([quiet], [quiet]), 0.05)
+
+
+def test_this_package_is_the_first_column() -> None:
+    assert markdown.ours_first([of_model("peer"), of_model(f"{OURS} torch"), of_model()]) == [OURS, f"{OURS} torch", "peer"]
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ def workload(row: Row) -> str:
 
 def ours_first(rows: Iterable[Row]) -> list[str]:
     """The contenders by name: this package's own, then the others in the order of the rows."""
-    return sorted(dict.fromkeys(who(row) for row in rows), key=lambda name: not name.startswith(OURS))
+    names = dict.fromkeys(who(row) for row in rows)
+    return sorted(names, key=lambda name: (name != OURS, not name.startswith(OURS)))
 
 
 def best(rows: Iterable[Row]) -> Row | None:
