@@ -158,7 +158,7 @@ def _bench(command: Callable[..., Parser]) -> None:
     _where(p)
     _cases(p)
     _peers(p)
-    p.add_argument("--quantize", choices=("int8", "int4"), help="weights of the model benchmark in 8 or 4 bits")
+    p.add_argument("--quantize", choices=("int8", "int4"), help="the model's weights in 8 or 4 bits")
     p.add_argument("--config", metavar="M", default="26b-a4b", help="member for the model benchmark (default 26b-a4b)")
     p.add_argument("--minutes", metavar="M", type=count, default=10, help="after which nothing more is begun (default 10)")
     p.add_argument("--results", metavar="DIR", type=path, default=Path("bench/results"),
@@ -223,7 +223,7 @@ def _bench(command: Callable[..., Parser]) -> None:
     p.add_argument("--config", metavar="M", type=names, action=Several, default=[], help="only these members, or gemma3-27b")
     p.add_argument("--context", metavar="N", type=counts, action=Several, help="tokens (default 1K to 256K)")
     p.add_argument("--backend", metavar="B", help="accepted as by every command; no cache depends on it")
-    p.add_argument("--quantize", choices=("int8", "int4"), help="accepted as by every command; no cache depends on it")
+    p.add_argument("--quantize", choices=("int8", "int4"), help="accepted, and no cache depends on it")
     _where(p)
     _targets(p)
 
@@ -264,14 +264,14 @@ def _cases(p: Parser) -> None:
 
 
 def _weights(p: Parser) -> None:
-    p.add_argument("--quantize", choices=("int8", "int4"), help="only ops with weights, which are in 8 or 4 bits")
+    p.add_argument("--quantize", choices=("int8", "int4"), help="only ops with weights, in 8 or 4 bits")
 
 
 def _peers(p: Parser) -> None:
     p.add_argument(
         "--peers", metavar="P", type=names, action=Several, default=[],
-        help="what runs beside this package: transformers, torch.compile, accelerate, vllm, llama.cpp, llama-bench; "
-        "all: every one of them, with transformers' batched_mm and this package's torch backend, which take long",
+        help="what runs beside this package: transformers, torch.compile, accelerate, vllm, llama.cpp, "
+        "llama-bench; all: each of them, and what takes long (transformers' batched_mm, our torch backend)",
     )  # fmt: skip
     p.add_argument("--peer-python", metavar="PEER=PROGRAM", action="append", default=[],
                    help="the interpreter that has a peer, if it is not this one; may be repeated")  # fmt: skip

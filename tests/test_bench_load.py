@@ -1,4 +1,4 @@
-"""A busy machine: what other processes take is told from what this run takes, rows say so, and readers see it."""
+"""A busy machine is noticed, rows and pages say so, and a benchmark takes no longer than it must."""
 
 from __future__ import annotations
 
@@ -38,11 +38,27 @@ def spread(us: float) -> Spread:
 
 
 def row(name: str = "linear/odd", us: float = 100.0, **fields: Any) -> Row:
-    return Row("op", name, "torch", time_us=spread(us), dtype="bfloat16", device="cpu", **{"machine": TWO, **fields})
+    return Row(
+        "op",
+        name,
+        "torch",
+        time_us=spread(us),
+        dtype="bfloat16",
+        device="cpu",
+        **{"machine": TWO, **fields},
+    )
 
 
 def of_model(contender: str = OURS, us: float = 1000.0, phase: str = "decode", **fields: Any) -> Row:
-    params = {"model": "26b-a4b", "layers": 2, "vocab": 8, "batch": 1, "prompt_len": 128, "new_tokens": 8, "phase": phase}
+    params = {
+        "model": "26b-a4b",
+        "layers": 2,
+        "vocab": 8,
+        "batch": 1,
+        "prompt_len": 128,
+        "new_tokens": 8,
+        "phase": phase,
+    }
     params |= {"depth": False, **fields.pop("params", {})}
     common: dict[str, Any] = dict(dtype="bfloat16", device="cpu", machine=TWO, tokens=1, bytes=1 << 30)
     return Row("model", phase, contender, time_us=spread(us), params=params, **{**common, **fields})
@@ -52,7 +68,12 @@ def of_model(contender: str = OURS, us: float = 1000.0, phase: str = "decode", *
 def proc(folder: Path, *, busy: int, processes: dict[int, tuple[int, int]]) -> None:
     """A /proc with two processors, and processes: pid -> (parent, ticks)."""
     half = busy // 2
-    lines = ["cpu  0 0 0 0", *(f"cpu{i} {half} 0 0 999 9 0 0 0 7 7" for i in range(2)), "cpu7 5000 0 0 0 0 0 0 0 0 0", "intr 5"]
+    lines = [
+        "cpu  0 0 0 0",
+        *(f"cpu{i} {half} 0 0 999 9 0 0 0 7 7" for i in range(2)),
+        "cpu7 5000 0 0 0 0 0 0 0 0 0",
+        "intr 5",
+    ]
     (folder / "stat").write_text("\n".join(lines) + "\n")
     for pid, (parent, ticks) in processes.items():
         (folder / str(pid)).mkdir(exist_ok=True)
@@ -68,11 +89,19 @@ def test_what_others_take_is_everything_less_our_own_tree(tmp_path: Path, monkey
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     me = os.getpid()
     child, grandchild, stranger = me + 1, me + 2, me + 3
-    proc(tmp_path, busy=1000, processes={me: (1, 10), child: (me, 20), grandchild: (child, 30), stranger: (1, 40)})
+    proc(
+        tmp_path,
+        busy=1000,
+        processes={me: (1, 10), child: (me, 20), grandchild: (child, 30), stranger: (1, 40)},
+    )
     watched = load.Load()
     with watched.measured():
         clock[0] = 12.0
-        proc(tmp_path, busy=1300, processes={me: (1, 60), child: (me, 70), grandchild: (child, 130), stranger: (1, 140)})
+        proc(
+            tmp_path,
+            busy=1300,
+            processes={me: (1, 60), child: (me, 70), grandchild: (child, 130), stranger: (1, 140)},
+        )
     assert watched.others == 0.5  # 3 s of CPU time in 2 s, of which our three took 2 s
     with watched.measured():
         clock[0] = 13.9
@@ -165,19 +194,38 @@ def test_compare_says_which_rows_were_disturbed() -> None:
 
 
 def test_this_package_is_the_first_column() -> None:
-    assert markdown.ours_first([of_model("peer"), of_model(f"{OURS} torch"), of_model()]) == [OURS, f"{OURS} torch", "peer"]
+    assert markdown.ours_first([of_model("peer"), of_model(f"{OURS} torch"), of_model()]) == [
+        OURS,
+        f"{OURS} torch",
+        "peer",
+    ]
 
 
 @pytest.mark.parametrize(
     "one, why",
     [
-        (row("linear/x", flops=10**9, bytes=1, roofline={"gflop_s": 1000.0}), "this shape multiplies faster"),
-        (row("linear/x_int8", flops=10**9, bytes=1, roofline={"gflop_s": 1000.0}), "8-bit products"),
-        (of_model(flops=10**10, params={"quantize": "int4"}, roofline={"gflop_s": 1000.0}), "8-bit products"),
+        (
+            row("linear/x", flops=10**9, bytes=1, roofline={"gflop_s": 1000.0}),
+            "this shape multiplies faster",
+        ),
+        (
+            row("linear/x_int8", flops=10**9, bytes=1, roofline={"gflop_s": 1000.0}),
+            "8-bit products",
+        ),
+        (
+            of_model(flops=10**10, params={"quantize": "int4"}, roofline={"gflop_s": 1000.0}),
+            "8-bit products",
+        ),
         (row(bytes=10**7, roofline={"gb_s": 50.0}, cold=False), "stays in the cache"),
         (of_model(bytes=10**7, roofline={"gb_s": 5.0}), "stays in the cache"),
-        (of_model(us=1e4, roofline={"gb_s": 80.0, "gb_s_p20": 60.0, "gb_s_p80": 120.0}), "60 to 120 GB/s"),
-        (of_model(us=1e4, roofline={"gb_s": 80.0, "gb_s_p20": 70.0, "gb_s_p80": 90.0}), "in the moments between"),
+        (
+            of_model(us=1e4, roofline={"gb_s": 80.0, "gb_s_p20": 60.0, "gb_s_p80": 120.0}),
+            "60 to 120 GB/s",
+        ),
+        (
+            of_model(us=1e4, roofline={"gb_s": 80.0, "gb_s_p20": 70.0, "gb_s_p80": 90.0}),
+            "in the moments between",
+        ),
     ],
 )
 def test_more_than_all_of_the_roofline_is_explained(one: Row, why: str) -> None:
@@ -209,7 +257,9 @@ def labels(**options: Any) -> list[str]:
     return [c.label for c in planned(**options).contenders()]
 
 
-def test_a_backend_that_is_the_automatic_choice_is_no_second_contender(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_is_the_automatic_choice_is_no_second_contender(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     choice = {"chosen": "cpu"}
     monkeypatch.setattr(plan.ops, "decide", lambda name, device, dtype: (choice["chosen"], {}))
     assert labels() == labels(backends=("cpu",)) == labels(backends=("", "cpu")) == [OURS]
@@ -225,7 +275,11 @@ def test_slow_contenders_run_only_if_all_are_asked_for(monkeypatch: pytest.Monke
     assert labels(peers=("transformers",)) == [OURS, *few]
     asked = labels(peers=("transformers",), every=True)
     assert asked == [OURS, "gemma4-fast torch", *few, "transformers batched_mm"]
-    assert labels(peers=("transformers",), every=True, quantize="int8") == [OURS, *few, "transformers batched_mm"]
+    assert labels(peers=("transformers",), every=True, quantize="int8") == [
+        OURS,
+        *few,
+        "transformers batched_mm",
+    ]
 
 
 # ---------------------------------------------------------------- load that we make
@@ -278,7 +332,12 @@ def _runs(pid: int) -> bool:
 
 def test_workloads_are_measured_once_more_beside_busy_processes() -> None:
     found = list(plan.workloads([8], [16], [1], 4, busy=3))
-    assert [(w.length, w.depth, w.busy) for w in found] == [(8, False, 0), (8, False, 3), (16, True, 0), (16, True, 3)]
+    assert [(w.length, w.depth, w.busy) for w in found] == [
+        (8, False, 0),
+        (8, False, 3),
+        (16, True, 0),
+        (16, True, 3),
+    ]
     assert found[0].ids(99, 1) != found[1].ids(99, 1)  # no prefix cache knows the second
     assert [w.busy for w in plan.workloads([8], [], [1], 4)] == [0]
 
@@ -321,7 +380,19 @@ def test_busy_rows_say_beside_what_and_what_is_left(
     (tmp_path / "peer.py").write_text(PEER.replace("FLAG", repr(str(flag))))
     monkeypatch.setitem(plan.PEERS, "fine", (str(tmp_path / "peer.py"), ("",), ("",)))
     monkeypatch.setattr(model, "burning", burning)
-    options = ["--model", "tiny", "--prompt", "8", "--decode", "3", "--rounds", "1", "--check", "off", "--quiet"]
+    options = [
+        "--model",
+        "tiny",
+        "--prompt",
+        "8",
+        "--decode",
+        "3",
+        "--rounds",
+        "1",
+        "--check",
+        "off",
+        "--quiet",
+    ]
     file = tmp_path / "rows.jsonl"
     assert main(["bench", "model", *options, "--busy", "2", "--peers", "fine", "-o", str(file)]) == 0
     out = capsys.readouterr().out
@@ -407,7 +478,11 @@ def test_contenders_that_do_not_fit_are_loaded_forth_and_back(fast: None, monkey
     of_ours = [round_ for label, round_ in script.turns if label == OURS]
     assert of_ours == [0, 1, 2, 0, 3, 4]  # a process that is new warms up
     assert [round_ for label, round_ in script.turns if label == "llama.cpp"] == [0, 1, 2, 3, 4]
-    assert Script(monkeypatch, 0.1, False, rounds=1, minutes=6).starts == [OURS, "transformers", "llama.cpp"]
+    assert Script(monkeypatch, 0.1, False, rounds=1, minutes=6).starts == [
+        OURS,
+        "transformers",
+        "llama.cpp",
+    ]
 
 
 # ---------------------------------------------------------------- dummy weights
@@ -421,7 +496,10 @@ def test_quick_dummy_weights_are_a_model(quantize: str | None) -> None:
         if isinstance(a, QuantizedWeight):
             a, b, c = (w.dequantize(torch.float32) for w in (a, b, c))
         assert torch.equal(a, b) and not torch.equal(a, c) and bool(a.isfinite().all()), name
-    assert one.model.layers[1].mlp.down_proj.weight.shape == (config.hidden_size, config.layer(1).intermediate_size)
+    assert one.model.layers[1].mlp.down_proj.weight.shape == (
+        config.hidden_size,
+        config.layer(1).intermediate_size,
+    )
     assert verify(one, level="quick").ok
 
 
@@ -431,7 +509,19 @@ def test_what_measures_takes_the_options_of_every_command(what: str) -> None:
     from gemma4_fast.arguments import parser
     from gemma4_fast.cli import COMMANDS
 
-    options = ["--json", "--backend", "torch", "--dtype", "float32", "--device", "cpu", "--quantize", "int4", "--seed", "3"]
+    options = [
+        "--json",
+        "--backend",
+        "torch",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--quantize",
+        "int4",
+        "--seed",
+        "3",
+    ]
     args = parser(COMMANDS).parse_args(["bench", what, *options])
     assert (args.json, args.backend, args.dtype, args.device, args.quantize, args.seed) == (
         True, "torch", "float32", "cpu", "int4", 3,

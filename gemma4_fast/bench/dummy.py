@@ -1,4 +1,4 @@
-"""Dummy weights in seconds: a model at true shapes whose tensors are windows of one block of noise."""
+"""Dummy weights in seconds: a model whose tensors are windows of one block of noise."""
 
 from __future__ import annotations
 
@@ -16,10 +16,18 @@ _WINDOW = 1 << 22  # of them that are copied at once
 
 
 def dummy(
-    config: Gemma4Config, *, dtype: torch.dtype, device: torch.device, quantize: str | None = None, seed: int = 0
+    config: Gemma4Config,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None = None,
+    seed: int = 0,
 ) -> Gemma4:
-    """As Gemma4.dummy, with the same scales, some ten times as fast: drawing a number of its own for every weight of a large
-    model takes minutes. The weights follow from config, dtype, kind of device and seed, so every process has the same."""
+    """A model as Gemma4.dummy makes it, with weights of the same scales, but much faster: drawing a
+    number of its own for every weight of a large model takes minutes.
+
+    The weights follow from config, dtype, kind of device and seed, so every process has the same.
+    """
     with torch.device("meta"):
         model = Gemma4(config)
     model.to(dtype)

@@ -1,4 +1,4 @@
-"""Writes a checkpoint folder, or a model, as one GGUF file of llama.cpp's `gemma4` architecture, for the model benchmark.
+"""Writes a checkpoint folder, or a model, as a GGUF file of llama.cpp's `gemma4` architecture.
 
 The file has no tokenizer ("no_vocab"): llama.cpp runs token ids with it, not text.
 """
@@ -77,8 +77,8 @@ def gguf_name(name: str) -> str:
 def write_gguf(
     source: Path | Gemma4, target: Path, quantize: str | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Path:
-    """Writes a text model, from a checkpoint folder or from memory, to the file `target` and returns it. It needs memory
-    for one tensor of the result.
+    """Writes a text model, from a checkpoint folder or from memory, to the file `target`; returns it.
+    Beside the model it needs memory for one tensor of the result.
 
     quantize: None for bf16 matrices, "int8" for Q8_0, "int4" for Q4_0; llama.cpp's own converter and quantizer keep some
     tensors wider, and so does this. progress(bytes written, bytes in all) is called after each tensor.
@@ -90,7 +90,10 @@ def write_gguf(
 
     config = source.config if isinstance(source, Gemma4) else Gemma4Config.from_pretrained(source)
     _refuse(config)
-    model, tensor = (source, source.state_dict().__getitem__) if isinstance(source, Gemma4) else _stored(config, source)
+    if isinstance(source, Gemma4):
+        model, tensor = source, source.state_dict().__getitem__
+    else:
+        model, tensor = _stored(config, source)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     writer = gguf.GGUFWriter(temporary, "gemma4")
     _add_metadata(writer, config, quantize)
@@ -135,7 +138,8 @@ def _stored(config: Gemma4Config, checkpoint: Path) -> tuple[Gemma4, Callable[[s
     stored = weights.validate(model, checkpoint)
 
     def tensor(name: str) -> Tensor:
-        with safe_open(stored[name].file, framework="pt", device="cpu") as f:  # memory-mapped: get_tensor copies nothing
+        # The file is memory-mapped: get_tensor copies nothing.
+        with safe_open(stored[name].file, framework="pt", device="cpu") as f:
             found: Tensor = f.get_tensor(stored[name].key)
         return found
 

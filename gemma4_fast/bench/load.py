@@ -1,6 +1,6 @@
-"""How busy the machine is with other work: CPU time by Linux's /proc/stat, less that of this process and its descendants.
+"""How busy the machine is with other work: the CPU time in Linux's /proc/stat, less our own.
 
-Also processes that keep processors busy on purpose, to measure beside them (`bench model --busy N`).
+Also processes that keep processors busy on purpose, to measure beside them: `bench model --busy N`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from typing import Any
 
 from gemma4_fast.bench.rows import Row
 
-TOLERATED = 0.25  # processors that other processes may keep busy beyond the idle ones before a row counts as disturbed
-DRIFT = 1.5  # factor between the machine's own rates in one run above which its rows count as disturbed
+# A row counts as disturbed if other processes keep more processors busy than this run leaves idle,
+# by more than TOLERATED, or if the machine's own rates differ in one run by more than a factor of DRIFT.
+TOLERATED = 0.25
+DRIFT = 1.5
 _SHORTEST = 0.2  # seconds; the kernel counts in steps of about 0.01
 _PROC = Path("/proc")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Seconds on the clock, and CPU seconds: of everything on this process's processors, and of this process's own tree."""
+    """Seconds on the clock, and CPU seconds: of everything that ran on the processors that this process
+    may use, and of this process with its descendants."""
 
     at: float
     everything: float
@@ -44,7 +47,8 @@ def reading() -> Reading | None:
 
 
 def _everything() -> int:
-    """Clock ticks in which this process's processors were not idle. What the hypervisor gave to others counts too."""
+    """Clock ticks in which the processors that this process may use were not idle. What the hypervisor
+    gave to others counts too."""
     processors = {f"cpu{index}" for index in os.sched_getaffinity(0)}
     total = 0
     for line in (_PROC / "stat").read_text().splitlines():
@@ -68,7 +72,8 @@ def _own(root: int) -> int:
             continue
         pid = int(entry.name)
         parents[pid] = int(fields[1])
-        ticks[pid] = sum(map(int, fields[11:15]))  # its own time, and that of children it has waited for
+        # Its own time, and that of children it has waited for.
+        ticks[pid] = sum(map(int, fields[11:15]))
     own = 0
     for pid, spent in ticks.items():
         ancestor = pid
@@ -79,7 +84,7 @@ def _own(root: int) -> int:
 
 
 class Load:
-    """Adds up, over the stretches that are `measured`, how many processors other processes kept busy."""
+    """How many processors other processes kept busy, over all stretches that were `measured`."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -108,7 +113,7 @@ class Load:
 
 # ---------------------------------------------------------------- what it means for a row
 def allowed(machine: dict[str, Any], device: str) -> float:
-    """Processors that others may keep busy: those that this run's threads leave idle, and a little."""
+    """Processors that others may keep busy: those that this run's threads leave idle, and TOLERATED."""
     threads = machine.get("threads", 1) if device.startswith("cpu") else 1
     return max(0, machine.get("cpus", threads) - threads) + TOLERATED
 
@@ -117,7 +122,8 @@ def reasons(row: Row) -> list[str]:
     """In words, why this row counts as measured on a busy machine. Empty if it does not."""
     found = []
     if _crowded(row):
-        found.append(f"other processes kept {row.other_load:.2g} of {row.machine.get('cpus', '?')} processors busy")
+        every = row.machine.get("cpus", "?")
+        found.append(f"other processes kept {row.other_load:.2g} of {every} processors busy")
     if row.drift is not None and row.drift > DRIFT:
         found.append(f"the machine's own rates drifted by {row.drift:.2g}x")
     return found
@@ -134,8 +140,8 @@ class Rates:
         self._extremes: dict[str, tuple[float, float]] = {}
 
     def drift(self, row: Row) -> float | None:
-        """The largest factor between one of this row's rates and the same rate earlier in the run, or between the row's own
-        samples of it (p80 / p20). None for a row that has no rates."""
+        """The largest factor between one of this row's rates and the same rate earlier in the run, or
+        between the row's own samples of it (p80 / p20). None for a row that has no rates."""
         factors = []
         for name, (low, rate, high) in _rates(row).items():
             least, most = self._extremes.get(name, (rate, rate))
@@ -145,7 +151,7 @@ class Rates:
 
 
 def _rates(row: Row) -> dict[str, tuple[float, float, float]]:
-    """By the roofline's name for each rate: the low end of the row's samples, their median, and the high end."""
+    """By the roofline's name for each rate: the p20, median and p80 of the row's samples."""
     if row.kind == "roofline":
         rate = row.gb_s or row.gflop_s
         return {row.name: (rate, rate, rate)} if rate else {}
@@ -153,7 +159,11 @@ def _rates(row: Row) -> dict[str, tuple[float, float, float]]:
     roof = row.roofline or {}
     for key, name in (("gb_s", "read"), ("gflop_s", f"matmul {row.dtype}")):
         if key in roof:
-            found[name] = (roof.get(f"{key}_p20", roof[key]), roof[key], roof.get(f"{key}_p80", roof[key]))
+            found[name] = (
+                roof.get(f"{key}_p20", roof[key]),
+                roof[key],
+                roof.get(f"{key}_p80", roof[key]),
+            )
     return found
 
 
@@ -170,7 +180,8 @@ def summary(rows: Sequence[Row]) -> str:
     if drift > DRIFT:
         why.append(f"the machine's own rates drifted by up to {drift:.2g}x")
     told = f" ({'; '.join(why)})" if why else ""
-    return f"Busy machine: {len(busy)} of {len(rows)} rows were disturbed{told}. Measure them again when it is quiet."
+    disturbed = f"{len(busy)} of {len(rows)} rows were disturbed{told}"
+    return f"Busy machine: {disturbed}. Measure them again when it is quiet."
 
 
 # ---------------------------------------------------------------- load that we make

@@ -1,12 +1,12 @@
 """The whole model beside its peers: each contender in a process of its own, in turns, on the same weights and tokens.
 
 Processes because a peer may crash, be killed for its memory, or need another interpreter; and because a process's peak memory
-is its own. Where all fit into memory at once they stay loaded and take turns run by run. Where they do not, they are loaded
-one after another, in one order and then in the opposite one, so that a machine that slows down meanwhile slows all alike
-(the rows say so).
+is its own. Where all fit into memory at once they stay loaded and take turns run by run. Where they
+do not, they are loaded one after another, in one order and then in the opposite one, so that a
+machine that slows down meanwhile slows all of them alike. The rows say so.
 
-A run is as short as its samples allow: contenders whose turns agree have no more of them, and a run that exceeds its minutes
-gives each contender one turn.
+A run is as short as its samples allow: contenders whose turns agree have no more of them, and a run
+that exceeds its minutes gives each contender one turn.
 """
 
 from __future__ import annotations
@@ -81,9 +81,10 @@ class Result:
     @property
     def settled(self) -> bool:
         """Whether the latest turns agree, so that more of them would tell nothing new."""
-        return all(
-            not times or max(times[-AGREEING:]) <= STEADY * min(times[-AGREEING:]) for times in (self.first_us, self.turn_us)
-        ) and (self.turns >= AGREEING)
+        if self.turns < AGREEING:
+            return False
+        latest = [times[-AGREEING:] for times in (self.first_us, self.turn_us) if times]
+        return all(max(times) <= STEADY * min(times) for times in latest)
 
 
 class ModelBench:
@@ -289,8 +290,8 @@ class ModelBench:
         self.progress(f"{what} (about {_minutes(self._remaining())} left)")
 
     def _remaining(self) -> float:
-        """Seconds that the rest will take: what the turns so far tell, and no more than the minutes that are left, unless
-        some contender has not had its one turn."""
+        """Seconds that the rest will take, as the turns so far tell. They exceed the minutes that are
+        left only if some contender has not had its one turn."""
         left = max(0.0, self.deadline - time.monotonic())
         known = [r.latest_s for r in self.results.values() if r.latest_s]
         if not known:
@@ -333,7 +334,7 @@ class ModelBench:
                 self._write(w)
 
     def _groups(self) -> list[list[Workload]]:
-        """Workloads that take turns with each other: the same one on the quiet machine and beside busy processes."""
+        """Workloads that take turns: the same one on the quiet machine and beside busy processes."""
         found: dict[Workload, list[Workload]] = {}
         for w in self.plan.workloads:
             found.setdefault(_quiet(w), []).append(w)
@@ -350,7 +351,8 @@ class ModelBench:
             visits += [(process, self.plan.rounds) for process in reversed(forth)]
         took: dict[str, float] = {}
         for i, (process, most) in enumerate(visits):
-            start, second = time.monotonic(), process in took
+            start = time.monotonic()
+            second = process in took
             if second and start + took[process] > self.deadline and process not in self.workers:
                 continue  # loading it again takes more time than there is
             self.most = most
@@ -391,8 +393,8 @@ class ModelBench:
         time.sleep(REST)
 
     def _is_over(self, w: Workload, c: Contender, may_settle: bool = True) -> bool:
-        """Whether a contender has had its turns with this workload: it failed, its turns agree, or another one would take
-        more time than there is."""
+        """Whether a contender has had its turns with this workload: it failed, its turns agree, or
+        another one would take more time than there is."""
         if c in self.faults:
             self.results.setdefault((w, c), Result(fault=self.faults[c]))
         result = self.results.get((w, c), Result())
