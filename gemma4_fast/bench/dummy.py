@@ -42,10 +42,9 @@ def dummy(
             mean, std = weights.dummy_scale(name, t, config.hidden_size_per_layer_input)
             if name.endswith("layer_scalar"):
                 mean, std = 0.75, 0.1
-            noise = (block * std + mean).to(dtype)
-            rows = max(1, _WINDOW // max(1, math.prod(t.shape[1:])))
-            for part in t.split(rows):
+            for part in t.split(max(1, _WINDOW // max(1, math.prod(t.shape[1:])))):
                 count = math.prod(part.shape)
                 start = draw.randrange(_BLOCK - count)
-                part.copy_(noise[start : start + count].view(part.shape))
+                window = block[start : start + count] * std + mean
+                part.copy_(window.to(dtype).view(part.shape))
     return model

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_fast import ops
+from gemma4_fast import native, ops
 from gemma4_fast.bench.load import Load
 from gemma4_fast.bench.recorder import fault
 from gemma4_fast.bench.rivals import RIVALS, Way
@@ -46,6 +46,7 @@ class BlockMaker(Maker):
             return super().randn(*shape, scale=scale, dtype=dtype)
         block = super().randn(_BLOCK, scale=scale, dtype=dtype)
         out = torch.empty(count, dtype=block.dtype, device=block.device)
+        native.use_huge_pages(out)
         whole = count // _BLOCK * _BLOCK
         out[:whole].view(-1, _BLOCK).copy_(block.expand(whole // _BLOCK, -1))
         out[whole:] = block[: count - whole]

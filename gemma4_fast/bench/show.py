@@ -70,9 +70,11 @@ def above(row: Row) -> str:
     if row.cold is False or (row.kind in ("model", "step") and (row.bytes or 0) < _CACHED):
         return "above 100%: what it reads stays in the cache, and the roofline is memory's"
     low, high = roof.get("gb_s_p20"), roof.get("gb_s_p80")
-    if low and high and row.gb_s is not None and row.gb_s <= high:
+    if low is None or high is None:  # as in rows from before the roofline had huge pages
+        return "above 100%: this older roofline was read through small pages, and weights lie in huge ones"
+    if row.gb_s is not None and row.gb_s <= high:
         return f"above 100%: memory read {number(low)} to {number(high)} GB/s meanwhile; the percentage is of the median"
-    return "above 100%: it read faster than memory did in the moments between, when PyTorch's sum measured it"
+    return "above 100%: it read faster than PyTorch's sum, which measures the roofline between the samples"
 
 
 def remark(row: Row) -> str:

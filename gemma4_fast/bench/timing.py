@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gemma4_fast import native
 from gemma4_fast.bench.load import Load
 from gemma4_fast.bench.machine import free_bytes
 from gemma4_fast.bench.rows import Row, Spread
@@ -103,7 +104,19 @@ class Rotation:
 
 
 def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)  # a quantized weight, or a number
+    """A tensor's copy has huge pages, as the memory of weights and caches has."""
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)  # a quantized weight, or a number
+    new = torch.empty_like(value)
+    native.use_huge_pages(new)
+    return new.copy_(value)
+
+
+def _roomy(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """So many elements, not yet written, in huge pages where the system has them."""
+    new = torch.empty(count, dtype=dtype, device=device)
+    native.use_huge_pages(new)
+    return new
 
 
 def captured(calls: Sequence[Call]) -> tuple[Call, Any]:
@@ -175,8 +188,8 @@ class Roofline:
     def __init__(self, device: torch.device) -> None:
         self.device, self.stopwatch = device, Stopwatch(device)
         count = max(PROBE_BYTES[device.type], 8 * cache_bytes(device)) // 4
-        self._from = torch.ones(count, dtype=torch.float32, device=device)  # written, so that it is really there
-        self._to = torch.ones_like(self._from)
+        # Written, so that they are really there; in huge pages, as weights and caches are.
+        self._from, self._to = (_roomy(count, torch.float32, device).fill_(1) for _ in range(2))
         self._products: dict[torch.dtype, tuple[Call, int, float]] = {}
 
     @property
