@@ -220,6 +220,7 @@ def test_this_package_is_the_first_column() -> None:
         ),
         (row(bytes=10**7, roofline={"gb_s": 50.0}, cold=False), "stays in the cache"),
         (of_model(bytes=10**7, roofline={"gb_s": 5.0}), "stays in the cache"),
+        (of_model(us=1e4, roofline={"gb_s": 80.0}), "older roofline"),
         (
             of_model(us=1e4, roofline={"gb_s": 80.0, "gb_s_p20": 60.0, "gb_s_p80": 120.0}),
             "60 to 120 GB/s",
