@@ -568,3 +568,14 @@ def test_the_crossover_is_of_weights_that_are_not_quantized() -> None:
     slow = [point("moe_decode", 500.0, quantize="int4"), point("grouped", 100.0, quantize="int4")]
     assert crossovers([*paths, *slow]) == {"cpu torch": 8}
     assert main(["bench", "scale", "--write", "--quantize", "int4"]) == 2
+
+
+def test_files_are_on_the_disk_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(model.os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    model._flush(tmp_path / "a")
+    assert synced == [(tmp_path / "a").stat().st_ino]
+    model._flush(tmp_path)
+    assert sorted(synced[1:]) == sorted((tmp_path / name).stat().st_ino for name in ("a", "b"))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -53,6 +54,7 @@ from gemma4_fast.errors import UnsupportedError
 from gemma4_fast.model import weights_size
 
 PATIENCE = 30.0  # seconds that all turns of one contender with one workload may take together
+AROUND = 20.0  # seconds that the rooflines before and after take, and ending the processes
 WARM = 8  # tokens that dummy weights decode to warm up
 AGREEING = 3  # counted turns after which a contender that is steady has had enough
 STEADY = 1.05  # the largest ratio between the times of turns that agree
@@ -114,7 +116,7 @@ class ModelBench:
         self.warmed: set[tuple[Workload, Contender]] = set()  # by the processes that run now
         self.most = plan.rounds  # counted turns that a contender may have so far
         self.until = math.inf  # when a contender that has had a turn gets no further one
-        self.deadline = time.monotonic() + 60 * plan.minutes
+        self.deadline = time.monotonic() + 60 * plan.minutes - AROUND
 
     def run(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -152,6 +154,7 @@ class ModelBench:
         try:
             model = dummy(plan.config, dtype=plan.dtype, device=plan.device, seed=plan.seed)
             model.save_pretrained(self.scratch / "checkpoint")
+            _flush(self.scratch / "checkpoint")
         except (MemoryError, OSError, RuntimeError) as e:
             self._rule_out(FROM_FILES, fault(e))
             return None
@@ -173,7 +176,9 @@ class ModelBench:
                 short = str(plan.dtype).removeprefix("torch.")
                 raise UnsupportedError(f"dtype {short} is not measured with llama.cpp; its files here hold bf16")
             source = self.path or dummy(plan.config, dtype=plan.dtype, device=plan.device, seed=plan.seed)
-            return write_gguf(source, file, plan.quantize)
+            write_gguf(source, file, plan.quantize)
+            _flush(file)
+            return file
         except ModuleNotFoundError as e:
             self._rule_out(GGUF, {**fault(e), "message": f"{e.name}, which writes its GGUF file, is not installed"})
         except Exception as e:  # noqa: BLE001  whatever a foreign library raises is these contenders' result
@@ -554,6 +559,14 @@ class ModelBench:
         if c.peer != OURS:
             return f" --peers {c.peer}"
         return f" --backend auto,{c.variant}" if c.variant and not self.plan.backends else ""
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the files of a folder, are on the disk. Pages that wait for that would
+    hold up whoever asks for memory next, for a minute or more."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())
 
 
 def _fault_of(answer: dict[str, Any]) -> dict[str, Any]:
