@@ -13,6 +13,7 @@ BENCH_ARGS ?= --peers transformers,torch.compile,vllm,llama.cpp
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -type f)
+WHEEL := build/wheel
 SANITIZE := build/sanitize
 SANITIZE_TESTS := sanitize/loaded test_cpu test_quant test_graph test_ops test_cuda
 
@@ -29,7 +30,7 @@ GPU_DONE := $(GPU_VENV)/.gpu-done
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full gpu bench sanitize lint format clean
+.PHONY: help demo test test-full gpu bench wheel sanitize lint format clean
 .NOTPARALLEL: # two steps of the set-up must not run pip in one environment at the same time
 
 help:
@@ -38,6 +39,7 @@ help:
 	@echo "make test-full the same, and what takes long: the large cases in Triton's interpreter, every kernel compiled for every GPU"
 	@echo "make gpu       all that needs a GPU, in ten minutes at most: tests, memory checker, benchmarks, into bench/results/"
 	@echo "make bench     the standard benchmarks of this machine, in ten minutes at most, into bench/results/"
+	@echo "make wheel     a wheel with the CPU kernels, which installs without a compiler, into dist/ (Linux)"
 	@echo "make sanitize  the CPU kernels, and the emulated CUDA kernels, under GCC's sanitizers (Linux)"
 	@echo "make lint      ruff and mypy only"
 	@echo "make format    let ruff fix and format the code"
@@ -62,8 +64,9 @@ bench: $(DEV_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
 	@# Without the setting above: a benchmark has the machine to itself, and others' threads are not to be slowed down by it.
 	env -u OMP_WAIT_POLICY $(BIN)/gemma4-fast bench all $(BENCH_ARGS)
 
-# ThreadSanitizer cannot see how OpenMP's threads wait for each other: it gets a program of its own, with std::thread.
-sanitize: $(SANITIZE)/threads-plain $(SANITIZE)/threads-native $(SANITIZE)/.lib-done $(DEV_DONE)
+# ThreadSanitizer gets a program of its own: it needs every library to be built for it, PyTorch too.
+sanitize: $(SANITIZE)/threads-plain $(SANITIZE)/threads-native $(SANITIZE)/pool $(SANITIZE)/.lib-done $(DEV_DONE)
+	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/pool
 	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/threads-plain
 	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/threads-native
 	@# libstdc++ beside libasan: else the exceptions that torch throws are unknown to it. A finding ends the process, and with
@@ -72,6 +75,15 @@ sanitize: $(SANITIZE)/threads-plain $(SANITIZE)/threads-native $(SANITIZE)/.lib-
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZE)/lib GEMMA4_FAST_SANITIZE=1 \
 		$(BIN)/pytest --capture=sys -p no:cacheprovider $(SANITIZE_TESTS:%=tests/%.py) $(PYTEST_ARGS)
+
+# From a clean folder, so that nothing of an earlier build gets into it. auditwheel names the oldest Linux that the libraries run
+# on; PyTorch's own libraries stay outside. PATH: for patchelf, which auditwheel looks for there.
+wheel: $(DEV_DONE)
+	rm -rf $(WHEEL)
+	$(BIN)/python setup.py --quiet build --build-base $(WHEEL)/build bdist_wheel --dist-dir $(WHEEL)
+	@ls $(WHEEL)/build/lib*/gemma4_fast/_cpu*.so >/dev/null
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+		--wheel-dir dist $(WHEEL)/*.whl
 
 lint: $(DEV_DONE)
 	$(BIN)/ruff check .
@@ -121,8 +133,7 @@ $(PACKAGE_DONE): pyproject.toml setup.py gemma4_fast/__init__.py $(RUN_DONE)
 # marked as done, so that it is tried again once there is a compiler.
 $(NATIVE_DONE): $(CSRC) $(PACKAGE_DONE)
 	$(BIN)/python setup.py --quiet build_ext --inplace
-	@if ls gemma4_fast/_native*.so gemma4_fast/_cpu*.so >/dev/null 2>&1; then touch $@; \
-	 else echo "warning: no native extension, or no CPU kernels (no C++17 compiler, or the error above); the package runs without it."; fi
+	@if ls gemma4_fast/_native*.so gemma4_fast/_cpu*.so >/dev/null 2>&1; then touch $@; fi
 
 $(GPU_DONE): pyproject.toml setup.py gemma4_fast/__init__.py
 	@$(PYTHON) -c 'import torch, triton, pytest, setuptools, pybind11, ninja, rich, jinja2, safetensors, tokenizers' || \
@@ -142,6 +153,10 @@ $(SANITIZE)/.lib-done: $(CSRC) setup.py $(shell find gemma4_fast kernels -name '
 		$(BIN)/python setup.py --quiet build --build-base $(SANITIZE)/tmp --build-lib $(SANITIZE)/lib
 	@ls $(SANITIZE)/lib/gemma4_fast/_cpu*.so >/dev/null
 	@touch $@
+
+$(SANITIZE)/pool: tests/sanitize/pool.cpp csrc/cpu/pool.cpp csrc/cpu/pool.h csrc/cpu/parallel.h
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -fsanitize=thread -O1 -g -pthread -Icsrc -DGEMMA4_ISA=plain $(filter %.cpp,$^) -o $@
 
 $(SANITIZE)/threads-native: TSAN := -march=native
 $(SANITIZE)/threads-%: tests/sanitize/threads.cpp $(CSRC)

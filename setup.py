@@ -6,8 +6,9 @@ import importlib.util
 import os
 import platform
 import runpy
-import subprocess
 import sys
+import sysconfig
+from collections.abc import Callable
 from glob import glob
 from pathlib import Path
 
@@ -22,6 +23,8 @@ ISAS = {"plain": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
 
+ONCE = ("torch_ops.cpp", "pool.cpp")  # of the CPU kernels' sources: compiled with plain flags, for all instruction sets
+
 # By its file: importing the package would need PyTorch, which is not there when a build is isolated.
 spec = importlib.util.spec_from_file_location("cuda_build", "gemma4_fast/cuda_build.py")
 assert spec is not None and spec.loader is not None
@@ -30,22 +33,98 @@ spec.loader.exec_module(cuda_build)
 ninja_quoted = cuda_build.quoted
 
 
+OLDEST_TORCH = (2, 10)  # the kernels use the stable ABI of this release, so that they run with every later one
+
+
 def torch_folder() -> Path | None:
+    """The folder of the PyTorch to compile against; None if there is none.
+
+    An isolated build, as in a plain `pip install .`, cannot import the PyTorch of the environment that it builds for. The
+    kernels use the stable ABI alone, so PyTorch's headers are all they need, and those can be found.
+    """
     found = importlib.util.find_spec("torch")
-    return Path(found.origin).parent if found is not None and found.origin is not None else None
+    if found is not None and found.origin is not None:
+        return Path(found.origin).parent
+    beside = Path(sysconfig.get_path("platlib"), "torch")
+    return beside if Path(beside, "version.py").is_file() else None
+
+
+def torch_version(folder: Path) -> dict[str, object]:
+    """What torch/version.py says: `__version__`, and `cuda`, which is None for a build without CUDA."""
+    return runpy.run_path(str(folder / "version.py"))
 
 
 def has_cuda() -> bool:
     """Whether the PyTorch that is there runs on NVIDIA's GPUs, and nvcc is at hand."""
     folder = torch_folder()
-    version = Path(folder, "version.py") if folder else None
-    if version is None or not version.exists() or isinstance(cuda_build.find_tools(), str):
+    if folder is None or isinstance(cuda_build.find_tools(), str):
         return False
-    return runpy.run_path(str(version)).get("cuda") is not None
+    return torch_version(folder).get("cuda") is not None
+
+
+def why_no_torch() -> str | None:
+    """Why the CPU kernels cannot be compiled against the PyTorch that is there; None if they can."""
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    folder = torch_folder()
+    if folder is None:
+        return f"the build found no PyTorch {oldest} or newer"
+    version = str(torch_version(folder)["__version__"])
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
+        return f"the build found PyTorch {version}, and needs {oldest} or newer"
+    return None
+
+
+def progress(what: str) -> Callable[[int, int], None]:
+    """Says how far a build is: "CPU kernels: 7 of 61 files", on a terminal in one line that changes."""
+
+    def tell(done: int, steps: int) -> None:
+        end = "\r" if sys.stdout.isatty() and done < steps else "\n"
+        print(f"{what}: {done} of {steps} files", end=end, flush=True)
+
+    return tell
+
+
+def say_aloud(message: str) -> None:
+    """Prints to stderr; where that is not a terminal, to the terminal too: pip hides what a build prints."""
+    print(message, file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        try:
+            with open("/dev/tty", "w") as terminal:
+                terminal.write(f"\n{message}\n")
+        except OSError:
+            pass  # there is no terminal
+
+
+NO_COMPILER = """the C++ compiler is missing or failed
+    (to install one, Debian and Ubuntu: apt install g++; macOS: xcode-select --install)"""
+LEFT_OUT = """\
+{line}
+gemma4-fast was built WITHOUT:
+{left_out}
+It works without them, but models on a CPU run many times slower.
+To build them, type:
+
+    pip install "torch>=2.10" ninja pybind11 "setuptools>=77"
+    pip install --no-build-isolation {source}
+{line}"""
 
 
 class BuildNative(build_ext):
     """Builds the bindings, and with ninja the libraries of kernels."""
+
+    def run(self) -> None:
+        self.reasons: dict[str, str] = {}  # why an extension was not built, by its name
+        super().run()
+        names = {native.name: "the C++ extension", kernels.name: "the CPU kernels"}
+        missing = [
+            f"  - {name}: {self.reasons.get(ext.name, NO_COMPILER)}"
+            for ext in self.extensions
+            if (name := names.get(ext.name)) and not Path(self.get_ext_fullpath(ext.name)).exists()
+        ]
+        if missing:
+            editable = "-e ." if self.inplace else "."
+            left_out = "\n".join(missing)
+            say_aloud(LEFT_OUT.format(line="*" * 88, left_out=left_out, source=editable))
 
     def build_extension(self, ext: Extension) -> None:
         # A failed build is no error (see `optional` below), so what an earlier build left must not pass for its result.
@@ -66,20 +145,17 @@ class BuildNative(build_ext):
         super().build_extension(ext)
 
     def build_kernels(self, ext: Extension, built: Path) -> None:
-        """Each kernel file once per instruction set, the torch-facing file once; see csrc/cpu/vec.h."""
+        """Each kernel file once per instruction set, those of ONCE once; see csrc/cpu/vec.h."""
+        if (reason := why_no_torch()) is not None:
+            raise self.left_out(ext, reason)
         try:
-            import ninja
-            from ninja import ninja_syntax
-            from torch.utils import cpp_extension
-
-            runner = str(Path(ninja.BIN_DIR, "ninja"))
-        except (ImportError, AttributeError) as error:  # AttributeError: some other package of that name
-            raise CompileError(
-                f"the CPU kernels need torch and ninja at build time ({error}); install torch and ninja, then gemma4-fast with "
-                "`pip install --no-build-isolation`"
-            ) from error
+            from ninja import BIN_DIR, ninja_syntax
+        except ImportError as error:  # it is not there, or another package of that name is
+            raise self.left_out(ext, "the build found no ninja") from error
         if sys.platform == "win32":
-            raise CompileError("the CPU kernels are built with GCC or Clang; on Windows gemma4-fast runs without them")
+            raise self.left_out(ext, "they are for GCC and Clang; on Windows gemma4-fast runs without them")
+        torch = torch_folder()
+        assert torch is not None
         folder = Path(self.build_temp, "cpu").resolve()
         folder.mkdir(parents=True, exist_ok=True)
         built = built.resolve()
@@ -90,7 +166,9 @@ class BuildNative(build_ext):
         # A product and a sum must not become one instruction in one tile and stay two in another.
         common += f" -ffp-contract=off -I{ninja_quoted(csrc)} -ffile-prefix-map={ninja_quoted(csrc)}=csrc"
         common += f" {os.environ.get('CXXFLAGS', '')}"
-        torch_include = " ".join(f"-isystem {ninja_quoted(path)}" for path in cpp_extension.include_paths())
+        include = torch / "include"
+        headers = include, include / "torch" / "csrc" / "api" / "include"
+        torch_include = " ".join(f"-isystem {ninja_quoted(path)}" for path in headers)
         torch_flags = f"-DTORCH_TARGET_VERSION=0x020a000000000000 {torch_include}"  # the stable ABI of torch 2.10
         if len(ISAS) > 1:
             torch_flags += " -DGEMMA4_X86"
@@ -100,23 +178,31 @@ class BuildNative(build_ext):
             n = ninja_syntax.Writer(file)
             n.variable("cxx", os.environ.get("CXX", "c++"))
             n.rule("compile", "$cxx -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-            n.rule("link", f"$cxx {link} $in -o $out -L{ninja_quoted(cpp_extension.library_paths()[0])} {library} $ldflags")
+            n.rule("link", f"$cxx {link} $in -o $out -L{ninja_quoted(torch / 'lib')} {library} $ldflags")
             n.variable("ldflags", os.environ.get("LDFLAGS", ""))
             objects = []
             for source in map(Path, ext.sources):
-                facing = source.name == "torch_ops.cpp"
-                for isa, flags in {"": torch_flags}.items() if facing else ISAS.items():
+                for isa, flags in {"": torch_flags}.items() if source.name in ONCE else ISAS.items():
                     target = f"{source.stem}.{isa or 'any'}.o"
                     flags += f" -DGEMMA4_ISA={isa}" if isa else ""
                     n.build(target, "compile", str(source.resolve()), variables={"flags": f"{common} {flags}"})
                     objects.append(target)
             n.build(str(built), "link", objects)
-        jobs = [f"-j{self.parallel}"] if isinstance(self.parallel, int) else []
-        command = [runner, "-C", str(folder), *([] if self.verbose > 1 else ["--quiet"]), *jobs]
         try:
-            subprocess.run(command, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise CompileError(f"ninja could not build the CPU kernels, see above: {error}") from error
+            said = cuda_build.run_ninja(folder, str(Path(BIN_DIR, "ninja")), jobs=self.jobs(), tell=progress("CPU kernels"))
+        except cuda_build.BuildError as error:
+            print(error, file=sys.stderr)
+            raise self.left_out(ext, NO_COMPILER) from error
+        if said:  # the compiler's warnings
+            print(said, file=sys.stderr)
+
+    def left_out(self, ext: Extension, reason: str) -> CompileError:
+        """The error to raise when an extension cannot be built; `reason` is told when all the others have been."""
+        self.reasons[ext.name] = reason
+        return CompileError(reason)
+
+    def jobs(self) -> int | None:
+        return self.parallel if isinstance(self.parallel, int) else None
 
     def build_cuda_kernels(self, ext: Extension, built: Path) -> None:
         """For all GPUs that the kernels are for. Where this has not been done, native.py builds for those that are there."""
@@ -125,12 +211,8 @@ class BuildNative(build_ext):
         built.parent.mkdir(parents=True, exist_ok=True)
         gencode = cuda_build.gencode(cuda_build.TARGETS, ptx_too=True)
         cuda_build.write_ninja(folder, built.resolve(), tools, torch, gencode, map(Path, ext.sources), Path("csrc").resolve())
-
-        def tell(done: int, steps: int) -> None:
-            print(f"CUDA kernels: {done} of {steps} files", flush=True)
-
         try:
-            cuda_build.run_ninja(folder, tools, jobs=self.parallel if isinstance(self.parallel, int) else None, tell=tell)
+            cuda_build.run_ninja(folder, tools.ninja, jobs=self.jobs(), tell=progress("CUDA kernels"))
         except cuda_build.BuildError as error:
             raise CompileError(f"nvcc {tools.version} could not build the CUDA kernels: {error}") from error
 
@@ -150,7 +232,7 @@ native = Pybind11Extension(
     optional=True,
 )
 
-# The CPU kernels, a library that PyTorch loads. Needs torch and ninja at build time, hence --no-build-isolation.
+# The CPU kernels, a library that PyTorch loads. Needs PyTorch's headers and ninja at build time.
 kernels = Extension(
     "gemma4_fast._cpu",
     sources=sorted(glob("csrc/cpu/*.cpp")),

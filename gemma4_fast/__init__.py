@@ -13,6 +13,7 @@ from gemma4_fast.config import Gemma4Config
 from gemma4_fast.errors import CheckpointError, SelfCheckError, UnsupportedError
 from gemma4_fast.explain import explain
 from gemma4_fast.integrations import when_imported
+from gemma4_fast.keywords import explicit
 from gemma4_fast.model import Gemma4
 from gemma4_fast.ops import use_backend
 from gemma4_fast.verify import verify
@@ -20,6 +21,7 @@ from gemma4_fast.verify import verify
 __version__ = "0.1.0"
 
 
+@explicit
 def accelerate(model: Any, *, backend: str | None = None, quantize: str | None = None, check: bool | str = True) -> Any:
     """Make a Gemma 4 model of transformers run on this package's kernels, in place; see integrations/transformers.py."""
     from gemma4_fast.integrations import transformers

@@ -127,6 +127,7 @@ def parser(commands: Mapping[str, Command]) -> Parser:
     )  # fmt: skip
     p.add_argument("--system", metavar="TEXT", help="what the model is told about its part")
     p = command("check", "compare the model with the reference, layer by layer (exit code 0 or 1)", _model)
+    _memory(p)
     p.add_argument("--level", choices=("full", "quick"), default="full", help="quick: one layer of each kind")
     p.add_argument("--seed", metavar="S", type=seed, default=0, help="of the random tokens it is compared on (default 0)")
     p = command(
@@ -160,6 +161,7 @@ def _bench(command: Callable[..., Parser]) -> None:
     _peers(p)
     p.add_argument("--quantize", choices=("int8", "int4"), help="the model's weights in 8 or 4 bits")
     p.add_argument("--config", metavar="M", default="26b-a4b", help="member for the model benchmark (default 26b-a4b)")
+    _memory(p)
     p.add_argument("--minutes", metavar="M", type=count, default=10, help="after which nothing more is begun (default 10)")
     p.add_argument("--results", metavar="DIR", type=path, default=Path("bench/results"),
                    help="folder that gets a folder for this machine (default bench/results)")  # fmt: skip
@@ -201,6 +203,7 @@ def _bench(command: Callable[..., Parser]) -> None:
     p.add_argument("--busy", metavar="N", type=count,
                    help="measure once more beside N processes that keep a processor busy each")  # fmt: skip
     p.add_argument("--check", choices=("quick", "off"), default="quick", help="self-check before anything is timed")
+    _memory(p)
     _where(p)
     p.add_argument("--backend", metavar="B", help="backends of this package, a contender each: auto,triton (default: auto)")
     _peers(p)
@@ -305,7 +308,16 @@ def _model(p: Parser) -> None:
     g.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
+def _memory(p: Parser) -> None:
+    p.add_argument(
+        "--ignore-memory",
+        action="store_true",
+        help="load the weights even if they exceed the free memory",
+    )
+
+
 def _load(p: Parser) -> None:
+    _memory(p)
     p.add_argument(
         "--check", choices=("quick", "full", "off"), default="quick",
         help="self-check before use: quick (default; one layer of each kind), full (all), off",

@@ -113,9 +113,12 @@ class Loaded:
 
 
 def locate(name: str) -> Path:
-    """The checkpoint's folder. What is not there gets a hint at what is."""
+    """The checkpoint's folder. What is not there gets a hint at what is.
+
+    Of a checkpoint on the hub the weights are left to `load`, which looks at the memory first.
+    """
     from gemma4_fast.config import PRESETS
-    from gemma4_fast.weights import resolve
+    from gemma4_fast.weights import SMALL_FILES, resolve
 
     if name.lower() in PRESETS and not Path(name).is_dir():
         raise ValueError(
@@ -123,7 +126,7 @@ def locate(name: str) -> Path:
             f"its hub id, or leave it out for the packaged one (`{PROGRAM} info --model {name.lower()}` has its numbers)"
         )
     try:
-        return resolve(name, on_download=terminal.fetching)
+        return resolve(name, patterns=SMALL_FILES, on_download=terminal.fetching)
     except CheckpointError as e:
         raise CheckpointError(f"{e}{hint(name, ['tiny'])}") from e
 
@@ -147,19 +150,50 @@ def prepare(args: Namespace) -> None:
         raise ValueError("--stop needs some text")
 
 
-def load(args: Namespace, path: Path, level: str, tokenizer: Tokenizer | None = None) -> Loaded:
-    """The model, checked at `level` ("off" for not at all). SelfCheckError if it is wrong."""
+def load(
+    args: Namespace,
+    path: Path,
+    level: str,
+    tokenizer: Tokenizer | None = None,
+    context: int | None = None,
+) -> Loaded:
+    """The model, checked at `level` ("off" for not at all). SelfCheckError if it is wrong.
+
+    UnsupportedError, before any weights are read, if they exceed the free memory. context: tokens
+    that the cache will be for (default: 4096).
+    """
     from gemma4_fast.model import Gemma4
+    from gemma4_fast.weights import resolve
 
     start = time.perf_counter()
     options = {name: getattr(args, name) for name in ("dtype", "device", "backend", "quantize")}
-    model = Gemma4.from_pretrained(path, **options, check=False)
+    if not args.ignore_memory:
+        require_memory(args, path, getattr(args, "level", level), context)
+    path = resolve(args.model)
+    model = Gemma4.from_pretrained(path, **options, check=False, check_memory=False)
     model._tokenizer = tokenizer  # large ones take a second to read
     loaded = Loaded(model, None, time.perf_counter() - start, 0.0)
     if level != "off":
         loaded.report, loaded.check_s = checked(model, level)
         loaded.report.raise_if_wrong()
     return loaded
+
+
+def require_memory(args: Namespace, path: Path, level: str, context: int | None) -> None:
+    """UnsupportedError if the weights exceed the free memory; a warning if it may run out."""
+    from gemma4_fast import memory
+    from gemma4_fast.config import Gemma4Config
+    from gemma4_fast.model import parse_device, parse_dtype
+
+    config = Gemma4Config.from_pretrained(path)
+    load = memory.Load(
+        config=config,
+        dtype=parse_dtype(config.dtype if args.dtype is None else args.dtype),
+        quantize=args.quantize,
+        context=None if context is None else min(context, config.max_position_embeddings),
+        check=False if level == "off" else level,
+    )
+    memory.require(load, parse_device(args.device), Path(args.model).name, command_line=True)
 
 
 def checked(model: Gemma4, level: str, seed: int = 0) -> tuple[Report, float]:
@@ -216,13 +250,14 @@ def encode(path: Path, prompt: str, wanted: int | None) -> tuple[Tokenizer, list
 
 
 def generate(args: Namespace) -> int:
-    from gemma4_fast.generate import Session, Stream, default_sampling
+    from gemma4_fast.generate import DEFAULT_NEW_TOKENS, Session, Stream, default_sampling
 
     prepare(args)
     prompt = read_prompt(args)
     path = locate(args.model)
     tokenizer, ids = encode(path, prompt, args.max_new_tokens)
-    loaded = load(args, path, args.check, tokenizer)
+    context = len(ids) + (args.max_new_tokens or DEFAULT_NEW_TOKENS)
+    loaded = load(args, path, args.check, tokenizer, context)
     model = loaded.model
     used = secrets.randbits(48) if args.seed is None else args.seed
     given = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p")}

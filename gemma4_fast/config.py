@@ -483,3 +483,16 @@ PRESETS: dict[str, Gemma4Config] = {
         attention_k_eq_v=True, max_position_embeddings=262144, use_bidirectional_attention="vision",
     ),
 }  # fmt: skip
+
+
+def member(config: Gemma4Config) -> str | None:
+    """The name of the published member that this config is, or None.
+
+    Token ids and dtype may differ.
+    """
+    aside = ("eos_token_id", "bos_token_id", "pad_token_id", "dtype", "use_bidirectional_attention")
+    for name, preset in PRESETS.items():
+        same = {field: getattr(preset, field) for field in aside}
+        if dataclasses.replace(config, **same) == preset:
+            return name
+    return None

@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,16 +179,19 @@ def write_ninja(
 
 def run_ninja(
     folder: Path,
-    tools: Tools,
+    ninja: str,
     wanted: Iterable[str] = (),
     *,
     jobs: int | None = None,
     tell: Callable[[int, int], None] | None = None,
-) -> None:
-    """Builds what folder/build.ninja says. tell(done, all) after each step. BuildError has the last lines that were said."""
-    command = [tools.ninja, "-C", str(folder), *([f"-j{jobs}"] if jobs else []), *wanted]
+) -> str:
+    """Builds what folder/build.ninja says, with the program `ninja`. tell(done, all) is called after each step.
+
+    Returns what the compilers printed. BuildError, with the last lines of that, if the build fails.
+    """
+    command = [ninja, "-C", str(folder), *([f"-j{jobs}"] if jobs else []), *wanted]
     pipes: dict[str, Any] = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    said = deque[str](maxlen=30)
+    said: list[str] = []
     env = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
     try:
         with subprocess.Popen(command, env=env, text=True, errors="replace", **pipes) as process:
@@ -201,6 +203,7 @@ def run_ninja(
                 else:
                     said.append(line.rstrip())
     except OSError as error:
-        raise BuildError(f"{tools.ninja}: {error}") from error
+        raise BuildError(f"{ninja}: {error}") from error
     if process.returncode:
-        raise BuildError("\n".join(line for line in said if line) or f"{tools.ninja} ended with {process.returncode}")
+        raise BuildError("\n".join(filter(None, said[-30:])) or f"{ninja} ended with {process.returncode}")
+    return "\n".join(line for line in said if not line.startswith("ninja: "))

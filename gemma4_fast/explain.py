@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,21 +52,42 @@ class Explanation:
 
 
 def explain(
-    model: Gemma4 | None = None,
+    model: Any = None,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = torch.bfloat16,
 ) -> Explanation:
     """The decisions for a model (its ops, device, dtype and backend), or for every op on a device and dtype.
 
+    model: a Gemma4, or a model of transformers that `accelerate` has been given.
     device None: the GPU if there is one. Outside a model the selection of `use_backend` in force counts.
+    ValueError: another object. UnsupportedError: an accelerated model that transformers' own code
+    runs, and why.
     """
     from gemma4_fast.model import parse_device, parse_dtype
 
     if model is not None:
-        with model.running():
-            return _explain(model_ops(model.config), model.device, model.dtype)
+        native = _native(model)
+        with native.running():
+            return _explain(model_ops(native.config), native.device, native.dtype)
     return _explain(tuple(ops.TABLE), parse_device(device), parse_dtype(dtype))
+
+
+def _native(model: Any) -> Gemma4:
+    """The Gemma4 that runs this model."""
+    from gemma4_fast.model import Gemma4
+
+    if isinstance(model, Gemma4):
+        return model
+    if not isinstance(model, torch.nn.Module):
+        got = type(model).__name__
+        raise ValueError(f"expected a Gemma4 or an accelerated model of transformers, got {got}")
+    if "gemma4_fast.integrations.transformers" not in sys.modules:  # which accelerates models
+        kind = type(model).__name__
+        raise ValueError(f"this {kind} is not accelerated: see gemma4_fast.accelerate")
+    from gemma4_fast.integrations.beside import native_of
+
+    return native_of(model)
 
 
 def _explain(names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> Explanation:

@@ -22,6 +22,7 @@ from torch import Tensor
 from gemma4_fast.cache import KVCache
 from gemma4_fast.errors import CheckpointError
 from gemma4_fast.graph import DecodeGraph
+from gemma4_fast.keywords import explicit
 from gemma4_fast.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -400,6 +401,7 @@ def record(result: Generation, token: Token, session: Session, text: Any, stop: 
     return piece
 
 
+@explicit
 def generate(
     model: Gemma4,
     prompt: Any,
@@ -416,14 +418,9 @@ def generate(
     prefill_chunk: int = 2048,
     on_prefill: Callable[[int, int], None] | None = None,
 ) -> Generation | list[Generation]:
-    """Continue one prompt (-> Generation) or several (-> list of them); see `encode_prompts` for what a prompt may be.
+    """Continue one prompt, which gives a Generation, or several, which give a list of them.
 
-    max_new_tokens: default 256, or what the context leaves. temperature 0 is greedy; settings left out come from the
-    checkpoint's generation_config.json, and without one decoding is greedy. seed: sequence b draws from seed + b.
-    stop: strings that end the text (not part of it). stop_token_ids: default the checkpoint's; () for none.
-    logprobs: n >= 0 adds each token's log-probability and the n likeliest tokens'. prefill_chunk: tokens of the prompts that
-    run at once. ValueError before any work if prompt and output exceed the model's positions. The cache stays with the model,
-    for its next call of as many prompts, if it has at most an eighth of the weights' bytes; `model.spares.clear()` frees it.
+    `Gemma4.generate` describes the arguments; `encode_prompts` says what a prompt may be.
     """
     from gemma4_fast.tokenizer import StopStrings, TextStream
 
@@ -469,25 +466,44 @@ def _tokenizer_or_none(model: Gemma4) -> Any:
         return None
 
 
+@explicit
 def stream(
     model: Gemma4,
     prompt: Any,
     *,
-    stop: str | Sequence[str] | None = None,
+    max_new_tokens: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    stop_token_ids: int | Sequence[int] | None = None,
+    logprobs: int | None = None,
+    prefill_chunk: int = 2048,
     on_prefill: Callable[[int, int], None] | None = None,
-    **options: Any,
 ) -> Stream:
     """Like `generate` for one prompt, as an iterator of text pieces; its `result` is the Generation so far."""
     words = _stop_strings(stop)
     prompts, single = encode_prompts(model, prompt)
     if not single:
         raise ValueError("stream takes one prompt; use generate for several")
-    sampling = default_sampling(model, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    session = Session(model, prompts, sampling=sampling, **options)
+    session = Session(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=default_sampling(
+            model,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+        ),
+        seed=seed,
+        stop_token_ids=stop_token_ids,
+        logprobs=logprobs,
+        prefill_chunk=prefill_chunk,
+    )
     return Stream(session, words, on_prefill)
 
 

@@ -6,18 +6,23 @@ import dataclasses
 import math
 import os
 import platform
+import statistics
 from argparse import Namespace
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gemma4_fast import native, ops, terminal
+from gemma4_fast.bench.plan import floor
+from gemma4_fast.bench.timing import PROBE_BYTES, Stopwatch, cache_bytes
 from gemma4_fast.cache import KVCache, allocate
-from gemma4_fast.config import PRESETS, Gemma4Config
+from gemma4_fast.config import PRESETS, Gemma4Config, member
 from gemma4_fast.explain import Explanation, explain
 from gemma4_fast.layers import model_ops
+from gemma4_fast.memory import Fit, Load, fit, gib, installed_bytes
 from gemma4_fast.model import Gemma4, meta_model, parse_device, parse_dtype, weights_size
 from gemma4_fast.tables import render
 from gemma4_fast.weights import INDEX, SINGLE, resolve, validate
@@ -68,15 +73,6 @@ def memory(
                 plain += pair.v.nbytes + (0 if pair.k is None else pair.k.nbytes)
         rows.append(dict(context=context, batch=batch, cache=cache, plain_cache=plain, weights_and_cache=weight_bytes + cache))
     return rows
-
-
-def member(config: Gemma4Config) -> str | None:
-    """The preset that this config is, token ids and dtype aside."""
-    aside = ("eos_token_id", "bos_token_id", "pad_token_id", "dtype", "use_bidirectional_attention")
-    for name, preset in PRESETS.items():
-        if dataclasses.replace(config, **{k: getattr(preset, k) for k in aside}) == preset:
-            return name
-    return None
 
 
 def shape(config: Gemma4Config) -> dict[str, Any]:
@@ -141,7 +137,7 @@ def machine() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "hardware_threads": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "memory_bytes": _host_memory(),
+        "memory_bytes": installed_bytes(),
         "native_extension": native.available(),
         "native_missing_because": native.missing_reason(),
         "native_build": native.build_info(),
@@ -153,11 +149,67 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _host_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not on Windows; not everywhere by these names
-        return None
+PROBE_SECONDS = 0.3
+
+
+def read_rate(device: torch.device, free: int | None) -> float:
+    """Bytes per second that this device reads from its memory, measured for a moment.
+
+    That takes at most a quarter of the `free` bytes.
+    """
+    stopwatch = Stopwatch(device)
+    size = max(PROBE_BYTES[device.type], 2 * cache_bytes(device))
+    if free is not None:
+        size = min(size, free // 4)
+    probe = torch.ones(max(1, size // 4), device=device)
+    stopwatch.seconds(probe.sum)  # warm-up
+    samples: list[float] = []
+    while not samples or sum(samples) < PROBE_SECONDS:
+        samples.append(stopwatch.seconds(probe.sum))
+    return probe.nbytes / statistics.median(samples)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """An estimate of the decode speed.
+
+    step_bytes: bytes that one step reads. tokens_per_s: None where these bytes fit into the
+    processor's cache, which is read faster than memory.
+    """
+
+    step_bytes: int
+    read_bytes_per_s: float
+    tokens_per_s: float | None
+
+
+def speed(found: Fit, device: torch.device) -> Speed:
+    """The decode speed by the bytes that a step reads and the rate at which memory is read.
+
+    A step reads the experts that its tokens are sent to, and the cache of a full context.
+    """
+    load = found.load
+    step = floor(load.config, load.dtype, load.quantize, load.batch, 1, load.length - 1).bytes
+    rate = read_rate(device, found.free)
+    return Speed(step, rate, load.batch * rate / step if step > cache_bytes(device) else None)
+
+
+def answer(found: Fit, estimate: Speed) -> str:
+    """Will it fit, and how fast will it be? In one sentence, and one more on what would fit."""
+    if found.free is None:
+        return f"{found}."
+    if not found.fits:
+        verdict = "not even its weights fit" if found.is_impossible else "it does not fit"
+        return f"{found}: {verdict}. {found.advice(command_line=True)}"
+    if estimate.tokens_per_s is None:
+        return f"{found}: it fits."
+    rate = f"{estimate.tokens_per_s:,.0f}"
+    if estimate.tokens_per_s < 10:
+        rate = f"{estimate.tokens_per_s:.2g}"
+    return (
+        f"{found}: it fits, at about {rate} tokens/s (an estimate: a step "
+        f"reads {gib(estimate.step_bytes)}, and memory was just read at "
+        f"{gib(estimate.read_bytes_per_s)}/s)."
+    )
 
 
 def kernels(config: Gemma4Config, device: torch.device, dtype: torch.dtype, backend: str | None) -> Explanation:
@@ -180,6 +232,15 @@ def run(args: Namespace) -> int:
     contexts = args.context or [*(c for c in CONTEXTS if c < limit), limit]
     weight_bytes = {n: count["total"] * w for n, w in (("bfloat16", 2), ("float32", 4))}
     weight_bytes |= {n: weights_size(config, dtype, n) for n in ("int8", "int4")}
+    load = Load(
+        config=config,
+        dtype=dtype,
+        quantize=args.quantize,
+        context=None if args.context is None else max(args.context),
+        batch=args.batch,
+    )
+    found = fit(load, device, Path(args.model).name)
+    estimate = speed(found, device)
     facts = {
         "model": args.model,
         "path": None if path is None else str(path),
@@ -193,6 +254,7 @@ def run(args: Namespace) -> int:
         "memory": memory(config, contexts, args.batch, dtype, weights_size(config, dtype, args.quantize)),
         "kernels": (chosen := kernels(config, device, dtype, args.backend)).to_dict()["ops"],
         "machine": machine(),
+        "fit": {**found.to_dict(), **vars(estimate), "answer": answer(found, estimate)},
     }
     if args.json:
         terminal.print_json(facts, indent=2)
@@ -211,6 +273,7 @@ def _page(facts: dict[str, Any], chosen: Explanation) -> str:
         ),
         "kernels, " + str(chosen),
         render(("machine", ""), _machine_rows(facts["machine"])),
+        facts["fit"]["answer"],
     ]
     return "\n".join(p.strip("\n") + "\n" for p in parts).rstrip("\n")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from gemma4_fast import native, ops
 from gemma4_fast.cache import KVCache
 from gemma4_fast.config import Gemma4Config
+from gemma4_fast.keywords import explicit
 from gemma4_fast.layers import Quantizable, Table, Text, model_ops, quantize
 from gemma4_fast.quant import WeightLike, parse_quantize
 
@@ -54,6 +56,7 @@ class Gemma4(nn.Module):
         self.spares.clear()
 
     @classmethod
+    @explicit
     def from_pretrained(
         cls,
         path_or_hub_id: str | Path,
@@ -66,6 +69,7 @@ class Gemma4(nn.Module):
         load_format: str = "auto",
         seed: int = 0,
         progress: bool = True,
+        check_memory: bool = True,
     ) -> Gemma4:
         """A model from a checkpoint folder or a hub id ("google/gemma-4-E4B-it"); "tiny" is the one in this package.
 
@@ -74,10 +78,17 @@ class Gemma4(nn.Module):
         the bf16 weights need not fit into memory.
         check: True compares one layer of each kind with the reference before returning and raises SelfCheckError if it is
         wrong; "full" compares every layer and the whole model; False does neither. load_format "dummy" reads config.json
-        only and fills in seeded random weights. Errors: CheckpointError (files), UnsupportedError (backend cannot run
-        here), ValueError (arguments); nothing is loaded before those that can be known beforehand.
+        only and fills in seeded random weights.
+        check_memory: before any weights are read or downloaded, compare what the model needs with
+        the memory that is free: its weights, the cache of one sequence of 4096 tokens, 0.5 GiB for
+        the process, and the self-check. If the weights alone do not fit, UnsupportedError says what
+        would; if only the sum does not, a warning does. False skips this.
+
+        Errors: CheckpointError (files), UnsupportedError (the backend cannot run here, or there is
+        not enough memory), ValueError (arguments). Nothing is loaded before those that can be known
+        beforehand.
         """
-        from gemma4_fast import weights
+        from gemma4_fast import memory, weights
         from gemma4_fast.verify import verify
 
         if check not in (True, False, "quick", "full"):
@@ -87,11 +98,15 @@ class Gemma4(nn.Module):
         parse_quantize(quantize)
         backends = ops.parse_backend(backend)
         target = parse_device(device)
-        path = weights.resolve(path_or_hub_id)
+        path = weights.resolve(path_or_hub_id, patterns=("config.json",))
         config = Gemma4Config.from_pretrained(path)
+        chosen = parse_dtype(dtype if dtype is not None else config.dtype)
+        if check_memory:
+            load = memory.Load(config, chosen, quantize, check=check)
+            memory.require(load, target, Path(path_or_hub_id).name)
+        path = weights.resolve(path_or_hub_id)
         if config.towers:
             log.warning("%s has %s towers; only its text model is loaded", path, " and ".join(config.towers))
-        chosen = parse_dtype(dtype if dtype is not None else config.dtype)
         with ops.default_backend(backends or None):
             ops.require(target, chosen, model_ops(config))
         settings = weights.load_generation_config(path, vocab_size=config.vocab_size)
@@ -112,6 +127,7 @@ class Gemma4(nn.Module):
         return model
 
     @classmethod
+    @explicit
     def dummy(
         cls,
         config: Gemma4Config,
@@ -121,16 +137,24 @@ class Gemma4(nn.Module):
         backend: str | None = None,
         quantize: str | None = None,
         seed: int = 0,
+        check_memory: bool = True,
     ) -> Gemma4:
-        """A model with seeded random weights of the right scale, made on the device: for benchmarks at true shapes."""
-        from gemma4_fast import weights
+        """A model with seeded random weights of the right scale, made on the device.
 
+        It is for benchmarks at true shapes.
+        check_memory: as in `from_pretrained`.
+        """
+        from gemma4_fast import memory, weights
+
+        chosen, target = parse_dtype(dtype), parse_device(device)
         with torch.device("meta"):
             model = cls(config, backend)
-        model.to(parse_dtype(dtype))
+        model.to(chosen)
         if quantize is not None:
             model.quantize(quantize)
-        model.to_empty(device=parse_device(device))
+        if check_memory:
+            memory.require(memory.Load(config, chosen, quantize, check=False), target)
+        model.to_empty(device=target)
         weights.dummy(model, seed)
         return model
 
@@ -166,6 +190,10 @@ class Gemma4(nn.Module):
             raise ValueError("quantize to what? 'int8' or 'int4'")
         if self.quantization is not None:
             raise ValueError(f"this model is quantized to {self.quantization} already")
+        if self.device.type != "meta":
+            from gemma4_fast import memory
+
+            memory.warn_to_quantize(self, bits)
         self._changed()
         quantize(self, bits, done)
         self.quantization = to
@@ -279,17 +307,101 @@ class Gemma4(nn.Module):
         if have + input_ids.shape[1] > limit:
             raise ValueError(f"{have} cached + {input_ids.shape[1]} new tokens exceed {what} = {limit}")
 
-    def generate(self, prompt: Any, **options: Any) -> Generation | list[Generation]:
-        """Text (or token ids) in, a Generation out; a list in, a list out. Options: see gemma4_fast.generate.generate."""
+    @explicit
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: int | Sequence[int] | None = None,
+        logprobs: int | None = None,
+        prefill_chunk: int = 2048,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Generation | list[Generation]:
+        """Continue one prompt, which gives a Generation, or several, which give a list of them.
+
+        prompt: text, token ids (a list or a 1-D tensor) or chat messages (a list of dicts with
+            "role" and "content"); for several prompts a list of these, or a 2-D tensor.
+        max_new_tokens: the most tokens to add. None: 256, or what the context leaves.
+        temperature, top_k, top_p, min_p: how the next token is drawn. Temperature 0 always takes
+            the likeliest token. What is None comes from the checkpoint's generation_config.json;
+            without that file the likeliest token is taken.
+        seed: an integer in [0, 2^63). The same seed gives the same tokens; prompt b of several
+            draws from seed + b. None: a new seed at each call.
+        stop: strings that end the text, and are not part of it.
+        stop_token_ids: token ids that end the text. None: the checkpoint's; (): none.
+        logprobs: n >= 0 records each token's log-probability and the n likeliest tokens. None: off.
+        prefill_chunk: how many tokens of the prompts run at once.
+        on_prefill: is called with (done, total) prompt tokens after each chunk.
+
+        ValueError, before any work, for values out of range and for a prompt and output that
+        exceed the model's positions. The cache stays with the model for its next call with as many
+        prompts, if it takes at most an eighth of the weights' bytes; `model.spares.clear()` frees
+        it.
+        """
         from gemma4_fast.generate import generate
 
-        return generate(self, prompt, **options)
+        return generate(
+            self,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            logprobs=logprobs,
+            prefill_chunk=prefill_chunk,
+            on_prefill=on_prefill,
+        )
 
-    def stream(self, prompt: Any, **options: Any) -> Stream:
-        """Text (or token ids) in, an iterator of text pieces out. Options: see gemma4_fast.generate.stream."""
+    @explicit
+    def stream(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: int | Sequence[int] | None = None,
+        logprobs: int | None = None,
+        prefill_chunk: int = 2048,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Stream:
+        """Continue one prompt; iterate over the result for the new text, piece by piece.
+
+        The arguments and errors are those of `generate`. The Stream's `result` is the Generation
+        so far, which is complete when the iteration ends.
+        """
         from gemma4_fast.generate import stream
 
-        return stream(self, prompt, **options)
+        return stream(
+            self,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            logprobs=logprobs,
+            prefill_chunk=prefill_chunk,
+            on_prefill=on_prefill,
+        )
 
 
 def meta_model(config: Gemma4Config, dtype: torch.dtype = torch.bfloat16, quantize: str | None = None) -> Gemma4:
@@ -299,6 +411,7 @@ def meta_model(config: Gemma4Config, dtype: torch.dtype = torch.bfloat16, quanti
     return model if quantize is None else model.quantize(quantize)
 
 
+@functools.cache  # building the shapes takes some 40 ms
 def weights_size(config: Gemma4Config, dtype: torch.dtype, quantize: str | None = None) -> int:
     """Bytes of the model's weights."""
     return sum(t.nbytes for t in meta_model(config, dtype, quantize).state_dict().values())

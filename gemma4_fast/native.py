@@ -1,8 +1,8 @@
 """The compiled libraries: `gemma4_fast._native`, what this machine can do, `gemma4_fast._cpu`, the CPU kernels, and
 `gemma4_fast._cuda`, those of NVIDIA's GPUs.
 
-All are optional: where no compiler was at hand when the package was installed, these functions return None and
-`missing_reason()`, `kernels_missing()` or `cuda_kernels_missing()` says why. Nothing is loaded before the first call. The CUDA
+All are optional: where one was not built, these functions return None and `missing_reason()`, `kernels_missing()` or
+`cuda_kernels_missing()` says why, and what to do. Nothing is loaded before the first call. The CUDA
 kernels are also built then, if the installation has none for these GPUs: for those alone, into a folder of the user's cache.
 """
 
@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import shlex
+import sys
 import sysconfig
 import tempfile
 import threading
@@ -42,10 +43,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError as error:
         if error.name != _NAME:
             raise
-        return None, (
-            f"{_NAME} was not built: gemma4-fast was installed without a working C++17 compiler. "
-            "Install one (g++ or clang++), then install gemma4-fast again."
-        )
+        return None, not_built("the C++ libraries were", "pybind11 and a C++17 compiler")
     except ImportError as error:
         return None, f"{_NAME} was built but does not load here: {error}"
 
@@ -120,6 +118,39 @@ def _installed(name: str) -> Path:
     return Path(__file__).with_name(name + str(sysconfig.get_config_var("EXT_SUFFIX")))
 
 
+def not_built(what: str, needs: str) -> str:
+    """Says why a library is not there, and what to do.
+
+    what: its name and a verb, "the CPU kernels were". needs: what must be there when it is built.
+    """
+    package = Path(__file__).parent
+    source = package.parent
+    if not ((source / "setup.py").is_file() and (source / "csrc").is_dir()):
+        return (
+            f"{what} not built when gemma4-fast was installed, which needs {needs}. Once those are "
+            "there, type `pip install --no-build-isolation .` in the source folder of gemma4-fast"
+        )
+    if (installed := _installed_elsewhere(package)) is not None:
+        return (
+            f"Python was started in {source}, so it imported the sources there, for which {what} "
+            f"not built, and not the package installed in {installed}, for which they were. "
+            "Start Python in another folder"
+        )
+    return (
+        f"{what} not built in {source}, from where gemma4_fast was imported; that needs {needs}. "
+        "Once those are there, type `pip install --no-build-isolation -e .` in that folder"
+    )
+
+
+def _installed_elsewhere(package: Path) -> Path | None:
+    """The folder of another copy of this package on sys.path whose libraries were built; None if there is none."""
+    for entry in sys.path:
+        folder = Path(entry, package.name)
+        if (folder / _installed("_native").name).is_file() and not folder.samefile(package):
+            return folder
+    return None
+
+
 @cache
 def kernels_missing() -> str | None:
     """None once the CPU kernels are loaded, as torch.ops.gemma4_fast_cpu; else one sentence saying why they are not."""
@@ -129,10 +160,8 @@ def kernels_missing() -> str | None:
         return reason
     library = _installed("_cpu")
     if not library.exists():
-        return (
-            "the CPU kernels were not built: that needs a C++17 compiler, PyTorch and ninja at hand; install those, then "
-            "gemma4-fast with `pip install --no-build-isolation`"
-        )
+        needs = "PyTorch 2.10 or newer, ninja and a C++17 compiler"
+        return not_built("the CPU kernels were", needs)
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
@@ -273,7 +302,7 @@ def _built_for(torch_version: str, torch_folder: Path, capabilities: set[tuple[i
             with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as name:
                 work = Path(name)
                 cuda_build.write_ninja(work, work / library.name, tools, torch_folder, gencode, files, csrc)
-                cuda_build.run_ninja(work, tools, tell=tell)
+                cuda_build.run_ninja(work, tools.ninja, tell=tell)
                 (work / library.name).replace(library)
     except cuda_build.BuildError as error:
         log.warning("gemma4_fast: the CUDA kernels could not be built, others serve. The last that was said:\n%s", error)

@@ -37,7 +37,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-_HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model")  # all of a checkpoint but its weights
+_HUB_PATTERNS = (*SMALL_FILES, "*.safetensors")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # First part of a tower tensor's name, after an optional "model.": transformers' gemma4 and gemma4_unified, and what
 # the published unified files call the latter's vision embedder.

@@ -360,7 +360,7 @@ def compiled(target: str, folder: Path, files: Iterable[Path], jobs: int | None 
     every = None if folder == BUILD / target else files  # one build.ninja for a folder
     tools, _ = prepare(target, folder, every)
     objects = [folder / f"{file.stem}.o" for file in files]
-    cuda_build.run_ninja(folder, tools, [built.name for built in objects], jobs=jobs)
+    cuda_build.run_ninja(folder, tools.ninja, [built.name for built in objects], jobs=jobs)
     cuobjdump = find_cuobjdump(tools)
     assert cuobjdump is not None
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:

@@ -35,6 +35,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def call(*argv: str, stdin: str | None = None) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO(stdin or ""))
+        monkeypatch.setattr("gemma4_fast.info.read_rate", lambda device, free: 1e10)
         capsys.readouterr()
         try:
             code = main(list(argv))

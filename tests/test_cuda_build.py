@@ -41,7 +41,7 @@ def test_the_library_loads_without_a_gpu() -> None:
     """Whatever PyTorch this is: no CUDA library is wanted by the one that was built, and none is given away."""
     folder = cuda_compiled.BUILD / cuda_compiled.QUICK
     tools, _ = cuda_compiled.prepare(cuda_compiled.QUICK, folder)
-    cuda_build.run_ninja(folder, tools)
+    cuda_build.run_ninja(folder, tools.ninja)
     library = folder / "_cuda.so"
     done = subprocess.run([sys.executable, "-c", LOAD, library], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

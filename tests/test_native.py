@@ -100,6 +100,52 @@ def test_without_the_extension(fresh_load: None, monkeypatch: pytest.MonkeyPatch
     assert "compiler" in str(native.missing_reason())
 
 
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source folder in which nothing has been built, and from where the package was imported."""
+    package = tmp_path / "clone" / "gemma4_fast"
+    package.mkdir(parents=True)
+    (package.parent / "csrc").mkdir()
+    (package.parent / "setup.py").touch()
+    monkeypatch.setattr(native, "__file__", str(package / "native.py"))
+    monkeypatch.setattr(sys, "path", [str(package.parent), str(tmp_path / "site-packages")])
+    return package.parent
+
+
+def said_of_kernels() -> str:
+    return native.not_built("the CPU kernels were", "a compiler")
+
+
+def test_sources_that_hide_the_installed_package(clone: Path, tmp_path: Path) -> None:
+    package = tmp_path / "site-packages" / "gemma4_fast"
+    package.mkdir(parents=True)
+    assert "Python was started" not in said_of_kernels()  # it has no libraries either
+    (package / native._installed("_native").name).touch()
+    said = said_of_kernels()
+    assert f"Python was started in {clone}" in said and f"package installed in {package}" in said
+    assert "Start Python in another folder" in said and "a compiler" not in said
+
+
+def test_sources_in_which_nothing_was_built(clone: Path) -> None:
+    said = said_of_kernels()
+    assert f"were not built in {clone}" in said and "needs a compiler" in said
+    assert "`pip install --no-build-isolation -e .`" in said
+
+
+def test_a_package_installed_without_kernels(clone: Path) -> None:
+    (clone / "setup.py").unlink()
+    said = said_of_kernels()
+    assert "not built when gemma4-fast was installed, which needs a compiler" in said
+    assert "`pip install --no-build-isolation .`" in said
+
+
+def test_only_the_kernels_are_missing(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "missing_reason", lambda: None)
+    native.kernels_missing.cache_clear()
+    assert str(native.kernels_missing()).startswith(f"the CPU kernels were not built in {clone}")
+    native.kernels_missing.cache_clear()
+
+
 def fail_import_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def import_module(name: str) -> ModuleType:
         raise error

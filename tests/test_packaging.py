@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
 import torch
 
 import gemma4_fast
@@ -22,7 +28,7 @@ from gemma4_fast import cuda_build, native
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
     *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "README.md", "LICENSE"),
-    *(".ci", "csrc", "gemma4_fast", "kernels", "tests"),
+    *(".ci", "csrc", "examples", "gemma4_fast", "kernels", "tests"),
 )
 TINY = (
     *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -30,6 +36,10 @@ TINY = (
 )
 # Slow to import, or not installed everywhere. Each is imported by the function that needs it.
 HEAVY = ("transformers", "tokenizers", "jinja2", "rich", "triton", "huggingface_hub", "safetensors")
+# Where `make wheel` can run: it needs a compiler, and auditwheel knows Linux alone.
+MAKES_WHEEL = sys.platform == "linux" and native.available()
+makes_wheel = pytest.mark.skipif(not MAKES_WHEEL, reason="needs Linux and a C++17 compiler")
+NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
@@ -41,17 +51,16 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        start_new_session=True,  # without a terminal, to which setup.py would write
     )
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
 
-def build_wheel(source: Path, folder: Path, **env: str) -> Path:
-    # The build tools are those of this environment; nothing is fetched.
-    flags = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet")
-    run(sys.executable, "-m", "pip", "wheel", *flags, "--wheel-dir", folder, source, cwd=folder, **env)
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+def pip_wheel(source: Path, folder: Path) -> list[str | Path]:
+    """The command that builds a wheel with this environment's build tools; it fetches nothing."""
+    flags = ("--no-deps", "--no-build-isolation", "--no-index")
+    return [sys.executable, "-m", "pip", "wheel", *flags, "--wheel-dir", folder, source]
 
 
 # The start of a program that shall see the package unpacked in sys.argv[1], not the editable install of this checkout,
@@ -65,7 +74,7 @@ sys.path.insert(0, sys.argv[1])
 
 def members(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
-        return set(archive.namelist())
+        return {name for name in archive.namelist() if not name.endswith("/")}
 
 
 def native_members(wheel: Path) -> list[str]:
@@ -101,10 +110,52 @@ def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the sdist, so that whatever the sdist lacks shows here. Not optimized, which would take three times as long:
-    the build in place, on which the other tests run, is."""
-    return build_wheel(sdist, tmp_path_factory.mktemp("wheel"), CXXFLAGS=f"{os.environ.get('CXXFLAGS', '')} -O0")
+def built(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The wheel that `make wheel` makes, and what it printed.
+
+    It is built from the sdist, so that whatever the sdist lacks shows. It is not optimized, which
+    would take three times as long: the build in place, on which the other tests run, is.
+    """
+    folder = tmp_path_factory.mktemp("wheel")
+    not_optimized = {"CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} -O0"}
+    if not MAKES_WHEEL:
+        printed = run(*pip_wheel(sdist, folder), cwd=folder, **not_optimized)
+    else:
+        with tarfile.open(sdist) as archive:
+            archive.extractall(folder)
+        (folder,) = folder.iterdir()
+        # -o: this environment is set up, whatever its age.
+        make = ("make", "wheel", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.dev-done")
+        printed = run(*make, cwd=folder, MAKEFLAGS="", **not_optimized)
+        folder = folder / "dist"
+    (wheel,) = folder.glob("*.whl")
+    return wheel, printed
+
+
+@pytest.fixture(scope="module")
+def wheel(built: tuple[Path, str]) -> Path:
+    return built[0]
+
+
+@pytest.fixture(scope="module")
+def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of a new virtual environment, where pip has installed the wheel.
+
+    pip found no compiler. What the package needs, PyTorch above all, is that of this environment.
+    """
+    folder = tmp_path_factory.mktemp("fresh")
+    run(sys.executable, "-m", "venv", folder, cwd=folder)
+    python = folder / "bin" / "python"
+    flags = ("--no-deps", "--no-index", "--disable-pip-version-check")
+    without = {"PATH": str(python.parent), **NO_COMPILER}
+    run(python, "-m", "pip", "install", *flags, wheel, cwd=folder, **without)
+    # A line of a .pth file adds a folder without the folder's own .pth files, so this checkout,
+    # which is installed as editable, stays out.
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    purelib = run(python, "-c", code, cwd=folder)
+    outer = [entry for entry in sys.path if entry.endswith("-packages")]
+    Path(purelib.strip(), "outer.pth").write_text("\n".join(outer))
+    return python.parent
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +246,69 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert always == {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "rich", "huggingface_hub"}
 
 
+@makes_wheel
+def test_wheel_is_for_many_linuxes(wheel: Path, tmp_path: Path) -> None:
+    from elftools.elf.elffile import ELFFile  # auditwheel's
+
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    tag = rf"{python}-{python}-manylinux_2_(\d+)_{platform.machine()}"
+    version = re.escape(gemma4_fast.__version__)
+    name = re.fullmatch(rf"gemma4_fast-{version}-({tag})\.whl", wheel.name)
+    assert name is not None, wheel.name
+    # The Linux that it was built on is new enough for it; usually an older one is, too.
+    assert int(name[2]) <= int(platform.libc_ver()[1].split(".")[1])
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    (described,) = tmp_path.glob("*.dist-info/WHEEL")
+    assert f"\nTag: {name[1]}\n" in described.read_text()
+    libraries = [path for path in tmp_path.rglob("*") if ".so" in path.name]
+    assert {path.name.partition(".")[0] for path in libraries} >= {"_native", "_cpu"}
+    # PyTorch's libraries are not in the wheel, nor looked for in a folder of this machine.
+    assert {path.parent for path in libraries} == {tmp_path / "gemma4_fast"}
+    system = r"(libc|libm|libgcc_s|libstdc\+\+|libpthread|ld-linux[\w-]*)\.so\.\d+"
+    for path in libraries:
+        with path.open("rb") as file:
+            tags = list(ELFFile(file).get_section_by_name(".dynamic").iter_tags())
+        needed = {tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED"}
+        others = {library for library in needed if not re.fullmatch(system, library)}
+        assert others == (set() if path.name.startswith("_native") else {"libtorch_cpu.so"})
+        assert not [tag for tag in tags if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
+
+
+@makes_wheel
+def test_a_build_says_how_far_it_is(built: tuple[Path, str]) -> None:
+    steps = re.findall(r"^CPU kernels: (\d+) of (\d+) files$", built[1], re.M)
+    assert len({total for _, total in steps}) == 1
+    total = int(steps[0][1])
+    assert total > 20 and [int(done) for done, _ in steps] == list(range(1, total + 1))
+
+
+@makes_wheel
+def test_wheel_runs_where_there_is_no_compiler(fresh: Path, tmp_path: Path) -> None:
+    nowhere = {"PATH": str(fresh), "PYTHONPATH": "", "HOME": str(tmp_path), **NO_COMPILER}
+    command = ("generate", "It is a truth", "--max-new-tokens", "4", "--device", "cpu", "--json")
+    said = json.loads(run(fresh / "gemma4-fast", *command, cwd=tmp_path, **nowhere))
+    assert len(said["tokens"]) == 4
+    assert set(said["backends"].values()) == {"cpu", "composed"}
+    code = "import gemma4_fast, shutil; print(gemma4_fast.__file__, shutil.which('c++'))"
+    file, compiler = run(fresh / "python", "-c", code, cwd=tmp_path, **nowhere).split()
+    assert Path(file).is_relative_to(fresh.parent) and compiler == "None"
+
+
+# Runs the rest of the command line on a terminal of its own, and prints all that came there.
+ON_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal as Unix has it")
 def test_wheel_without_a_compiler(sdist: Path, wheel: Path, tmp_path: Path) -> None:
-    without = build_wheel(sdist, tmp_path, CC="/bin/false", CXX="/bin/false")
+    command = pip_wheel(sdist, tmp_path)
+    # pip hides what a build prints, but the user is told on the terminal.
+    seen = run(sys.executable, "-c", ON_A_TERMINAL, *command, cwd=tmp_path, **NO_COMPILER)
+    assert "gemma4-fast was built WITHOUT:" in seen
+    for name in ("the C++ extension", "the CPU kernels"):
+        assert f"- {name}: the C++ compiler is missing or failed" in seen, seen
+    assert "pip install --no-build-isolation ." in seen
+    (without,) = tmp_path.glob("*.whl")
     assert not native_members(without)
     assert members(wheel) - members(without) == set(native_members(wheel))
     with zipfile.ZipFile(without) as archive:
@@ -204,6 +316,70 @@ def test_wheel_without_a_compiler(sdist: Path, wheel: Path, tmp_path: Path) -> N
     code = ONLY_UNPACKED + "from gemma4_fast import native; print(native.available(), native.missing_reason())"
     said = run(sys.executable, "-I", "-c", code, tmp_path / "installed", cwd=tmp_path)
     assert said.startswith("False") and "compiler" in said
+
+
+@makes_wheel
+def test_sources_that_hide_the_installed_package(tree: Path, installed: Path) -> None:
+    """`python -c` puts the current folder first, here a clone in which nothing has been built."""
+    code = f"""{ONLY_UNPACKED}
+sys.path.append(sys.path.pop(0))
+from gemma4_fast import native
+print(native.kernels_missing())
+"""
+    said = run(sys.executable, "-c", code, installed, cwd=tree)
+    assert f"Python was started in {tree}" in said and f"installed in {installed}" in said
+    assert "compiler" not in said
+
+
+@pytest.fixture
+def setup_py(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What setup.py defines; nothing is built."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setitem(sys.modules, "cuda_build", cuda_build)  # setup.py puts its own there
+    return runpy.run_path("setup.py")
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (None, "the build found no PyTorch 2.10 or newer"),
+        ("2.9.1+cpu", "the build found PyTorch 2.9.1+cpu, and needs 2.10 or newer"),
+        ("2.10.0", None),
+        ("3.0.0a0+git1234567", None),
+    ],
+)
+def test_an_isolated_build_uses_the_environments_torch(
+    version: str | None,
+    reason: str | None,
+    setup_py: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if version is not None:
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "version.py").write_text(f"__version__ = {version!r}\ncuda = None\n")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # as in an isolated build
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert setup_py["why_no_torch"]() == reason
+
+
+def test_a_build_without_torch_says_what_it_left_out(
+    setup_py: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    distribution = setuptools.Distribution({"ext_modules": [setup_py["kernels"]]})
+    command = setup_py["BuildNative"](distribution)
+    command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+    command.finalize_options()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    command.run()
+    said = capfd.readouterr().err
+    assert "  - the CPU kernels: the build found no PyTorch 2.10 or newer\n" in said
+    assert 'pip install "torch>=2.10" ninja pybind11' in said
 
 
 # Imports torch first, then takes away the network and other programs, then imports the package.

@@ -20,16 +20,20 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"ops", "reference", "errors", "native", "quant"},
     "cache": {"config", "native"},
     "layers": {"ops", "cache", "config", "quant"},
-    "model": {"ops", "cache", "config", "layers", "native", "quant"},
+    "keywords": set(),
+    "model": {"ops", "cache", "config", "keywords", "layers", "native", "quant"},
+    "memory": {"cache", "config", "errors", "layers", "model", "quant"},
     "graph": {"ops", "cache", "layers", "sampling"},
     "explain": {"ops", "layers", "tables"},
     "sampling": set(),
     "tokenizer": LOW | {"weights"},
     "weights": LOW | {"sampling"},
-    "generate": {"cache", "errors", "graph", "sampling"},
+    "generate": {"cache", "errors", "graph", "keywords", "sampling"},
     "report": LOW,
     "edges": {"ops", "cache", "config", "reference"},
-    "bench": LOW | {"bench", "reference", "ops", "cache", "layers", "model", "terminal", "explain", "weights", "quant"},
+    "bench": LOW
+    | {"bench", "reference", "ops", "cache", "layers", "memory", "model", "terminal", "explain"}
+    | {"weights", "quant"},
     "verify": {"ops", "cache", "config", "graph", "layers", "edges", "report", "reference", "quant", "sampling"},
     "integrations": {
         "integrations",

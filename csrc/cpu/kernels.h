@@ -225,7 +225,4 @@ struct Kernels {
 // torch.get_num_threads().
 int num_threads();
 
-// body(context) on up to num_threads() threads at once, at least one; returns when all are through.
-void team(void (*body)(void*), void* context);
-
 }  // namespace gemma4_fast

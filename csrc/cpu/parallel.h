@@ -1,36 +1,22 @@
 // Work on several threads: one fork and join for all phases of an op.
 //
-//   Team team;
-//   team.run(Phase(tasks, [&](int64_t task) {...}), Phase(...));
+//   Phase first(tasks, [&](int64_t task) {...}), second(...);
+//   run_phases(threads, first, second);
 //
 // A phase starts when all tasks of the one before are done. Each thread first takes the tasks of its own part, which lie side
 // by side in memory, then what others have left; whoever takes a task, its result is the same. Any number of threads makes
 // progress: a thread waits only for tasks that another one is already running.
 #pragma once
 
-#include <sched.h>
-
 #include <atomic>
 
 #include "cpu/kernels.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "cpu/pool.h"
 
 namespace gemma4_fast {
 namespace GEMMA4_ISA {
 
 constexpr int kMaxThreads = 256;
-constexpr int kSpins = 4096;  // some 50 us
-
-inline void pause_thread() {
-#if defined(__x86_64__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
 
 template <class Body>
 struct Phase {
@@ -42,7 +28,8 @@ struct Phase {
   };
   Part parts[kMaxThreads];
   int num_parts = 1;
-  std::atomic<int64_t> done{0};
+  alignas(64) std::atomic<int64_t> done{0};
+  Event all_done;
 
   Phase(int64_t tasks, Body body) : tasks(tasks), body(body) {}
   Phase(const Phase&) = delete;
@@ -66,12 +53,8 @@ struct Phase {
         ++mine;
       }
     }
-    done.fetch_add(mine, std::memory_order_acq_rel);
-    if (last) return;
-    for (int spins = 0; done.load(std::memory_order_acquire) < tasks; ++spins) {
-      if (spins < kSpins) pause_thread();
-      else sched_yield();  // more threads than cores: the one that has the work may need this one's
-    }
+    if (done.fetch_add(mine, std::memory_order_acq_rel) + mine >= tasks) all_done.set();
+    if (!last) all_done.wait();
   }
 };
 template <class Body>
@@ -96,7 +79,7 @@ void run_phases(int threads, Phases&... phases) {
     int left = sizeof...(Phases);
     (phases.work(self, --left == 0), ...);
   };
-  team([](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body);
+  run_team(threads, [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body);
 }
 
 // One phase. `work` is a rough count of operations or bytes: below `kWorthAFork` the caller does it alone.

@@ -37,15 +37,6 @@ int num_threads() {
   return static_cast<int>(threads);
 }
 
-void team(void (*body)(void*), void* context) {
-  struct Call {
-    void (*body)(void*);
-    void* context;
-  } call{body, context};
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(
-      0, num_threads(), 1, [](int64_t, int64_t, void* c) { static_cast<Call*>(c)->body(static_cast<Call*>(c)->context); }, &call));
-}
-
 namespace {
 
 using torch::stable::Tensor;

@@ -25,6 +25,7 @@ from gemma4_fast.bench.recorder import Recorder
 from gemma4_fast.bench.rows import OURS, Row
 from gemma4_fast.bench.timing import RATE_DTYPES, Roofline
 from gemma4_fast.config import PRESETS, Gemma4Config
+from gemma4_fast.memory import Load, require
 from gemma4_fast.model import parse_device, parse_dtype
 
 PROMPTS = [128, 512]  # tokens
@@ -218,6 +219,16 @@ def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> Pla
         if w.length + w.new * (args.rounds + 2) > config.max_position_embeddings:
             limit = config.max_position_embeddings
             raise ValueError(f"{w.length} tokens and {args.rounds} rounds of {w.new} exceed this model's {limit} positions")
+    if not args.ignore_memory:
+        load = Load(
+            config=config,
+            dtype=dtype,
+            quantize=args.quantize,
+            context=max(w.length + w.new for w in asked),
+            batch=max(w.batch for w in asked),
+            check=args.check != "off",
+        )
+        require(load, device, f"{name}, {config.num_hidden_layers} layers,", command_line=True)
     return Plan(
         config=config,
         label=name,

@@ -15,6 +15,8 @@ import torch
 
 import gemma4_fast
 from gemma4_fast import native, terminal
+from gemma4_fast.memory import available_bytes
+from gemma4_fast.memory import free_bytes as free_bytes  # others here import it from this file
 
 
 def _output(*command: str, cwd: Path | None = None) -> str | None:
@@ -45,25 +47,6 @@ def _cpu_mhz() -> float | None:
     except OSError:
         return None
     return round(sum(map(float, found)) / len(found)) if found else None
-
-
-def available_bytes() -> int | None:
-    """Memory that a process may take now without pushing others out, its container's limit included; None where the system
-    does not tell."""
-    text = _first("/proc/meminfo", "MemAvailable")
-    if text is None:
-        return None
-    free = int(text.split()[0]) << 10
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-    except OSError:
-        return free
-    return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory to be had on this device now: a GPU's own, or `available_bytes`."""
-    return available_bytes() if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0])
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from gemma4_fast.layers import Embedded
 from gemma4_fast.model import Gemma4
 
 log = logging.getLogger("gemma4_fast")
+CALL_LEFT = "a call, and others like it, is left to transformers' code"
+ALL_LEFT = "accelerate makes nothing faster: every call is left to transformers' code as long as this holds"
 CHUNK = 2048  # tokens of a prompt that run at once
 FILLED = "its cache was filled by transformers' code"
 GRADIENTS = "gradients are on: call it under torch.no_grad() or torch.inference_mode()"
@@ -250,8 +252,8 @@ class Engine:
             return f"its cache holds {cache.kv.batch_size} sequences, its input {batch}"
         return None
 
-    def decline(self, reason: str) -> None:
-        """Says once that a call is left to transformers' code. UnsupportedError if the weights it would need are gone."""
+    def decline(self, reason: str, what: str = CALL_LEFT) -> None:
+        """Says once that `what` is left to transformers' code. UnsupportedError if the weights it would need are gone."""
         if self.quantization is not None:
             raise UnsupportedError(
                 f"{reason}; transformers' code would have to run this, and its weights were freed when the model was quantized "
@@ -262,7 +264,7 @@ class Engine:
         kind = re.sub(r"\d+", "N", reason)
         if kind not in self.said:
             self.said.add(kind)
-            log.warning("gemma4_fast: a call, and others like it, is left to transformers' code: %s", reason)
+            log.warning("gemma4_fast: %s: %s", what, reason)
 
     # ---------------------------------------------------------------- running them
     def cache_for(self, text: nn.Module, cache: Cache | None, wanted: bool) -> Gemma4Cache | None:

@@ -15,18 +15,27 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.models.gemma4 import modeling_gemma4
-from transformers.models.gemma4_unified import modeling_gemma4_unified
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+try:
+    from transformers.models.gemma4 import modeling_gemma4
+    from transformers.models.gemma4_unified import modeling_gemma4_unified
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+except ImportError as error:  # it is not installed, or too old
+    install = "pip install 'gemma4-fast[transformers]'"
+    raise ImportError(
+        f"accelerate needs transformers 5.17 or newer: {install} ({error})",
+        name=error.name,
+    ) from error
 
 from gemma4_fast import ops
 from gemma4_fast.errors import UnsupportedError
 from gemma4_fast.integrations.binding import output_class, unpack
-from gemma4_fast.integrations.engine import GRADIENTS, SERVED, Call, Engine, Tokens, given_of
+from gemma4_fast.integrations.engine import ALL_LEFT, GRADIENTS, SERVED, Call, Engine, Tokens, given_of
 from gemma4_fast.integrations.interfaces import is_transformed
 from gemma4_fast.integrations.kv_cache import CACHE, Gemma4Cache
 from gemma4_fast.layers import model_ops
 from gemma4_fast.model import Gemma4
+from gemma4_fast.ops.table import warn_if_slow
 from gemma4_fast.quant import parse_quantize
 from gemma4_fast.verify import verify
 
@@ -460,10 +469,11 @@ def _take(text: nn.Module, engine: Engine, quantize: str | None, check: bool | s
     if reason is not None:
         if quantize is not None:
             raise UnsupportedError(f"this model cannot be quantized: {reason}")
-        engine.decline(reason)
+        engine.decline(reason, ALL_LEFT)
         return
     native = cast(Gemma4, engine.native)
     with ops.default_backend(engine.backend):
+        warn_if_slow(native.device, native.dtype, "accelerate makes nothing faster: ")
         ops.require(native.device, native.dtype, model_ops(native.config))
     if quantize is not None:
         engine.moving(text, False)

@@ -23,6 +23,7 @@ from gemma4_fast.ops.table import (
     TABLE,
     Cost,
     Impl,
+    Maker,
     Op,
     bound,
     decide,
@@ -38,8 +39,9 @@ from gemma4_fast.ops.table import (
 from gemma4_fast.quant import WeightLike
 
 __all__ = [
-    "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Op", "bound", "cpu_kernels", "decide", "decode_limit",
-    "default_backend", "embedding", "expert_dispatch", "geglu_mlp", "gqa_decode", "gqa_prefill", "grouped_gemm", "in_one",
+    "AUTO_ORDER", "BACKENDS", "TABLE", "Cost", "Impl", "Maker", "Op", "bound", "cpu_kernels",
+    "decide", "decode_limit", "default_backend", "embedding", "expert_dispatch", "geglu_mlp",
+    "gqa_decode", "gqa_prefill", "grouped_gemm", "in_one",
     "linear", "logits", "moe", "moe_decode", "moe_feed_forward", "moe_norm_add_norm", "norm_add_norm", "parse_backend",
     "ple_gate", "qkv_norm_rope", "recordable", "register", "require", "rms_norm", "rope_angles", "route_topk", "sample",
     "selection", "shared_scratch", "shared_step", "use_backend",

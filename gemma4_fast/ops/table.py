@@ -33,6 +33,7 @@ log = logging.getLogger("gemma4_fast")
 AUTO_ORDER = ("cuda", "triton", "cpu", "torch")
 BACKENDS = (*AUTO_ORDER, "reference")
 RECORDABLE = "gemma4_fast.ops.cpu_backend:"
+YARDSTICK = "linear"  # most of a model's time; every backend has it
 OLDEST_GPU = (8, 0)  # for the cuda backend
 HALF_AND_UP = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -162,7 +163,8 @@ class Op:
             asked = {b: self.why_not(b, device, dtype, named=bool(wanted)) for b in wanted or AUTO_ORDER}
             serving = [b for b, reason in asked.items() if reason is None]
             self._kept[key] = serving, {b: reason for b, reason in asked.items() if reason is not None}
-            if not wanted:
+            # One warning for the model is enough where every op would give the same reason.
+            if not wanted and warn_if_slow(device, dtype) is None:
                 for backend, reason in self._kept[key][1].items():
                     if backend in self.impls and backend_missing(backend, device.type, named=False) is None:
                         _say_once(self.name, backend, reason)
@@ -266,6 +268,43 @@ def _say_once(op: str, backend: str, reason: str) -> None:
         log.warning("gemma4_fast: %s passes over %s: %s", op, backend, reason)
 
 
+def slow_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a model runs on PyTorch's kernels alone on this device and in this dtype, and what to do about it.
+
+    None if this package has kernels for it, or if the caller has chosen the backend.
+    """
+    if _SELECTION.get().for_op(YARDSTICK):
+        return None
+    backend, reasons = decide(YARDSTICK, device, dtype)
+    if backend != "torch":
+        return None
+    if device.type != "cpu":
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        return f"this package has no kernels for {device} here, so PyTorch's are used ({why})"
+    if (missing := backend_missing("cpu", "cpu")) is not None:
+        return f"without the CPU kernels a model runs many times slower: {missing}"
+    impl = TABLE[YARDSTICK].impls.get("cpu")
+    if impl is None or dtype in impl.dtypes:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"a model in {name} runs many times slower on a CPU, since the CPU kernels take bfloat16 "
+        "and float32 only: load it with dtype='bfloat16' (--dtype bfloat16)"
+    )
+
+
+def warn_if_slow(device: torch.device, dtype: torch.dtype, what: str = "") -> str | None:
+    """Logs `slow_reason` as a warning, once in a process, and returns it.
+
+    what: the beginning of a message of its own, "accelerate changes nothing: ".
+    """
+    reason = slow_reason(device, dtype)
+    if reason is not None and (what, reason) not in _SAID:
+        _SAID.update({(what, reason), ("", reason)})
+        log.warning("gemma4_fast: %s%s", what, reason)
+    return reason
+
+
 @dataclass(frozen=True)
 class _Selection:
     """Backends named by the caller, in order of preference: for single ops, and for all others. Empty: automatic."""
@@ -362,7 +401,10 @@ def bound(op: Op, backend: str | Iterable[str]) -> Callable[..., Any]:
 
 
 def require(device: torch.device, dtype: torch.dtype, ops: Iterable[str]) -> None:
-    """Raise UnsupportedError, naming every op at fault, if the selection in force cannot serve these ops here."""
+    """Raise UnsupportedError, naming every op at fault, if the selection in force cannot serve these ops here.
+
+    Warns, once, if it can serve them only with PyTorch's kernels.
+    """
     faults: dict[str, list[str]] = {}
     for name in ops:
         backend, reasons = decide(name, device, dtype)
@@ -371,6 +413,7 @@ def require(device: torch.device, dtype: torch.dtype, ops: Iterable[str]) -> Non
     if faults:
         lines = "; ".join(f"{why} ({', '.join(names)})" for why, names in faults.items())
         raise UnsupportedError(f"cannot run on {device} in {str(dtype).removeprefix('torch.')}: {lines}")
+    warn_if_slow(device, dtype)
 
 
 def in_one(name: str, *args: Any) -> bool:

@@ -34,6 +34,7 @@ class Peer:
             "quantize": spec["quantize"],
         }
         if spec["path"] is not None:
+            options |= {"check_memory": False}  # the plan was compared with the free memory
             self.model = Gemma4.from_pretrained(spec["path"], check=False, progress=False, **options)
         else:
             self.model = dummy(Gemma4Config.from_dict(spec["config"]), seed=spec["seed"], **options)
