@@ -361,7 +361,8 @@ class ModelBench:
             if second and start + took[process] > self.deadline and process not in self.workers:
                 continue  # loading it again takes more time than there is
             self.most = most
-            until = self._share(len(visits) - i)
+            # The second half has the time that the first leaves.
+            until = self._share(len(visits) - i if second else len(forth) - i)
             if process not in self.workers:
                 self._start(process)
             if process == OURS and not second:
