@@ -192,6 +192,7 @@ def _bench(command: Callable[..., Parser]) -> None:
     _where(p)
     _cases(p)
     _peers(p)
+    p.add_argument("--quantize", choices=("int8", "int4"), help="the model's weights in 8 or 4 bits")
     p.add_argument("--config", metavar="M", default="26b-a4b", help="member for the model benchmark (default 26b-a4b)")
     _memory(p)
     p.add_argument("--minutes", metavar="M", type=count, default=10, help="after which nothing more is begun (default 10)")
@@ -204,6 +205,7 @@ def _bench(command: Callable[..., Parser]) -> None:
                    help="only these cases (default: those at true shapes; all: the small test cases too)")  # fmt: skip
     p.add_argument("--rivals", action="store_true",
                    help="beside moe and attention, the calls of PyTorch that transformers makes for them")  # fmt: skip
+    _weights(p)
     _where(p)
     _cases(p)
     _targets(p)
@@ -220,14 +222,19 @@ def _bench(command: Callable[..., Parser]) -> None:
     p.add_argument("--quantize", choices=("int8", "int4"), help="weights in 8 or 4 bits")
     p.add_argument("--prompt", metavar="P", type=counts, action=Several, default=[],
                    help="prompt lengths (default 128,512; none if --depth is given)")  # fmt: skip
-    p.add_argument("--decode", metavar="N", type=count, default=64, help="tokens after each (default 64)")
+    p.add_argument("--decode", metavar="N", type=count, default=32, help="tokens after each (default 32)")
     p.add_argument(
         "--batch", metavar="B", type=counts, action=Several, default=[1], help="sequences at a time, as in 1,4,16 (default 1)"
     )
     p.add_argument(
         "--depth", metavar="D", type=counts, action=Several, default=[], help="also decode after so many tokens, as in 8K,32K"
     )
-    p.add_argument("--rounds", metavar="R", type=count, default=5, help="times that each contender's turn comes (default 5)")
+    p.add_argument("--rounds", metavar="R", type=count, default=5,
+                   help="turns of each contender at most; fewer if they agree (default 5)")  # fmt: skip
+    p.add_argument("--minutes", metavar="M", type=count, default=6,
+                   help="after which each contender gets one turn and no more (default 6)")  # fmt: skip
+    p.add_argument("--busy", metavar="N", type=count,
+                   help="measure once more beside N processes that keep a processor busy each")  # fmt: skip
     p.add_argument("--check", choices=("quick", "off"), default="quick", help="self-check before anything is timed")
     _memory(p)
     _where(p)
@@ -243,6 +250,7 @@ def _bench(command: Callable[..., Parser]) -> None:
         "--points", metavar="N", type=counts, action=Several, help="points on the axis, as in 1,8,64 (default: by device)"
     )
     p.add_argument("--write", action="store_true", help="write the measured crossover into gemma4_fast/ops/moe.py")
+    _weights(p)
     _where(p)
     _cases(p)
     _targets(p)
@@ -250,6 +258,8 @@ def _bench(command: Callable[..., Parser]) -> None:
     p = kind("cache", "bytes of KV cache, and of it what one decoded token reads, for every member")
     p.add_argument("--config", metavar="M", type=names, action=Several, default=[], help="only these members, or gemma3-27b")
     p.add_argument("--context", metavar="N", type=counts, action=Several, help="tokens (default 1K to 256K)")
+    p.add_argument("--backend", metavar="B", help="accepted as by every command; no cache depends on it")
+    p.add_argument("--quantize", choices=("int8", "int4"), help="accepted, and no cache depends on it")
     _where(p)
     _targets(p)
 
@@ -289,10 +299,15 @@ def _cases(p: Parser) -> None:
     p.add_argument("--seconds", metavar="S", type=duration, default=0.5, help="of samples, for each row (default 0.5)")
 
 
+def _weights(p: Parser) -> None:
+    p.add_argument("--quantize", choices=("int8", "int4"), help="only ops with weights, in 8 or 4 bits")
+
+
 def _peers(p: Parser) -> None:
     p.add_argument(
         "--peers", metavar="P", type=names, action=Several, default=[],
-        help="what runs beside this package: transformers, torch.compile, accelerate, vllm, llama.cpp, llama-bench",
+        help="what runs beside this package: transformers, torch.compile, accelerate, vllm, llama.cpp, "
+        "llama-bench; all: each of them, and what takes long (transformers' batched_mm, our torch backend)",
     )  # fmt: skip
     p.add_argument("--peer-python", metavar="PEER=PROGRAM", action="append", default=[],
                    help="the interpreter that has a peer, if it is not this one; may be repeated")  # fmt: skip

@@ -309,7 +309,7 @@ def dummy(model: nn.Module, seed: int = 0) -> None:
         for name, t in model.state_dict().items():
             if t.is_meta:
                 raise ValueError(f"{name} is on the meta device; call model.to_empty(device=...) first")
-            mean, std = _dummy_scale(name, t, per_layer)  # type: ignore[arg-type]
+            mean, std = dummy_scale(name, t, per_layer)  # type: ignore[arg-type]
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()  # hash() changes from process to process
             generator = torch.Generator(t.device).manual_seed(int.from_bytes(digest[:7], "little"))
             for part in t.split(max(1, _CHUNK // max(1, math.prod(t.shape[1:])))):  # rows, so any stride will do
@@ -320,7 +320,7 @@ def dummy(model: nn.Module, seed: int = 0) -> None:
                     part.copy_(noise.normal_(mean, std, generator=generator))
 
 
-def _dummy_scale(name: str, t: torch.Tensor, per_layer: int) -> tuple[float, float]:
+def dummy_scale(name: str, t: torch.Tensor, per_layer: int) -> tuple[float, float]:
     """(mean, std). Inputs have unit scale, so a linear layer [N, K] has std K^-0.5; so have experts and tables, as
     the embedding is multiplied by sqrt(H)."""
     if name.endswith(("q_norm.weight", "k_norm.weight")):  # q.k is not divided by sqrt(D)
