@@ -14,6 +14,8 @@ from gemma4_fast import __version__
 PROGRAM = "gemma4-fast"
 SEEDS = 2**63  # below this
 MOST_THREADS = 4096
+# The values of --check, and the argument `check` of `Gemma4.from_pretrained` that each stands for.
+CHECKS: dict[str, bool | str] = {"auto": True, "quick": "quick", "full": "full", "off": False}
 Command = Callable[[Namespace], int]
 
 
@@ -22,6 +24,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Takes words of the prompt that follow an option too: `generate It --seed 3 is so`."""
+        found, rest = super().parse_known_args(args, namespace)
+        if hasattr(found, "words") and not any(word.startswith("-") for word in rest):
+            found.words += rest
+            rest = []
+        return found, rest
 
 
 def count(text: str) -> int:
@@ -105,8 +115,19 @@ def parser(commands: Mapping[str, Command]) -> Parser:
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, summary: str, *groups: Callable[[Parser], None], description: str | None = None) -> Parser:
-        added: Parser = subparsers.add_parser(name, help=summary, description=description or summary)
+    def command(
+        name: str,
+        summary: str,
+        *groups: Callable[[Parser], None],
+        description: str | None = None,
+        epilog: str | None = None,
+    ) -> Parser:
+        added: Parser = subparsers.add_parser(
+            name,
+            help=summary,
+            description=description or summary,
+            epilog=epilog,
+        )
         added.set_defaults(run=commands[name])
         for group in groups:
             group(added)
@@ -115,15 +136,27 @@ def parser(commands: Mapping[str, Command]) -> Parser:
     command("demo", "text, speed, kernels and the self-check in half a minute", _model, _load, _sample)
     p = command(
         "generate", "continue a text", _model, _load, _sample,
-        description="Continue a text. The prompt is taken as it is; `chat` puts it into the model's chat template.",
+        description="Continue a text. The prompt is taken as it is; `chat` puts it into "
+        "the model's chat template.",
     )  # fmt: skip
-    source = p.add_mutually_exclusive_group()
-    source.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text; without it, standard input is read")
-    source.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file (a last line break is cut off)")
+    p.add_argument(
+        "words",
+        nargs="*",
+        metavar="PROMPT",
+        help="the text: several words form one prompt; - or none: standard input is read",
+    )
+    p.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="read the prompt from a file (a last line break is cut off)",
+    )
     p = command(
         "chat", "talk with the model", _model, _load, _sample,
-        description="Talk with the model, by the checkpoint's chat template. Standard input that is no terminal is "
-        "taken a line a turn. /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer.",
+        description="Talk with the model, by the checkpoint's chat template. Standard input "
+        "that is no terminal is taken a line a turn.",
+        epilog="In the conversation: /continue goes on with an answer that was cut off, "
+        "/reset forgets the conversation, /save FILE and /load FILE keep it, /think on|off, "
+        "/help, /quit. Without --max-new-tokens only the model's context limits an answer.",
     )  # fmt: skip
     p.add_argument("--system", metavar="TEXT", help="what the model is told about its part")
     p = command("check", "compare the model with the reference, layer by layer (exit code 0 or 1)", _model)
@@ -159,6 +192,7 @@ def _bench(command: Callable[..., Parser]) -> None:
     _where(p)
     _cases(p)
     _peers(p)
+    p.add_argument("--quantize", choices=("int8", "int4"), help="the model's weights in 8 or 4 bits")
     p.add_argument("--config", metavar="M", default="26b-a4b", help="member for the model benchmark (default 26b-a4b)")
     _memory(p)
     p.add_argument("--minutes", metavar="M", type=count, default=10, help="after which nothing more is begun (default 10)")
@@ -171,6 +205,7 @@ def _bench(command: Callable[..., Parser]) -> None:
                    help="only these cases (default: those at true shapes; all: the small test cases too)")  # fmt: skip
     p.add_argument("--rivals", action="store_true",
                    help="beside moe and attention, the calls of PyTorch that transformers makes for them")  # fmt: skip
+    _weights(p)
     _where(p)
     _cases(p)
     _targets(p)
@@ -187,14 +222,19 @@ def _bench(command: Callable[..., Parser]) -> None:
     p.add_argument("--quantize", choices=("int8", "int4"), help="weights in 8 or 4 bits")
     p.add_argument("--prompt", metavar="P", type=counts, action=Several, default=[],
                    help="prompt lengths (default 128,512; none if --depth is given)")  # fmt: skip
-    p.add_argument("--decode", metavar="N", type=count, default=64, help="tokens after each (default 64)")
+    p.add_argument("--decode", metavar="N", type=count, default=32, help="tokens after each (default 32)")
     p.add_argument(
         "--batch", metavar="B", type=counts, action=Several, default=[1], help="sequences at a time, as in 1,4,16 (default 1)"
     )
     p.add_argument(
         "--depth", metavar="D", type=counts, action=Several, default=[], help="also decode after so many tokens, as in 8K,32K"
     )
-    p.add_argument("--rounds", metavar="R", type=count, default=5, help="times that each contender's turn comes (default 5)")
+    p.add_argument("--rounds", metavar="R", type=count, default=5,
+                   help="turns of each contender at most; fewer if they agree (default 5)")  # fmt: skip
+    p.add_argument("--minutes", metavar="M", type=count, default=6,
+                   help="after which each contender gets one turn and no more (default 6)")  # fmt: skip
+    p.add_argument("--busy", metavar="N", type=count,
+                   help="measure once more beside N processes that keep a processor busy each")  # fmt: skip
     p.add_argument("--check", choices=("quick", "off"), default="quick", help="self-check before anything is timed")
     _memory(p)
     _where(p)
@@ -210,6 +250,7 @@ def _bench(command: Callable[..., Parser]) -> None:
         "--points", metavar="N", type=counts, action=Several, help="points on the axis, as in 1,8,64 (default: by device)"
     )
     p.add_argument("--write", action="store_true", help="write the measured crossover into gemma4_fast/ops/moe.py")
+    _weights(p)
     _where(p)
     _cases(p)
     _targets(p)
@@ -217,6 +258,8 @@ def _bench(command: Callable[..., Parser]) -> None:
     p = kind("cache", "bytes of KV cache, and of it what one decoded token reads, for every member")
     p.add_argument("--config", metavar="M", type=names, action=Several, default=[], help="only these members, or gemma3-27b")
     p.add_argument("--context", metavar="N", type=counts, action=Several, help="tokens (default 1K to 256K)")
+    p.add_argument("--backend", metavar="B", help="accepted as by every command; no cache depends on it")
+    p.add_argument("--quantize", choices=("int8", "int4"), help="accepted, and no cache depends on it")
     _where(p)
     _targets(p)
 
@@ -256,10 +299,15 @@ def _cases(p: Parser) -> None:
     p.add_argument("--seconds", metavar="S", type=duration, default=0.5, help="of samples, for each row (default 0.5)")
 
 
+def _weights(p: Parser) -> None:
+    p.add_argument("--quantize", choices=("int8", "int4"), help="only ops with weights, in 8 or 4 bits")
+
+
 def _peers(p: Parser) -> None:
     p.add_argument(
         "--peers", metavar="P", type=names, action=Several, default=[],
-        help="what runs beside this package: transformers, torch.compile, accelerate, vllm, llama.cpp, llama-bench",
+        help="what runs beside this package: transformers, torch.compile, accelerate, vllm, llama.cpp, "
+        "llama-bench; all: each of them, and what takes long (transformers' batched_mm, our torch backend)",
     )  # fmt: skip
     p.add_argument("--peer-python", metavar="PEER=PROGRAM", action="append", default=[],
                    help="the interpreter that has a peer, if it is not this one; may be repeated")  # fmt: skip
@@ -304,14 +352,29 @@ def _memory(p: Parser) -> None:
 def _load(p: Parser) -> None:
     _memory(p)
     p.add_argument(
-        "--check", choices=("quick", "full", "off"), default="quick",
-        help="self-check before use: quick (default; one layer of each kind), full (all), off",
-    )  # fmt: skip
+        "--check",
+        choices=tuple(CHECKS),
+        default="auto",
+        help="self-check before use: auto (default; quick, or an earlier verdict that still "
+        "holds), quick (one layer of each kind), full (every layer), off",
+    )
+    p.add_argument(
+        "--no-check",
+        dest="check",
+        action="store_const",
+        const="off",
+        help="the same as --check off",
+    )
 
 
 def _sample(p: Parser) -> None:
     g = p.add_argument_group("generation (defaults are the checkpoint's recommendations)")
-    g.add_argument("--max-new-tokens", metavar="N", type=count, help="end after so many tokens")
+    g.add_argument(
+        "--max-new-tokens",
+        metavar="N",
+        type=count,
+        help="end after so many tokens, at most what the context leaves",
+    )
     g.add_argument("--temperature", metavar="T", type=float, help="0: always the likeliest token")
     g.add_argument("--top-k", metavar="K", type=int, help="only the K likeliest tokens (0: all)")
     g.add_argument("--top-p", metavar="P", type=float, help="only the likeliest tokens that make up P of the probability")

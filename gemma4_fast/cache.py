@@ -9,6 +9,7 @@ Layers that share KV have no cache of their own; `KVCache.layer(i)` gives their 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +72,8 @@ class KVCache:
 
     `lens` [B] int32 on the device counts the tokens each sequence has; `host_lens` is the same on the host, so that bounds
     are checked without waiting for the device. spare: so many of the newest tokens can be taken back (`take_back`) after they
-    have been written; a ring has else forgotten what they took the place of.
+    have been written; a ring has else forgotten what they took the place of. only: the layers that get memory, None for all;
+    the others, which must not run, are given a cache of one that does.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class KVCache:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         spare: int = 0,
+        only: Collection[int] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -95,8 +98,18 @@ class KVCache:
         layers = config.layers()
         with torch.inference_mode(False):  # made inside inference mode they could not be written outside
             self.lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
-            own = {c.index: allocate(c, batch_size, max_len, dtype, device, spare) for c in layers if c.kv_donor is None}
-        self._layers = [own[c.index if c.kv_donor is None else c.kv_donor] for c in layers]
+            own = {
+                c.index: allocate(c, batch_size, max_len, dtype, device, spare)
+                for c in layers
+                if c.kv_donor is None and (only is None or c.index in only)
+            }
+        alike = {layers[i].is_sliding: kv for i, kv in own.items()}
+        self._layers = []
+        for c in layers:
+            kv = own.get(c.index if c.kv_donor is None else c.kv_donor)
+            if kv is None:
+                kv = alike.get(c.is_sliding, next(iter(own.values())))
+            self._layers.append(kv)
         self._window = max((c.window for c in layers if c.window), default=0)
         self._ring = min((self.layer(c.index).slots for c in layers if c.window), default=self.max_len)
 

@@ -7,28 +7,42 @@ after them what the template adds.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import json
 import re
 import secrets
 import signal
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from gemma4_fast import terminal
+from gemma4_fast import console, terminal
+from gemma4_fast.errors import out_of_memory
 from gemma4_fast.explain import explain
-from gemma4_fast.generate import DEFAULT_NEW_TOKENS, Generation, Prefix, Session, Stream, default_sampling
-from gemma4_fast.tokenizer import Tokenizer
+from gemma4_fast.files import one_line, replacing
+from gemma4_fast.generate import Generation, Prefix, Session, Stream, default_sampling
+from gemma4_fast.tokenizer import Tokenizer, check_messages
 
 if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
 
-HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
+ANSWER_ROOM = 256  # tokens of the context that are kept free for an answer by forgetting old turns
+BANNER = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the conversation"
+HELP = """\
+/continue      go on with an answer that was cut off or stopped
+/reset         forget the conversation
+/save FILE     write the conversation to a file, as JSON messages
+/load FILE     go on with the conversation in a file
+/think on|off  let the model think before it answers, if its chat template can ask for that
+/help          this list
+/quit, /exit   end; so does Ctrl-D
+Ctrl-C stops an answer. A pasted block of lines is one message. Put a space before a message that
+begins with "/"."""
 
 
 class Specials:
@@ -112,35 +126,56 @@ class Turn:
 
 
 class Conversation:
-    """The turns so far, and the prompt for the next answer."""
+    """The turns so far, and the prompt for the next answer.
+
+    `variables` go to the chat template: {"enable_thinking": True}.
+    """
 
     def __init__(self, tokenizer: Tokenizer, system: str | None = None) -> None:
-        self._tokenizer, self._specials, self._system = tokenizer, Specials(tokenizer), system
+        self._tokenizer = tokenizer
+        self._specials = Specials(tokenizer)
+        self._thought = tokenizer.token_id("<|channel>"), tokenizer.token_id("<channel|>")
+        self._system = system
+        self.variables: dict[str, Any] = {}
         self.turns: list[Turn] = []
-        self._ran: list[int] | None = None  # the ids that ran up to the last answer's end, where they can be continued
+        # The ids that ran up to the last answer's end, where they can be continued.
+        self._ran: list[int] | None = None
 
     def reset(self) -> None:
-        self.turns, self._ran = [], None
+        self.turns = []
+        self._ran = None
+
+    def think(self, wanted: bool) -> None:
+        """Ask the template for thinking, or not, from the next answer on."""
+        self.variables["enable_thinking"] = wanted
+        self._ran = None
 
     def ask(self, text: str) -> list[int]:
         """A new turn -> the prompt's token ids, which begin with all that has run."""
         self.turns.append(Turn(text))
         return self._continued() or self._whole()
 
+    def resume(self) -> list[int]:
+        """The prompt that the newest answer, which was cut off, continues: it ends with it."""
+        return self._ran or [*self._whole(), *self.turns[-1].answer]
+
     def withdraw(self) -> None:
         """Take back the newest turn, which got no answer."""
         self.turns.pop()
 
     def drop_oldest(self) -> list[int] | None:
-        """Forget the oldest turn -> the shorter prompt; None if only the newest turn is left."""
+        """Forget the oldest turn -> the shorter prompt for the newest turn's answer, or its rest.
+
+        None if only the newest turn is left.
+        """
         if len(self.turns) < 2:
             return None
         self.turns.pop(0)
         self._ran = None
-        return self._whole()
+        return [*self._whole(), *self.turns[-1].answer]
 
     def answered(self, result: Generation, stop_ids: frozenset[int]) -> None:
-        """Note the answer to the newest turn."""
+        """Note the answer to the newest turn, whole or as far as it has come."""
         ids = list(result.token_ids)
         if isinstance(result.stopped_by, str):  # tokens beyond the stop string are not part of the answer
             ids = self._tokenizer.encode(result.text or "", add_bos=False, allow_special=False)
@@ -148,8 +183,52 @@ class Conversation:
             ids.pop()
         self.turns[-1].answer = ids
         # Special tokens in an answer mark thoughts or calls, which templates treat in ways of their own.
-        plain = self._specials.ids.isdisjoint(ids)
+        plain = self._specials.ids.isdisjoint(ids) and not any(t in self._thought for t in ids)
         self._ran = [*result.prompt_ids, *ids] if plain else None
+
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation as chat messages, answers without thoughts."""
+        messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+        for turn in self.turns:
+            messages.append({"role": "user", "content": turn.user})
+            messages.append({"role": "assistant", "content": self._said(turn.answer)})
+        return messages
+
+    def _said(self, answer: list[int]) -> str:
+        opening, _ = self._thought
+        said = []
+        thinking = False
+        for token in answer:
+            if token in self._thought:
+                thinking = token == opening
+            elif not thinking:
+                said.append(token)
+        return self._tokenizer.decode(said)
+
+    def replaced(self, messages: Sequence[dict[str, Any]]) -> Conversation:
+        """A conversation with these messages, of the same tokenizer and variables.
+
+        ValueError for messages that are no conversation, or that the template refuses.
+        """
+        check_messages(messages)
+        texts = [(m["role"], _text(m["content"])) for m in messages]
+        system = texts.pop(0)[1] if texts[0][0] in ("system", "developer") else None
+        roles = [role for role, _ in texts]
+        asked, answered = set(roles[::2]), set(roles[1::2])
+        if asked != {"user"} or not answered <= {"assistant", "model"}:
+            raise ValueError(
+                "expected messages of user and assistant in turns, after at most one of system, "
+                f"got {', '.join(role for role, _ in texts[:6]) or 'none of them'}"
+            )
+        if len(roles) % 2:
+            raise ValueError("the last message is the user's, and it has no answer")
+        new = Conversation(self._tokenizer, system)
+        new.variables = dict(self.variables)
+        for (_, user), (_, answer) in zip(texts[::2], texts[1::2], strict=True):
+            ids = self._tokenizer.encode(answer, add_bos=False, allow_special=False)
+            new.turns.append(Turn(user, ids))
+        new._whole()
+        return new
 
     def _messages(self, literal: Literal, last_answer: str | None = None) -> list[dict[str, str]]:
         """The turns, ready for the template; the newest answer may be given in another form."""
@@ -188,8 +267,11 @@ class Conversation:
         return None if rendered is None else literal.encode(rendered, add_bos=add_bos)
 
     def _whole(self) -> list[int]:
-        ids = self._encode(lambda literal: self._tokenizer.apply_chat_template(self._messages(literal)), add_bos=True)
+        ids = self._encode(lambda literal: self._render(self._messages(literal)), add_bos=True)
         return ids or []
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        return self._tokenizer.apply_chat_template(messages, **self.variables)
 
     def _continued(self) -> list[int] | None:
         """What has run, and then what the template writes after the last answer. None where that cannot be told."""
@@ -198,7 +280,7 @@ class Conversation:
         place = marker()
 
         def render(literal: Literal) -> str | None:
-            rendered = self._tokenizer.apply_chat_template(self._messages(literal, place))
+            rendered = self._render(self._messages(literal, place))
             return rendered.partition(place)[2] if rendered.count(place) == 1 else None
 
         new = self._encode(render, add_bos=False)
@@ -246,130 +328,369 @@ class Chat:
         self.sampling = default_sampling(model, **given)
         self.chosen = explain(model)
         self.answers, self.interactive = 0, sys.stdin.isatty()
+        self.limit = model.config.max_position_embeddings
+        self.cut = False  # whether the newest answer can be continued,
+        self.paused: Reply | None = None  # and what makes it, if that can simply go on
+        if args.max_new_tokens is not None and args.max_new_tokens > self.limit:
+            terminal.note(
+                f"gemma4-fast: --max-new-tokens {args.max_new_tokens} exceeds the model's context "
+                f"of {self.limit} tokens: an answer ends where the context does"
+            )
 
     def reset(self) -> None:
         self.conversation.reset()
         self.prefix = Prefix()
+        self._leave()
 
-    def _fit(self, text: str) -> tuple[list[int], int]:
-        """The prompt for a new turn, old turns dropped until it fits, and the most tokens its answer may have."""
-        limit = self.model.config.max_position_embeddings
-        wanted = self.args.max_new_tokens
-        reserve = min(DEFAULT_NEW_TOKENS, limit // 4) if wanted is None else wanted
-        ids, dropped = self.conversation.ask(text), 0
-        while len(ids) + reserve > limit and (shorter := self.conversation.drop_oldest()) is not None:
-            ids, dropped = shorter, dropped + 1
-        if len(ids) + reserve > limit:
-            self.conversation.withdraw()
+    def _leave(self) -> None:
+        """The newest answer stays as it is."""
+        self.cut = False
+        self.paused = None
+
+    def _fit(self, ids: list[int]) -> list[int]:
+        """The prompt `ids`, without the oldest turns if they leave no room for an answer."""
+        wanted = self.args.max_new_tokens or ANSWER_ROOM
+        reserve = min(wanted, ANSWER_ROOM, self.limit // 4)
+        dropped = 0
+        while len(ids) + reserve > self.limit and (shorter := self.conversation.drop_oldest()):
+            ids = shorter
+            dropped += 1
+        if len(ids) + reserve > self.limit:
             raise ValueError(
-                f"the message makes a prompt of {len(ids)} tokens; with {reserve} for the answer that exceeds "
-                f"the model's context of {limit}. Shorten it, or lower --max-new-tokens"
+                f"the message makes a prompt of {len(ids)} tokens; with {reserve} for the answer "
+                f"that exceeds the model's context of {self.limit}: shorten the message"
             )
         if dropped:
             what = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
-            terminal.note(f"gemma4-fast: the context of {limit} tokens is full: {what} forgotten (/reset starts afresh)")
-        return ids, min(DEFAULT_NEW_TOKENS, limit - len(ids)) if wanted is None else wanted
+            terminal.note(
+                f"gemma4-fast: the context of {self.limit} tokens is full, so {what} forgotten; "
+                "/reset forgets all of the conversation"
+            )
+        return ids
 
     def answer(self, text: str) -> None:
-        """One turn: prints the answer as it comes, or one line of JSON."""
-        args, as_json = self.args, self.args.json
-        ids, room = self._fit(text)
-        cache, held = self.prefix.cache, len(self.prefix.ids)
+        """One turn: prints the answer as it comes, or one line of JSON.
+
+        ValueError for a message that does not fit into the context.
+        """
+        try:
+            ids = self._fit(self.conversation.ask(text))
+        except ValueError:
+            self.conversation.withdraw()
+            raise
+        self._leave()
+        self._go_on(self._reply(ids))
+
+    def resume(self) -> None:
+        """Go on with the newest answer, from its last token, as if it had not been cut off.
+
+        ValueError if there is none, if it is complete, or if it fills the context.
+        """
+        if not self.conversation.turns:
+            raise ValueError("there is no answer to continue")
+        if not self.cut:
+            raise ValueError("the last answer is complete: there is nothing to continue")
+        if self.paused is not None:
+            self._go_on(self.paused)
+            return
+        try:
+            ids = self._fit(self.conversation.resume())
+        except ValueError as e:
+            full = f"the message and its answer fill the context of {self.limit} tokens"
+            raise ValueError(f"{full}; /reset forgets the conversation") from e
+        self._go_on(self._reply(ids, self.conversation.turns[-1].answer))
+
+    def _reply(self, ids: list[int], before: Sequence[int] = ()) -> Reply:
         seed = (self.seed + self.answers) % 2**63
-        session = Session(self.model, [ids], max_new_tokens=room, sampling=self.sampling, seed=seed, prefix=self.prefix)
-        long = len(ids) - held > session.prefill_chunk and not as_json
+        session = Session(
+            self.model,
+            [ids],
+            max_new_tokens=self.limit - len(ids),
+            sampling=self.sampling,
+            seed=seed,
+            prefix=self.prefix,
+        )
+        return Reply(session, self.args.stop, seed, list(before))
+
+    def _go_on(self, reply: Reply) -> None:
+        """Run `reply` until it ends, is long enough or is interrupted; print what comes."""
+        result = reply.begin()
+        as_json = self.args.json
+        new = len(result.prompt_ids) - len(self.prefix.ids)
+        long = not reply.start and new > reply.session.prefill_chunk
+        self.paused = None
+        whole = True  # the reply is between two tokens
         with Interrupt(wanted=self.interactive) as interrupt:
-
-            def on_prefill(done: int, total: int) -> None:  # the cache and its record agree when this is called
-                if bar is not None:
-                    bar(done, total)
-                if interrupt.hit:
-                    raise Stopped
-
-            stream = Stream(session, args.stop, on_prefill)
-            result = stream.result
+            reply.interrupt = interrupt
             try:
-                with terminal.progress_bar("reading", shown=long) as bar:
-                    first = next(stream, "")
-                for piece in itertools.chain([first], stream):
+                with terminal.progress_bar("reading", shown=long and not as_json) as reply.bar:
+                    first = next(reply.steps, "")
+                for piece in itertools.chain([first], reply.steps):
+                    reply.text += piece
                     if not as_json:
                         print(piece, end="", flush=True)
-                    if interrupt.hit:
+                    if interrupt.hit or reply.made == self.args.max_new_tokens:
                         break
             except Stopped:
-                pass
+                whole = False
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
-                self.prefix = Prefix()  # the second one came in the midst of a step: the cache may be half-written
-        reused = held if self.prefix.cache is cache and cache is not None else 0
-        self._note(result, interrupt.hit and result.finish_reason is None, seed, len(ids) - reused, session.stop_ids)
-
-    def _note(self, result: Generation, interrupted: bool, seed: int, prefilled: int, stop_ids: frozenset[int]) -> None:
+                whole = False
+                self.prefix = Prefix()  # the cache may be half-written
+        interrupted = interrupt.hit and result.finish_reason is None
         if result.token_ids:
-            self.conversation.answered(result, stop_ids)
-            self.answers += 1
+            self.conversation.answered(reply.whole(), reply.session.stop_ids)
+            self.answers += reply.start == 0
+            self.cut = result.finish_reason != "stop"
+            if result.finish_reason is None and whole:
+                self.paused = reply
+        elif reply.before:
+            self.cut = True
         else:
             self.conversation.withdraw()
+        self._report(reply, interrupted)
+
+    def _report(self, reply: Reply, interrupted: bool) -> None:
+        """What was made since `begin`: a line of JSON, or the figures, and whether it was cut."""
+        result = reply.stream.result
+        part = reply.part()
+        prefilled = 0 if reply.start else reply.session.prefilled
         if not self.args.json:
             print(flush=True)
             if sys.stderr.isatty():
-                terminal.note(f"[{terminal.timing_line(result, prefilled)}{', stopped' if interrupted else ''}]")
+                stopped = ", stopped" if interrupted else ""
+                terminal.note(f"[{terminal.timing_line(part, prefilled)}{stopped}]")
+            if self.cut:
+                terminal.note(f"gemma4-fast: {self._why_cut(result, interrupted)}")
             return
         line = {
             "turn": len(self.conversation.turns),
+            "continued": bool(reply.start or reply.before),
             "prompt_tokens": len(result.prompt_ids),
             "prefilled_tokens": prefilled,
-            "tokens": result.token_ids,
-            "text": result.text,
-            "finish_reason": "interrupted" if interrupted else result.finish_reason,
+            "tokens": part.token_ids,
+            "text": part.text,
+            "finish_reason": "interrupted" if interrupted else result.finish_reason or "length",
             "stopped_by": result.stopped_by,
-            "seed": seed,
+            "seed": reply.seed,
             "sampling": terminal.sampling_dict(self.sampling),
-            "timings": terminal.rates(result, prefilled),
+            "timings": terminal.rates(part, prefilled),
             "backends": {c.op: c.backend for c in self.chosen.choices},
             "device": self.chosen.device,
             "dtype": self.chosen.dtype,
         }
         terminal.print_json(line)
 
+    def _why_cut(self, result: Generation, interrupted: bool) -> str:
+        if interrupted:
+            return "stopped; /continue goes on"
+        if result.finish_reason is None:
+            wanted = self.args.max_new_tokens
+            return f"cut off after {wanted} tokens (--max-new-tokens); /continue goes on"
+        full = f"cut off, since the context of {self.limit} tokens is full"
+        if len(self.conversation.turns) > 1:
+            return f"{full}; /continue forgets the oldest turns and goes on"
+        return f"{full}; /reset forgets the conversation"
+
+    # ------------------------------------------------------------ commands
     def run(self) -> int:
         """Until /exit or the end of the input. What cannot be served ends a script, but not a person's session."""
         if self.interactive:
-            terminal.note(HELP)
-        for line in _lines(self.interactive):
-            text = line.strip()
-            if text == "/exit":
+            terminal.note(BANNER)
+        for given in self._given():
+            # A block of lines, and what begins with a space, is a message.
+            command = given.startswith("/") and "\n" not in given.strip()
+            text = given.strip()
+            if command and text in ("/exit", "/quit"):
                 break
-            if text == "/reset":
-                self.reset()
-            elif text:
-                try:
+            if not text:
+                continue
+            try:
+                if command:
+                    self.command(*text.partition(" ")[::2])
+                else:
                     self.answer(text)
-                except ValueError as e:
-                    if not self.interactive:
-                        raise
-                    terminal.note(f"gemma4-fast: error: {' '.join(str(e).split())}")
+            except ValueError as e:
+                if not self.interactive:
+                    raise
+                terminal.note(f"gemma4-fast: error: {one_line(e)}")
+            except (MemoryError, RuntimeError) as e:
+                if not (self.interactive and out_of_memory(e)):
+                    raise
+                self._out_of_memory()
         return 0
 
-
-def _lines(interactive: bool) -> Iterator[str]:
-    if not interactive:
+    def _given(self) -> Iterator[str]:
+        if self.interactive:
+            yield from console.typed("> ", BANNER)
+            return
         try:
             yield from sys.stdin
         except UnicodeDecodeError as e:
             raise ValueError(f"standard input is not UTF-8 text (byte {e.start})") from e
-        return
-    with contextlib.suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401 - input() then has line editing and a history
-    prompt = "> "
-    while True:
+
+    def _out_of_memory(self) -> None:
+        self.prefix = Prefix()
+        self._leave()
+        turns = self.conversation.turns
+        if turns and not turns[-1].answer:
+            self.conversation.withdraw()
+        terminal.note(
+            "\ngemma4-fast: error: not enough memory for a longer conversation; "
+            "/save FILE keeps it, and /reset forgets it and frees its memory"
+        )
+
+    def command(self, name: str, argument: str) -> None:
+        """Run one command, which is neither /quit nor /exit.
+
+        ValueError for an unknown one, for a wrong argument, and if it cannot be done.
+        """
+        commands: dict[str, Callable[[str], None]] = {
+            "/help": lambda _: terminal.note(HELP),
+            "/reset": lambda _: self.reset(),
+            "/continue": lambda _: self.resume(),
+            "/save": self.save,
+            "/load": self.load,
+            "/think": self.think,
+        }
+        if name not in commands:
+            raise ValueError(
+                f"unknown command {name[:40]}: /help lists the commands; to send a message that "
+                "begins with / put a space before it"
+            )
+        argument = argument.strip()
+        if argument and name in ("/help", "/reset", "/continue"):
+            raise ValueError(f"{name} takes no argument, got {argument[:40]!r}")
+        commands[name](argument)
+
+    def save(self, name: str) -> None:
+        """Write the conversation to the file of that name, as JSON messages.
+
+        ValueError if there is none, or if the file exists and holds something else.
+        """
+        file = _file("/save", name)
+        if not self.conversation.turns:
+            raise ValueError("there is nothing to save yet")
+        if file.exists():
+            try:
+                check_messages(read_messages(file))
+            except ValueError as e:
+                what = f"{file} exists and is not a saved conversation"
+                raise ValueError(f"{what}; give another name") from e
+        text = json.dumps(self.conversation.messages(), indent=2, ensure_ascii=False)
         try:
-            if not sys.stdout.isatty():  # input() would write its prompt there, into the answers
-                print(prompt, end="", file=sys.stderr, flush=True)
-            yield input(prompt if sys.stdout.isatty() else "")
-        except EOFError:
-            terminal.note("")
-            return
-        except KeyboardInterrupt:
-            terminal.note(f"\n{HELP}")
+            with replacing(file) as beside:
+                beside.write_text(f"{text}\n", encoding="utf-8")
+        except OSError as e:
+            raise ValueError(f"{file}: cannot be written: {e.strerror or e}") from e
+        count = len(self.conversation.turns)
+        terminal.note(f"saved {count} turn{'s' * (count > 1)} to {file}")
+
+    def load(self, name: str) -> None:
+        """Go on with the conversation in the file of that name, in place of this one.
+
+        ValueError, and nothing has changed, if it holds none.
+        """
+        file = _file("/load", name)
+        messages = read_messages(file)
+        try:
+            loaded = self.conversation.replaced(messages)
+        except ValueError as e:
+            raise ValueError(f"{file}: {one_line(e)}") from e
+        self.reset()
+        self.conversation = loaded
+        self.cut = True  # it may have been when it was saved
+        count = len(loaded.turns)
+        terminal.note(f"loaded {count} turn{'s' * (count > 1)} from {file}")
+
+    def think(self, argument: str) -> None:
+        """ "on" or "off". ValueError for anything else, and for a template without the switch."""
+        if argument not in ("on", "off"):
+            raise ValueError(f"expected /think on or /think off, got {argument[:40]!r}")
+        if "enable_thinking" not in (self.model.tokenizer.chat_template or ""):
+            raise ValueError("this model's chat template has no switch for thinking")
+        self.conversation.think(argument == "on")
+        self.paused = None
+        terminal.note(f"thinking is {argument}")
+
+
+class Reply:
+    """An answer under way, which may pause after any of its tokens and go on later.
+
+    before: the tokens of the answer that are in the prompt, as it was cut off.
+    """
+
+    def __init__(self, session: Session, stop: list[str], seed: int, before: list[int]) -> None:
+        self.session = session
+        self.seed = seed
+        self.before = before
+        self.bar: Callable[[int, int], None] | None = None
+        self.interrupt: Interrupt | None = None
+        self.stream = Stream(session, stop, self._on_prefill)
+        self.steps = self.stream.steps
+
+    def _on_prefill(self, done: int, total: int) -> None:
+        """The cache and its record agree when this is called."""
+        if self.bar is not None:
+            self.bar(done, total)
+        if self.interrupt is not None and self.interrupt.hit:
+            raise Stopped
+
+    def begin(self) -> Generation:
+        """A part of the answer begins here. Returns the reply so far, which will grow."""
+        result = self.stream.result
+        self.start = len(result.token_ids)
+        self.text = ""
+        self._seconds = result.decode_seconds
+        return result
+
+    @property
+    def made(self) -> int:
+        """The number of tokens since `begin`."""
+        return len(self.stream.result.token_ids) - self.start
+
+    def part(self) -> Generation:
+        """What has been made since `begin`."""
+        result = self.stream.result
+        return Generation(
+            result.prompt_ids,
+            result.token_ids[self.start :],
+            text=self.text,
+            prefill_seconds=0.0 if self.start else result.prefill_seconds,
+            decode_seconds=result.decode_seconds - self._seconds,
+        )
+
+    def whole(self) -> Generation:
+        """The answer from its first token on."""
+        result = self.stream.result
+        if not self.before:
+            return result
+        prompt = result.prompt_ids[: len(result.prompt_ids) - len(self.before)]
+        text = self.session.model.tokenizer.decode(self.before) + (result.text or "")
+        ids = [*self.before, *result.token_ids]
+        return Generation(prompt, ids, text=text, stopped_by=result.stopped_by)
+
+
+def _text(content: str | Sequence[dict[str, str]]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _file(command: str, name: str) -> Path:
+    if not name:
+        raise ValueError(f"{command} needs the name of a file: {command} FILE")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as e:
+        raise ValueError(f"{name}: there is no such user") from e
+
+
+def read_messages(file: Path) -> Any:
+    """The JSON in a file of messages. ValueError names the file and says what is wrong with it."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ValueError(f"{file}: cannot be read: {e.strerror or e}") from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file}: not a JSON file of messages: {one_line(e)}") from e
+    return data["messages"] if isinstance(data, dict) and "messages" in data else data

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma4_fast import terminal
-from gemma4_fast.arguments import PROGRAM, parser
+from gemma4_fast.arguments import CHECKS, PROGRAM, parser
 from gemma4_fast.errors import CheckpointError, SelfCheckError, UnsupportedError, out_of_memory
 
 if TYPE_CHECKING:
@@ -117,22 +117,20 @@ def locate(name: str) -> Path:
 
     Of a checkpoint on the hub the weights are left to `load`, which looks at the memory first.
     """
-    from gemma4_fast.config import PRESETS
+    from gemma4_fast.config import preset_name
     from gemma4_fast.weights import SMALL_FILES, resolve
 
-    if name.lower() in PRESETS and not Path(name).is_dir():
-        raise ValueError(
-            f"{name!r} names a published model, whose weights are not part of this package: give --model its folder or "
-            f"its hub id, or leave it out for the packaged one (`{PROGRAM} info --model {name.lower()}` has its numbers)"
-        )
     try:
         return resolve(name, patterns=SMALL_FILES, on_download=terminal.fetching)
     except CheckpointError as e:
+        preset = preset_name(name)
+        if preset is not None:
+            raise CheckpointError(f"{e}. `{PROGRAM} info --model {preset}` has its numbers") from e
         raise CheckpointError(f"{e}{hint(name, ['tiny'])}") from e
 
 
 def hint(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), known, n=1)
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -153,14 +151,14 @@ def prepare(args: Namespace) -> None:
 def load(
     args: Namespace,
     path: Path,
-    level: str,
+    check: bool | str,
     tokenizer: Tokenizer | None = None,
     context: int | None = None,
 ) -> Loaded:
-    """The model, checked at `level` ("off" for not at all). SelfCheckError if it is wrong.
+    """The model, checked if `check` says so, as in `Gemma4.from_pretrained`.
 
-    UnsupportedError, before any weights are read, if they exceed the free memory. context: tokens
-    that the cache will be for (default: 4096).
+    SelfCheckError if it is wrong. UnsupportedError, before any weights are read, if they exceed
+    the free memory. context: tokens that the cache will be for (default: 4096).
     """
     from gemma4_fast.model import Gemma4
     from gemma4_fast.weights import resolve
@@ -168,18 +166,41 @@ def load(
     start = time.perf_counter()
     options = {name: getattr(args, name) for name in ("dtype", "device", "backend", "quantize")}
     if not args.ignore_memory:
-        require_memory(args, path, getattr(args, "level", level), context)
+        require_memory(args, path, getattr(args, "level", check), context)
     path = resolve(args.model)
     model = Gemma4.from_pretrained(path, **options, check=False, check_memory=False)
     model._tokenizer = tokenizer  # large ones take a second to read
     loaded = Loaded(model, None, time.perf_counter() - start, 0.0)
-    if level != "off":
-        loaded.report, loaded.check_s = checked(model, level)
-        loaded.report.raise_if_wrong()
+    if check:
+        loaded.report, loaded.check_s = settled(model, check)
     return loaded
 
 
-def require_memory(args: Namespace, path: Path, level: str, context: int | None) -> None:
+def checked_by(loaded: Loaded) -> str | None:
+    """What the self-check said, now or at an earlier start; None if it was not asked."""
+    if loaded.report is not None:
+        return loaded.report.verdict()
+    return None if loaded.model.verdict is None else str(loaded.model.verdict)
+
+
+def settled(model: Gemma4, check: bool | str) -> tuple[Report | None, float]:
+    """The report of the check, None if an earlier one still holds, and its seconds. SelfCheckError if the model is wrong."""
+    from gemma4_fast import verdicts
+
+    start = time.perf_counter()
+    with terminal.progress_bar("checking") as bar:
+        report = verdicts.settle(model, check, progress=bar)
+    if report is None:
+        terminal.note(f"{PROGRAM}: {model.verdict}")
+    return report, time.perf_counter() - start
+
+
+def require_memory(
+    args: Namespace,
+    path: Path,
+    check: bool | str,
+    context: int | None,
+) -> None:
     """UnsupportedError if the weights exceed the free memory; a warning if it may run out."""
     from gemma4_fast import memory
     from gemma4_fast.config import Gemma4Config
@@ -191,7 +212,7 @@ def require_memory(args: Namespace, path: Path, level: str, context: int | None)
         dtype=parse_dtype(config.dtype if args.dtype is None else args.dtype),
         quantize=args.quantize,
         context=None if context is None else min(context, config.max_position_embeddings),
-        check=False if level == "off" else level,
+        check=check,
     )
     memory.require(load, parse_device(args.device), Path(args.model).name, command_line=True)
 
@@ -210,22 +231,27 @@ def demo(args: Namespace) -> int:
     from gemma4_fast.demo import Demo
 
     prepare(args)
-    loaded = load(args, locate(args.model), args.check)
+    loaded = load(args, locate(args.model), CHECKS[args.check])
     return Demo(loaded.model, args, loaded.report).run()
 
 
 def read_prompt(args: Namespace) -> str:
-    """From the argument, the file, or standard input; from the last two without the line break at the end."""
-    if args.prompt is not None:
-        text: str = args.prompt
-    elif args.prompt_file is not None:
+    """The words, the file or standard input; of the last two without a last line break."""
+    words: list[str] = args.words
+    if words and args.prompt_file is not None:
+        raise ValueError("expected one prompt, got words and --prompt-file; give one of them")
+    if args.prompt_file is not None:
         try:
             text = Path(args.prompt_file).read_text(encoding="utf-8").removesuffix("\n")
         except UnicodeDecodeError as e:
             raise ValueError(f"{args.prompt_file}: not UTF-8 text (byte {e.start})") from e
-    elif sys.stdin.isatty():
+    elif words and words != ["-"]:
+        text = " ".join(words)
+    elif not words and sys.stdin.isatty():
         raise ValueError("no prompt: give it as an argument, with --prompt-file, or on standard input")
     else:
+        if sys.stdin.isatty():
+            terminal.note(f"{PROGRAM}: reading the prompt; Ctrl-D on an empty line ends it")
         try:
             text = sys.stdin.read().removesuffix("\n")
         except UnicodeDecodeError as e:
@@ -235,18 +261,30 @@ def read_prompt(args: Namespace) -> str:
     return text
 
 
-def encode(path: Path, prompt: str, wanted: int | None) -> tuple[Tokenizer, list[int]]:
-    """The prompt's token ids. ValueError if prompt and output exceed the context: found out before a model is loaded."""
+def encode(path: Path, prompt: str, wanted: int | None) -> tuple[Tokenizer, list[int], int | None]:
+    """The tokenizer, the prompt's token ids, and `wanted` clamped to the room for new tokens.
+
+    ValueError if the prompt fills the context: found out before a model is loaded.
+    """
     from gemma4_fast.config import Gemma4Config
     from gemma4_fast.tokenizer import Tokenizer
 
+    limit = Gemma4Config.from_pretrained(path).max_position_embeddings
     tokenizer = Tokenizer.from_pretrained(path)
-    ids, limit = tokenizer.encode(prompt), Gemma4Config.from_pretrained(path).max_position_embeddings
-    if len(ids) + (wanted or 1) > limit:
+    ids = tokenizer.encode(prompt)
+    room = limit - len(ids)
+    if room < 1:
         raise ValueError(
-            f"a prompt of {len(ids)} tokens and {wanted or 1} to generate exceed the model's context of {limit} tokens"
+            f"a prompt of {len(ids)} tokens leaves no room for new ones in the model's context "
+            f"of {limit} tokens; shorten the prompt"
         )
-    return tokenizer, ids
+    if wanted is not None and wanted > room:
+        terminal.note(
+            f"{PROGRAM}: --max-new-tokens {wanted} exceeds what the context of {limit} tokens "
+            f"leaves after a prompt of {len(ids)}: it is taken as {room}"
+        )
+        wanted = room
+    return tokenizer, ids, wanted
 
 
 def generate(args: Namespace) -> int:
@@ -255,13 +293,14 @@ def generate(args: Namespace) -> int:
     prepare(args)
     prompt = read_prompt(args)
     path = locate(args.model)
-    tokenizer, ids = encode(path, prompt, args.max_new_tokens)
-    context = len(ids) + (args.max_new_tokens or DEFAULT_NEW_TOKENS)
-    loaded = load(args, path, args.check, tokenizer, context)
+    tokenizer, ids, room = encode(path, prompt, args.max_new_tokens)
+    context = len(ids) + (room or DEFAULT_NEW_TOKENS)
+    loaded = load(args, path, CHECKS[args.check], tokenizer, context)
     model = loaded.model
     used = secrets.randbits(48) if args.seed is None else args.seed
     given = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p")}
-    session = Session(model, [ids], max_new_tokens=args.max_new_tokens, sampling=default_sampling(model, **given), seed=used)
+    sampling = default_sampling(model, **given)
+    session = Session(model, [ids], max_new_tokens=room, sampling=sampling, seed=used)
     long = len(ids) > session.prefill_chunk  # a shorter prompt runs in one piece, and a bar would jump from 0 to 1
     with terminal.progress_bar("reading the prompt", shown=long) as bar:
 
@@ -279,7 +318,10 @@ def generate(args: Namespace) -> int:
     result = stream.result
     if not args.json:
         print("" if (result.text or "").endswith("\n") else "\n", end="", flush=True)
-        terminal.note(f"[{terminal.timing_line(result, len(ids))}; seed {used}]")
+        cut = ""
+        if result.finish_reason == "length":
+            cut = f"; cut off after {session.max_new_tokens} tokens (--max-new-tokens)"
+        terminal.note(f"[{terminal.timing_line(result, len(ids))}; seed {used}{cut}]")
         return 0
     from gemma4_fast.explain import explain
 
@@ -297,7 +339,7 @@ def generate(args: Namespace) -> int:
             "sampling": terminal.sampling_dict(session.sampling),
             "max_new_tokens": session.max_new_tokens,
             "timings": {"load_s": loaded.load_s, "check_s": loaded.check_s, **terminal.rates(result, len(ids))},
-            "check": None if loaded.report is None else loaded.report.verdict(),
+            "check": checked_by(loaded),
             "backends": {c.op: c.backend for c in chosen.choices},
             "device": chosen.device,
             "dtype": chosen.dtype,
@@ -309,28 +351,32 @@ def generate(args: Namespace) -> int:
 
 def chat(args: Namespace) -> int:
     from gemma4_fast.chat import Chat
+    from gemma4_fast.config import Gemma4Config
     from gemma4_fast.tokenizer import Tokenizer
 
     prepare(args)
     path = locate(args.model)
+    Gemma4Config.from_pretrained(path)  # what this is, before what it lacks
     tokenizer = Tokenizer.from_pretrained(path)
     if tokenizer.chat_template is None:
         raise CheckpointError(f"{path}: has no chat template, so it is a base model: use `{PROGRAM} generate`")
-    return Chat(load(args, path, args.check, tokenizer).model, args).run()
+    return Chat(load(args, path, CHECKS[args.check], tokenizer).model, args).run()
 
 
 def check(args: Namespace) -> int:
     prepare(args)
-    report, _ = checked(load(args, locate(args.model), "off").model, args.level, args.seed)
+    report, _ = checked(load(args, locate(args.model), check=False).model, args.level, args.seed)
     print(report.to_json() if args.json else report)
     return 0 if report.ok else 1
 
 
 def info(args: Namespace) -> int:
     from gemma4_fast import info as page
-    from gemma4_fast.config import PRESETS
+    from gemma4_fast.config import PRESETS, preset_name
 
     prepare(args)
+    if not Path(args.model).is_dir():
+        args.model = preset_name(args.model) or args.model
     try:
         return page.run(args)
     except CheckpointError as e:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from gemma4_fast.errors import CheckpointError
-from gemma4_fast.files import path_text, read_json
+from gemma4_fast.files import FEWER_BITS, ORIGINAL, foreign, path_text, read_json
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 _MAX_SIZE = 2**31 - 1  # positions and lengths are int32 on the device; a larger size is a mistake in the file
@@ -223,10 +223,14 @@ class Gemma4Config:
 
     @classmethod
     def preset(cls, name: str) -> Gemma4Config:
-        """A published member of the family by name: e2b, e4b, 12b, 26b-a4b, 31b."""
-        if name not in PRESETS:
+        """A published member of the family by name: e2b, e4b, 12b, 26b-a4b, 31b.
+
+        ValueError for another name. Names may be shortened, as `preset_name` does it.
+        """
+        found = preset_name(name)
+        if found is None:
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
-        return PRESETS[name]
+        return PRESETS[found]
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Gemma4Config:
@@ -234,6 +238,8 @@ class Gemma4Config:
         file = Path(path_text(path))
         file = file / "config.json" if file.is_dir() else file
         if not file.exists():
+            if (what := foreign(file.parent)) is not None:
+                raise CheckpointError(f"{file.parent}: {what}")
             raise CheckpointError(f"{file}: no such file; a checkpoint folder holds config.json")
         data = read_json(file)
         try:
@@ -249,7 +255,7 @@ class Gemma4Config:
         towers: tuple[str, ...] = ()
         outer: dict[str, Any] = {}
         if "text_config" in data:
-            _expect(data.get("model_type"), _OUTER_MODEL_TYPES, "model_type")
+            _expect_gemma4(data.get("model_type"), _OUTER_MODEL_TYPES)
             outer = {k: v for k, v in data.items() if k not in ("text_config", "model_type", *_TOWERS)}
             towers = tuple(k.removesuffix("_config") for k in _TOWERS if data.get(k) is not None)
             quantized = outer.pop("quantization_config", None)
@@ -301,6 +307,14 @@ def _expect(value: object, allowed: set[str], name: str) -> None:
         raise ValueError(f"{name} is {value!r}; this package serves {sorted(allowed)}")
 
 
+def _expect_gemma4(model_type: object, allowed: set[str]) -> None:
+    if not isinstance(model_type, str) or model_type not in allowed:
+        raise ValueError(
+            f"model_type is {model_type!r}, which is not Gemma 4: this package serves "
+            f"{', '.join(sorted(allowed))}; other models run with transformers"
+        )
+
+
 def _expect_int(value: object, name: str, low: int, high: int = _MAX_SIZE) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{name} must be an integer and must lie in [{low}, {high}], got {value!r}")
@@ -339,12 +353,16 @@ def _text_fields(raw: dict[str, Any], outer: Mapping[str, Any]) -> dict[str, Any
     """The text part of config.json -> Gemma4Config's fields; every key is used, known to be harmless, or refused."""
     take = raw.pop
     model_type = take("model_type", None)
-    _expect(model_type, _MODEL_TYPES, "text model_type")
+    _expect_gemma4(model_type, _MODEL_TYPES)
     for key, only in (("hidden_activation", "gelu_pytorch_tanh"), ("attention_bias", False)):
         if (value := take(key, only)) not in (only, None):
             raise ValueError(f"{key} = {value!r} is not served; Gemma 4 has {only!r}")
-    if take("quantization_config", None) is not None:
-        raise ValueError("quantization_config: quantized checkpoints are not served yet; use the bf16 release")
+    quantization = take("quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        by = f" by {method}" if isinstance(method, str) else ""
+        what = f"the weights are quantized{by} (quantization_config)"
+        raise ValueError(f"{what}, which this package cannot read yet: {ORIGINAL}; {FEWER_BITS}")
     bidirectional = take("use_bidirectional_attention", None)
     if bidirectional not in (None, "vision"):
         raise ValueError(f"use_bidirectional_attention = {bidirectional!r} is not served; expected null or 'vision'")
@@ -483,6 +501,27 @@ PRESETS: dict[str, Gemma4Config] = {
         attention_k_eq_v=True, max_position_embeddings=262144, use_bidirectional_attention="vision",
     ),
 }  # fmt: skip
+
+
+# The hub's names of the published members. They hold weights; the presets are shapes alone.
+HUB_IDS = {
+    "e2b": "google/gemma-4-E2B-it",
+    "e4b": "google/gemma-4-E4B-it",
+    "12b": "google/gemma-4-12B-it",
+    "26b-a4b": "google/gemma-4-26B-A4B-it",
+    "31b": "google/gemma-4-31B-it",
+}
+
+
+def preset_name(text: str) -> str | None:
+    """The preset that a name means: "26b-a4b", "26B" and "gemma-4-26b-a4b-it" all give "26b-a4b".
+
+    None if it means none of them.
+    """
+    short = text.lower().removeprefix("gemma-4-").removesuffix("-it")
+    if short in PRESETS:
+        return short
+    return next((name for name in PRESETS if name.split("-")[0] == short), None)
 
 
 def member(config: Gemma4Config) -> str | None:

@@ -235,7 +235,9 @@ class Demo:
         options = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p", "stop")}
         if args.model == "tiny":  # made from whole books, it may end one after a sentence; then it just goes on
             options["stop_token_ids"] = ()
-        count = args.max_new_tokens or NEW_TOKENS
+        limit = self.model.config.max_position_embeddings
+        room = limit - len(self.model.tokenizer.encode(self.prompt))
+        count = min(args.max_new_tokens or NEW_TOKENS, room)
         pieces = stream(self.model, self.prompt, max_new_tokens=count, seed=self.seed, **options)
         if console is not None:
             console.print(Text(self.prompt, style="bold"), end="", soft_wrap=True)

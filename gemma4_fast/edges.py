@@ -60,50 +60,87 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         q = key.float() * score / key.float().square().sum(-1, keepdim=True)
         return q.to(dtype).repeat_interleave(layer.num_q_heads // layer.num_kv_heads, -2)
 
+    def widened(*args: Any) -> list[Any]:
+        return [a.to(wide) if isinstance(a, Tensor) and a.dtype == dtype else a for a in args]
+
     def judge(op: str, phase: str, *args: Any) -> tuple[str, str, float, float]:
         plain_op = getattr(reference, op)
-        truth = plain_op(*(a.to(wide) if isinstance(a, Tensor) and a.dtype == dtype else a for a in args))
-        return op, phase, relative_error(getattr(ops, op)(*args), truth), relative_error(plain_op(*args), truth)
+        truth, plain = plain_op(*widened(*args)), plain_op(*args)
+        return op, phase, relative_error(getattr(ops, op)(*args), truth), relative_error(plain, truth)
+
+    def judge_rows(phase: str, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> tuple[str, str, float, float]:
+        """A prefill of one sequence, of which the reference computes some rows alone."""
+        key = torch.arange(total, device=device)
+        mask = key[None] <= rows[:, None]
+        if window is not None:
+            mask &= key[None] > rows[:, None] - window
+        wide_q, wide_k, wide_v = widened(q[rows], k, v)
+        truth = reference.attend(wide_q, wide_k, wide_v, mask, 1.0)
+        plain = reference.attend(q[rows], k, v, mask, 1.0)
+        bounds = torch.tensor([0, total], dtype=torch.int32, device=device)
+        got = ops.gqa_prefill(q, k, v, bounds, window)[rows]
+        return "gqa_prefill", phase, relative_error(got, truth), relative_error(plain, truth)
+
+    def judge_decode(phase: str, q: Tensor, k: Tensor | None, v: Tensor, lens: Tensor) -> tuple[str, str, float, float]:
+        """One sequence after the other for the reference, so that no more than one of their caches is widened."""
+
+        def by_reference(wide: bool) -> Tensor:
+            outs = []
+            for b in range(len(q)):
+                own = q[b : b + 1], None if k is None else k[b : b + 1], v[b : b + 1], lens[b : b + 1]
+                args = *own, window, None, *rebuild
+                outs.append(reference.gqa_decode(*widened(*args) if wide else args))
+            return torch.cat(outs)
+
+        truth, plain = by_reference(True), by_reference(False)
+        got = ops.gqa_decode(q, k, v, lens, window, None, *rebuild)
+        return "gqa_decode", phase, relative_error(got, truth), relative_error(plain, truth)
 
     v = randn(total, layer.num_kv_heads, layer.head_dim)
     k = keys(v)
-    targets = []
+    picked = []
     for t in range(total):
         oldest = t - window + 1 if window is not None else 0
         target = (oldest, oldest - 1, t, t + 1)[t % 4]
-        targets.append(target if 0 <= target < total else t)
-    q = point(k[torch.tensor(targets, device=device)])
-    bounds = torch.tensor([0, total], dtype=torch.int32, device=device)
-    yield judge("gqa_prefill", "prefill", q, k, v, bounds, window)
+        picked.append(target if 0 <= target < total else t)
+    targets = torch.tensor(picked, device=device)
+    # The first rows, some of each stretch, and all from where the window begins to leave something out.
+    judged = [t for t in range(total) if t < NEW or t % 97 < 4 or t >= total - 3 * NEW]
+    at = torch.tensor(judged, device=device)
+    q = v.new_zeros(total, layer.num_q_heads, layer.head_dim)
+    q[at] = point(k[targets[at]])
+    yield judge_rows("prefill", q, k, v, at)
 
     # A further chunk of two sequences with different prefixes: the second has the first's tokens, but stops earlier.
-    kv = allocate(layer, 2, total, dtype, device)
+    kv = allocate(layer, 5, total, dtype, device)
     prefixes = [total - new, max(1, total - new - new // 2)]
     for b, prefix in enumerate(prefixes):
         at = torch.arange(max(0, prefix - kv.slots), prefix, device=device)
         kv.write(k[at], v[at], kv.rows(torch.full_like(at, b), at))
     rows = torch.cat([torch.arange(prefix, prefix + new, device=device) for prefix in prefixes])
+    q = point(k[targets[rows]])
     bounds = torch.tensor([0, new, 2 * new], dtype=torch.int32, device=device)
     lens = torch.tensor(prefixes, dtype=torch.int32, device=device)
-    old = kv.k, kv.v, lens, None, *rebuild
-    yield judge("gqa_prefill", "chunk", q[rows], k[rows], v[rows], bounds, window, *old)
+    old = None if kv.k is None else kv.k[:2], kv.v[:2], lens, None, *rebuild
+    yield judge("gqa_prefill", "chunk", q, k[rows], v[rows], bounds, window, *old)
 
     # Decode: the newest key, the oldest in the window, the one before it if the ring still has it, an empty slot, an idle row.
-    kv = allocate(layer, 5, total, dtype, device)
-    garbage_v = randn(kv.slots, layer.num_kv_heads, layer.head_dim)
-    garbage_k = keys(garbage_v)
+    everywhere = torch.arange(kv.slots, device=device)
+    garbage_v = -v[everywhere % total]
+    garbage_k = keys(garbage_v) if layer.k_eq_v else -k[everywhere % total]
     last = total - 1
     oldest = max(0, last - window + 1) if window is not None else 0
     before = oldest - 1 if oldest - 1 > last - kv.slots and oldest > 0 else last
     lens_host = [total, total, total, short, 0]
     for b, length in enumerate(lens_host):
-        everywhere = torch.arange(kv.slots, device=device)
-        kv.write(garbage_k, garbage_v, kv.rows(torch.full_like(everywhere, b), everywhere))
+        if length < kv.slots:
+            kv.write(garbage_k, garbage_v, kv.rows(torch.full_like(everywhere, b), everywhere))
         at = torch.arange(max(0, length - kv.slots), length, device=device)
         kv.write(k[at], v[at], kv.rows(torch.full_like(at, b), at))
     pointed = point(torch.stack((k[last], k[oldest], k[before], garbage_k[short], k[last])))
     lens = torch.tensor(lens_host, dtype=torch.int32, device=device)
-    yield judge("gqa_decode", "decode", pointed, kv.k, kv.v, lens, window, None, *rebuild)
+    yield judge_decode("decode", pointed, kv.k, kv.v, lens)
     for b in (1, 3):  # alone: kernels split the work by the size of the batch
-        alone = pointed[b : b + 1], None if kv.k is None else kv.k[b : b + 1], kv.v[b : b + 1], lens[b : b + 1]
-        yield judge("gqa_decode", "decode, batch 1", *alone, window, None, *rebuild)
+        k_alone = None if kv.k is None else kv.k[b : b + 1]
+        alone = pointed[b : b + 1], k_alone, kv.v[b : b + 1], lens[b : b + 1]
+        yield judge_decode("decode, batch 1", *alone)

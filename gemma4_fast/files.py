@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,29 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{file}: expected a JSON object, got {type(data).__name__}")
     return data
+
+
+ORIGINAL = "load the bf16 original it was made from"
+FEWER_BITS = "quantize='int4' (--quantize int4) gives it 4-bit weights as it is read"
+NO_GGUF = f"reads safetensors, not GGUF: {ORIGINAL}; {FEWER_BITS}"
+
+
+def foreign(folder: Path) -> str | None:
+    """What a folder holds in place of a checkpoint, and what to do; None if that is not known."""
+    if (folder / "adapter_config.json").is_file():
+        base = None
+        with suppress(CheckpointError):
+            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        of = f" of {base}" if isinstance(base, str) and base else ""
+        return (
+            f"is a PEFT adapter{of}, not a model. Load it with transformers and peft, merge it "
+            "with model = model.merge_and_unload(), and then call gemma4_fast.accelerate(model) or "
+            "save that model and load its folder"
+        )
+    files = sorted(folder.glob("*.gguf"))
+    if files:
+        return f"holds {files[0].name}, and this package {NO_GGUF}"
+    return None
 
 
 @contextmanager

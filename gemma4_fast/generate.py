@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int] | Sequence[dict[str, str]] | Tensor
 DEFAULT_NEW_TOKENS = 256
 ROOM = 256  # a cache is for a multiple of so many tokens: the next prompt, a little longer, may take it over
+SMALLEST = 1024  # tokens that a kept cache has room for at first
 
 
 @dataclass
@@ -113,6 +114,7 @@ class Session:
         first = secrets.randbits(48) if seed is None else seed
         self.seeds = [(first + b) % 2**63 for b in range(len(prompts))]
         self.prefill_seconds = self.decode_seconds = 0.0
+        self.prefilled = 0  # tokens of the prompts that a kept prefix did not hold
         self.graph: DecodeGraph | None = None  # while it runs, with the cache
 
     def _check_prompts(self, vocab: int) -> None:
@@ -172,6 +174,10 @@ class Session:
                 return
             start = time.perf_counter()
             going, uniform = [int(g) for g in self.going], next(numbers)
+            if self.prefix is not None and cache.host_lens[0] == cache.max_len:
+                cache = self.prefix.cache = cache.resized(self._capacity(cache.max_len + 1))
+                graph = self.graph = self._decode_graph(cache)
+                ids = ids.clone()  # it may be memory of the old graph
             with self.model.running():
                 run = partial(graph.run, ids, going, choose=self.choose, uniform=uniform)
                 out = self._pass(run, [tokens[0].id], cache)
@@ -196,6 +202,7 @@ class Session:
         """All prompts into the cache, `prefill_chunk` tokens at a time -> the cache, and each last token's hidden state."""
         cache, done = self._cache()
         total = sum(map(len, self.prompts))
+        self.prefilled = total - sum(done)
         hidden = None
         with self.model.running():
             while any(d < len(p) for d, p in zip(done, self.prompts, strict=True)):
@@ -238,20 +245,30 @@ class Session:
         if len(self.prompts) != 1:
             raise ValueError(f"a kept prefix serves one prompt, got {len(self.prompts)}")
         kept, prompt = self.prefix, self.prompts[0]
-        # The last prompt token always runs again, for its hidden state; so the kept tokens must be a proper prefix.
-        cache = kept.cache if kept.model is self.model and kept.changes == self.model.changes else None
+        usable = kept.model is self.model and kept.changes == self.model.changes
+        cache = kept.cache if usable else None
+        room = len(prompt) + min(self.max_new_tokens, ROOM)  # the cache grows with the answer
+        # The last prompt token always runs again, for its hidden state: less than all is kept.
         if (
             cache is None
-            or cache.max_len < room
             or cache.host_lens != [len(kept.ids)]
             or len(kept.ids) >= len(prompt)
             or kept.ids != prompt[: len(kept.ids)]
         ):
-            limit = self.model.config.max_position_embeddings
             kept.cache = kept.graph = None  # the old one's memory may be needed for the new one
-            cache = self.model.new_cache(1, min(limit, 1 << max(10, (room - 1).bit_length())))
-            kept.cache, kept.ids, kept.model, kept.changes = cache, [], self.model, self.model.changes
+            cache = self.model.new_cache(1, self._capacity(room))
+            kept.cache = cache
+            kept.ids = []
+            kept.model = self.model
+            kept.changes = self.model.changes
+        elif cache.max_len < room:
+            cache = kept.cache = cache.resized(self._capacity(room))
         return cache, [len(kept.ids)]
+
+    def _capacity(self, tokens: int) -> int:
+        """The size, in tokens, of a kept cache for at least `tokens`: each is twice the last."""
+        limit = self.model.config.max_position_embeddings
+        return min(limit, max(SMALLEST, 1 << (tokens - 1).bit_length()))
 
     def _numbers(self) -> Iterator[Tensor | None]:
         """What tokens are drawn by, step by step, [B] in [0, 1): a sequence's own, alone or in a batch, on any device. ROOM
@@ -352,7 +369,8 @@ class Stream:
         self._stop = StopStrings(stop)
         self._text = TextStream(session.model.tokenizer)
         self.result = Generation(session.prompts[0], text="")
-        self._pieces = self._run(on_prefill)
+        self.steps = self._run(on_prefill)  # the text of each token, often "": it may stop anywhere
+        self._pieces = filter(None, self.steps)
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
@@ -364,8 +382,7 @@ class Stream:
         for tokens in self._session.run(on_prefill):
             piece = record(self.result, tokens[0], self._session, self._text, self._stop)
             self._times()
-            if piece:
-                yield piece
+            yield piece
             if self.result.finish_reason is not None:
                 break
 

@@ -229,6 +229,10 @@ def run(args: Namespace) -> int:
     model = meta_model(config)
     count = parameters(model)
     limit = config.max_position_embeddings
+    too_long = [c for c in args.context or [] if c > limit]
+    if too_long:
+        most = f"at most {limit} tokens ({limit >> 10}K)"
+        raise ValueError(f"--context: {args.model} takes {most}, got {too_long[0]}")
     contexts = args.context or [*(c for c in CONTEXTS if c < limit), limit]
     weight_bytes = {n: count["total"] * w for n, w in (("bfloat16", 2), ("float32", 4))}
     weight_bytes |= {n: weights_size(config, dtype, n) for n in ("int8", "int4")}

@@ -489,13 +489,20 @@ class Text(nn.Module):
         """
         layer = self.layer(index)
         following = self.norm if index + 1 == len(self.layers) else self.layer(index + 1).input_layernorm
-        if h is None:
-            h = ops.rms_norm(x, layer.input_layernorm.weight, layer.eps)
-        freq = self.inv_freq(layer.layer.is_sliding, x.device)
-        x, h, e = layer.attention_block(x, h, step, cache, self.owner(index), freq)
+        x, h, e = self.run_attention(index, x, h, step, cache)
         if observe is not None:
             observe(x)
         return layer.feed_forward_block(x, cast(Tensor, h), e, ple, following.weight)
+
+    def run_attention(
+        self, index: int, x: Tensor, h: Tensor | None, step: Step, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The first block of layer `index`, as `Layer.attention_block`. h None: computed from x."""
+        layer = self.layer(index)
+        if h is None:
+            h = ops.rms_norm(x, layer.input_layernorm.weight, layer.eps)
+        freq = self.inv_freq(layer.layer.is_sliding, x.device)
+        return layer.attention_block(x, h, step, cache, self.owner(index), freq)
 
     def write_donors(self, step: Step, cache: KVCache) -> None:
         """What Attention left in step.shared goes to the donors' caches, now that nothing reads their old content."""

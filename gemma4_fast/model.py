@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gemma4_fast.generate import Generation, Stream
     from gemma4_fast.sampling import Sampling
     from gemma4_fast.tokenizer import Tokenizer
+    from gemma4_fast.verdicts import Verdict
 
 log = logging.getLogger("gemma4_fast")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -48,6 +49,8 @@ class Gemma4(nn.Module):
         self.changes = 0  # how often its parameters may have become other tensors: moved, cast, quantized, loaded
         self.generation_config: dict[str, Any] = {}
         self.path: Path | None = None  # the checkpoint's folder, where the tokenizer lies
+        self.source: str | None = None  # what the weights were loaded from: see verdicts.source_of
+        self.verdict: Verdict | None = None  # of the self-check that it passed when it was loaded
         self._tokenizer: Tokenizer | None = None
         self.spares = Spares()  # what generations left to the next ones
 
@@ -76,9 +79,11 @@ class Gemma4(nn.Module):
         dtype: bfloat16, float16, float32 or float64 (None: as the config says). device: None takes the GPU if there is one.
         quantize: "int8" or "int4" for weights of 8 or 4 bits, see `quantize`; each tensor is quantized as it is read, so that
         the bf16 weights need not fit into memory.
-        check: True compares one layer of each kind with the reference before returning and raises SelfCheckError if it is
-        wrong; "full" compares every layer and the whole model; False does neither. load_format "dummy" reads config.json
-        only and fills in seeded random weights.
+        check: "quick" compares one layer of each kind with the reference before returning and
+        raises SelfCheckError if it is wrong; "full" compares every layer and the whole model; False
+        does neither. True is "quick", unless the same model has passed on this machine before and
+        nothing has changed since: see `verdict` and gemma4_fast/verdicts.py. load_format "dummy"
+        reads config.json only and fills in seeded random weights.
         check_memory: before any weights are read or downloaded, compare what the model needs with
         the memory that is free: its weights, the cache of one sequence of 4096 tokens, 0.5 GiB for
         the process, and the self-check. If the weights alone do not fit, UnsupportedError says what
@@ -88,8 +93,7 @@ class Gemma4(nn.Module):
         not enough memory), ValueError (arguments). Nothing is loaded before those that can be known
         beforehand.
         """
-        from gemma4_fast import memory, weights
-        from gemma4_fast.verify import verify
+        from gemma4_fast import memory, verdicts, weights
 
         if check not in (True, False, "quick", "full"):
             raise ValueError(f"check must be True, False, 'quick' or 'full', got {check!r}")
@@ -110,6 +114,7 @@ class Gemma4(nn.Module):
         with ops.default_backend(backends or None):
             ops.require(target, chosen, model_ops(config))
         settings = weights.load_generation_config(path, vocab_size=config.vocab_size)
+        source = verdicts.source_of(path, load_format, seed)
         with torch.device("meta"):
             model = cls(config, backend)
         model.to(chosen)
@@ -122,8 +127,11 @@ class Gemma4(nn.Module):
             weights.load(model, path, device=target, dtype=chosen, progress=progress)
         model.path = path
         model.generation_config = settings
+        model.source = source
         if check:
-            verify(model, level="full" if check == "full" else "quick").raise_if_wrong()
+            verdicts.settle(model, check)
+            if model.verdict is not None and model.verdict.from_disk:
+                log.info("gemma4_fast: %s", model.verdict)
         return model
 
     @classmethod
@@ -436,7 +444,9 @@ def parse_device(device: torch.device | str | None) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as e:
-        raise ValueError(f"unknown device {device!r}: {str(e).splitlines()[0]}") from e
+        if str(device).partition(":")[0].lower() in ("gpu", "nvidia", "rocm", "hip"):
+            raise ValueError(f"unknown device {device!r}: PyTorch's name of a GPU is cuda") from e
+        raise ValueError(f"unknown device {device!r}: expected cpu, cuda or cuda:0") from e
     if found.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {str(device)!r}")
     if found.type == "cpu":

@@ -27,6 +27,7 @@ PANEL = 16  # rows that are stored interleaved
 BITS = {"int8": 8, "int4": 4}
 LARGEST_WEIGHT = {8: 127 * 65504.0, 4: 8 * 65504.0}  # by bits: its scale is finite in fp16
 _CHUNK = 1 << 24  # values that are widened at once while quantizing
+_BLOCK = 1 << 21  # values that a product dequantizes at once: as fp32 they stay in a core's caches
 
 
 def parse_quantize(quantize: str | None) -> int | None:
@@ -176,13 +177,24 @@ class QuantizedWeight:
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
         return [self[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
+    def index_select(self, dim: int, ids: Tensor) -> QuantizedWeight:
+        """A new matrix of the rows `ids` [n] int64 of this one, copied as they are stored. dim: 0."""
+        if dim != 0 or self.dim() != 2:
+            raise ValueError(f"rows are taken from a matrix along axis 0, got {self.dim()} axes, {dim}")
+        shape = len(ids), self.shape[1]
+        new = QuantizedWeight.empty(self.bits, shape, self.dtype, self.device)
+        place = new._place(torch.arange(len(ids), device=self.device))
+        panel, lane = self._place(ids)
+        new.data[place[0], :, place[1]] = self.data[panel, :, lane]
+        new.scale[place[0], :, place[1]] = self.scale[panel, :, lane]
+        return new
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """F.linear(x, weight), with x rounded to Q8_0; F.embedding(ids, weight)."""
         if func is F.linear and not kwargs and len(args) == 2:
             x, weight = args
-            product = F.linear(rounded(x), weight.dequantize(torch.promote_types(x.dtype, torch.float32)))
-            return product.to(x.dtype)
+            return linear_in_blocks(rounded(x), weight).to(x.dtype)
         if func is F.embedding and len(args) == 2:
             ids, weight = args
             return weight[ids]
@@ -197,7 +209,29 @@ class QuantizedWeight:
             for e in range(len(self)):
                 out[e] = self[e].dequantize(dtype)
             return out
+        if self._has_kernel():
+            return self._values_by_kernel(dtype)
         return self._values(torch.arange(self.shape[0], device=self.device), dtype)
+
+    def _has_kernel(self) -> bool:
+        """Whether the CPU kernels quantize and dequantize this matrix: the same bits, many times as fast."""
+        return self.device.type == "cpu" and native.kernels_missing() is None and self._contiguous()
+
+    def _values_by_kernel(self, dtype: torch.dtype) -> Tensor:
+        """All rows of this view of a matrix -> [n, K]. The kernel writes fp32 and bf16."""
+        by_kernel = dtype if dtype == torch.bfloat16 else torch.float32
+        out = torch.empty(self.shape, dtype=by_kernel, device="cpu")
+        self._to(out)
+        return out.to(dtype)
+
+    def _to(self, out: Tensor) -> None:
+        """All rows of this view of a matrix to out [n, K], contiguous, of any floating dtype."""
+        if self._has_kernel() and out.dtype in (torch.float32, torch.bfloat16):
+            place = self.first, self.rows, self.parts
+            kernel = torch.ops.gemma4_fast_cpu.dequantize_rows
+            kernel(self.data, self.scale, out, *place, native.isa())
+        else:
+            out.copy_(self.dequantize(out.dtype))
 
     def _values(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of this view of a matrix -> [n, K]."""
@@ -235,7 +269,7 @@ class QuantizedWeight:
     def _write(self, start: int, source: Tensor) -> None:
         """Rows [start, start + n) from source [n, K], by the CPU kernel where there is one: the same bits, 30 times as fast."""
         source = source.to(self.device)
-        if self.device.type == "cpu" and native.kernels_missing() is None and self._contiguous():
+        if self._has_kernel():
             finite = self._write_by_kernel(start, source)
         else:
             finite = self._write_by_torch(start, source)
@@ -292,3 +326,27 @@ def rounded(x: Tensor) -> Tensor:
 
 
 WeightLike = Tensor | QuantizedWeight
+
+
+def linear_in_blocks(x: Tensor, weight: WeightLike) -> Tensor:
+    """x [..., K] times a weight [N, K], which is converted to x's dtype block by block -> [..., N].
+
+    A block fits the processor's caches, and all of them take the same memory.
+    """
+    n, k = weight.shape
+    rows = max(1, _BLOCK // k)
+    out, buffer = x.new_empty(*x.shape[:-1], n), x.new_empty(0)
+    for start in range(0, n, rows):
+        block = weight[start : start + rows]
+        if isinstance(block, Tensor) and block.dtype == x.dtype:
+            wide = block
+        else:
+            if not buffer.numel():
+                buffer = x.new_empty(min(rows, n), k)
+            wide = buffer[: len(block)]
+            if isinstance(block, QuantizedWeight):
+                block._to(wide)
+            else:
+                wide.copy_(block)
+        out[..., start : start + rows] = F.linear(x, wide)
+    return out

@@ -7,7 +7,6 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,9 +21,17 @@ def progress_bar(label: str, *, shown: bool = True) -> Iterator[Callable[[int, i
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    time_columns = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+    columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), *time_columns
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
@@ -91,6 +98,8 @@ def sampling_dict(sampling: Sampling) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Of this package, Python and the libraries that decide what runs; None for one that is not installed."""
+    from importlib import metadata
+
     import torch
 
     from gemma4_fast import __version__

@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Types of message parts that transformers serves and this package's own model does not.
+_OTHER_MEDIA = {
+    "image": "an image",
+    "image_url": "an image",
+    "input_image": "an image",
+    "audio": "audio",
+    "input_audio": "audio",
+    "video": "a video",
+}
 # What a template's own code can raise while it runs; its author is not the caller, so none of it is the caller's error.
 _TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
@@ -117,7 +126,7 @@ class Tokenizer:
         """
         import jinja2
 
-        _check_messages(messages)
+        check_messages(messages)
         values = {"tools": None, "documents": None, **self._special, **variables}
         values.update(messages=messages, add_generation_prompt=add_generation_prompt)
         try:
@@ -151,7 +160,15 @@ def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
     import tokenizers
 
     if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; text needs a tokenizer.json in the checkpoint folder")
+        if file.with_name("tokenizer.model").is_file():
+            raise CheckpointError(
+                f"{file}: no such file, and tokenizer.model cannot be read. transformers writes "
+                "one: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
+        raise CheckpointError(
+            f"{file}: no such file, and text needs one. Copy tokenizer.json, tokenizer_config.json "
+            "and chat_template.jinja from the original checkpoint, or pass token ids in Python"
+        )
     read_json(file)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
@@ -188,7 +205,8 @@ def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
     return source
 
 
-def _check_messages(messages: object) -> None:
+def check_messages(messages: object) -> None:
+    """ValueError if these are no chat messages of text."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages must be a list of at least one message, got {messages!r:.80}")
     for i, message in enumerate(messages):
@@ -198,7 +216,14 @@ def _check_messages(messages: object) -> None:
             raise ValueError(f"message {i}: role must be text, got {message['role']!r:.80}")
         content = message["content"]
         for part in content if isinstance(content, (list, tuple)) else [{"type": "text", "text": content}]:
-            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if isinstance(kind, str) and kind in _OTHER_MEDIA:
+                raise ValueError(
+                    f"message {i} holds {_OTHER_MEDIA[kind]}; this model is text only here. For "
+                    "images, audio and video load the checkpoint with transformers and call "
+                    "gemma4_fast.accelerate(model)"
+                )
+            if kind != "text" or not isinstance(part.get("text"), str):
                 raise ValueError(f"message {i}: content must be text (or a list of text parts), got {part!r:.80}")
 
 

@@ -1,11 +1,20 @@
 """The self-check: does the fast path give the reference's answer, with these weights, on this machine?
 
-Layer by layer, the fast path and the reference get the *same* input, so that an error shows where it is made and cannot grow:
-a prompt longer than the window's ring, a further chunk, decode steps; and a ragged batch with an idle row. Where generation
-replays a recorded decode step, that is held to the same step op by op. Truth is the reference in a wider dtype, one layer
-widened at a time; the yardstick is what plain PyTorch (the reference in the model's own dtype) loses. A comparison passes if
-its error is at most SLACK x the yardstick + FLOOR. Where a block fails, each op is replaced by the reference in turn: the op
-whose replacement mends it is named.
+Layer by layer, the fast path and the reference get the *same* input, so that an error shows where it is made and cannot grow.
+Truth is the reference in a wider dtype, each matrix widened block by block; the yardstick is what plain PyTorch (the reference
+in the model's own dtype) loses. A comparison passes if its error is at most SLACK x the yardstick + FLOOR. Where a block fails,
+each op is replaced by the reference in turn: the op whose replacement mends it is named.
+
+Level "full" runs a prompt longer than the window's ring, a further chunk, decode steps; and a ragged batch with an idle row.
+Where generation replays a recorded decode step, that is held to the same step op by op.
+
+Level "quick" is made to cost little more than reading the weights a few times:
+- The cache is filled with random earlier keys and values up to shortly before the ring's end, so that some 20 tokens are enough
+  to cross it. The ragged batch starts from nothing.
+- The feed-forward block runs on few distinct tokens, repeated where many rows are needed, so that few experts are hit. Some
+  experts that no token chose are run as well.
+- The head's truth is computed for the newest token over the whole vocabulary, and for others over a sample of it and the tokens
+  that the fast path finds likeliest.
 """
 
 from __future__ import annotations
@@ -14,15 +23,15 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma4_fast import ops
-from gemma4_fast.cache import TILE
-from gemma4_fast.config import LayerConfig
+from gemma4_fast import native, ops
+from gemma4_fast.cache import TILE, KVCache
+from gemma4_fast.config import Gemma4Config, LayerConfig
 from gemma4_fast.edges import relative_error, window_edges
 from gemma4_fast.graph import DecodeGraph, recordable
 from gemma4_fast.layers import model_ops
@@ -34,18 +43,39 @@ from gemma4_fast.report import FLOOR, Comparison, EndToEnd, Report
 from gemma4_fast.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
-    from gemma4_fast.cache import KVCache
     from gemma4_fast.layers import Step
     from gemma4_fast.model import Gemma4
 
-CHUNK, DECODE = 17, 4  # tokens of the second chunk, decode steps
-BATCH = (42, 29)  # tokens of the sequences of the ragged batch; a third one stays idle
-FIRST, NEWEST = 8, 56  # tokens that the feed-forward block is compared on: experts are dear to widen and run
-ROWS = (1, 2, 5, 16)  # and numbers of rows it is run with again: kernels differ by them
+ROWS = (1, 2, 5, 16)  # numbers of rows that the feed-forward block is run with: kernels differ by them
+MANY = 65  # and one that they take their path for many rows with
 LOGIT_TOKENS = 64  # newest tokens that are compared end to end
 DRAWN = Sampling(temperature=1.0, top_k=64, top_p=0.95)  # as Gemma 4's checkpoints recommend
 CLOSE_CALL = 1e-4  # relative margin between the last expert taken and the next, below which either choice is right
 HALF_CLOSE = 0.1  # and where others' router computes in half precision
+UNCHOSEN = 16  # experts that no token chose, which are run as well
+SAMPLED_FROM = 16384  # rows of a head above which level "quick" judges a sample of them
+RUN, RUNS = 64, 48  # the sample: so many runs of so many rows, spread over the head
+CANDIDATES = 64  # and of each token the ids that the fast path finds likeliest
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """How much a level runs."""
+
+    decode: int  # decode steps
+    batch: tuple[int, int]  # tokens of the sequences of the ragged batch; a third one stays idle
+    logits: int  # newest tokens that the head is compared on
+    first: int  # tokens of a piece that the feed-forward block is compared on: its first ones,
+    newest: int  # and its newest ones
+    every_piece: bool  # whether each piece runs the feed-forward block, or the last one alone
+
+
+CHUNK = 17  # tokens of the second chunk
+EXTENTS = {
+    "quick": _Extent(2, (10, 6), logits=8, first=0, newest=16, every_piece=False),
+    "full": _Extent(4, (42, 29), logits=64, first=8, newest=56, every_piece=True),
+}
+DISTINCT = 6  # tokens in all that level "quick" runs the feed-forward block on
 
 
 def verify(
@@ -61,44 +91,59 @@ def verify(
     model: a Gemma4, or a model of transformers that `accelerate` has been given: that is also held to transformers' own code,
     layer by layer and, at level "full", end to end.
     level "quick": the first layer of each kind, and the head. "full": every layer, and the whole model end to end.
-    input_ids: the tokens to run, default random ones (seeded), enough to pass the sliding window and wrap its cache.
-    progress(done, total) counts layers. Extra memory: one layer in the wider dtype, and the activations of the tokens.
+    input_ids: the tokens to run, all of them in one sequence; default random ones (seeded), enough to wrap the sliding
+    window's cache. progress(done, total) counts steps of similar length.
+    Extra memory at level "quick": below 300 MB at all published shapes.
     """
     from gemma4_fast.model import Gemma4
 
-    if level not in ("quick", "full"):
+    if level not in EXTENTS:
         raise ValueError(f"level must be 'quick' or 'full', got {level!r}")
     if isinstance(model, Gemma4):
-        return _verify(model, level, _tokens(model, input_ids, seed), progress)
+        return _verify(model, level, _tokens(model, input_ids, seed, level), progress)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"expected a Gemma4 or an accelerated model of transformers, got {type(model).__name__}")
     from gemma4_fast.integrations.beside import compare, native_of
 
     native = native_of(model)
-    ids = _tokens(native, input_ids, seed)
-    report = _verify(native, level, ids, progress)
+    tokens = _tokens(native, input_ids, seed, level)
+    report = _verify(native, level, tokens, progress)
     if not report.not_finite:
-        compare(model, report, ids)
+        compare(model, report, tokens.ids)
     return report
 
 
 @torch.inference_mode()
-def _verify(model: Gemma4, level: str, ids: Tensor, progress: Callable[[int, int], None] | None) -> Report:
+def _verify(model: Gemma4, level: str, tokens: _Tokens, progress: Callable[[int, int], None] | None) -> Report:
     with model.running():
         report = Report(level, str(model.device), str(model.dtype).removeprefix("torch."), _backends(model))
         tensors = model.state_dict()
+        check = _Check(model, tensors, tokens, report, progress)
         report.not_finite = [n for n, t in tensors.items() if not _all_finite(t)]
+        check.step()
         if not report.not_finite:
-            _Check(model, tensors, ids, report).run(level, progress)
+            check.run()
     return report
 
 
-def _tokens(model: Gemma4, given: Sequence[int] | Tensor | None, seed: int) -> Tensor:
-    c = model.config
+class _Tokens(NamedTuple):
+    """ids [T] int64, and the number of random keys and values that stand before them."""
+
+    ids: Tensor
+    history: int = 0
+
+
+def _tokens(model: Gemma4, given: Sequence[int] | Tensor | None, seed: int, level: str) -> _Tokens:
+    c, history = model.config, 0
     if given is None:
         window = max((layer.window or 0 for layer in c.layers()), default=0)
-        ring = -(-window // TILE) * TILE
-        count = min(ring + 13 + CHUNK + DECODE, c.max_position_embeddings)
+        ring, extent = -(-window // TILE) * TILE, EXTENTS[level]
+        if level == "full":
+            count = ring + 13 + CHUNK + extent.decode
+        else:  # the chunk crosses the ring's end
+            count = CHUNK + extent.decode
+            history = max(0, min(ring - CHUNK // 2, c.max_position_embeddings - count))
+        count = min(count, c.max_position_embeddings)
         if count < 3:
             raise ValueError(f"the self-check needs 3 positions, the model has {count}")
         picked = torch.randint(c.vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
@@ -110,13 +155,20 @@ def _tokens(model: Gemma4, given: Sequence[int] | Tensor | None, seed: int) -> T
             raise ValueError(f"input_ids must hold 3 to {c.max_position_embeddings} tokens, got {picked.numel()}")
         if int(picked.min()) < 0 or int(picked.max()) >= c.vocab_size:
             raise ValueError(f"token ids must lie in [0, {c.vocab_size})")
-    return picked.long().to(model.device)
+    return _Tokens(picked.long().to(model.device), history)
 
 
 def _all_finite(x: WeightLike) -> bool:
-    """A sum is finite only if every term is (or, rarely, overflows: then look again). In blocks: PyTorch widens a whole one."""
+    """Whether a weight holds neither NaN nor infinity: at memory speed by the CPU kernel, else by sums.
+
+    A sum is finite only if every term is, or, rarely, it overflows: then the terms are looked at. In blocks, since PyTorch
+    would widen a whole tensor.
+    """
     if isinstance(x, QuantizedWeight):
-        return bool(x.scale.isfinite().all())
+        return _all_finite(x.scale)
+    by_kernel = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if by_kernel and x.device.type == "cpu" and x.is_contiguous() and not native.kernels_missing():
+        return bool(torch.ops.gemma4_fast_cpu.all_finite(x, native.isa()))
     blocks = x.reshape(-1).split(1 << 24)
     sums = torch.stack([b.sum(dtype=torch.float32) for b in blocks])
     return bool(sums.isfinite().all()) or all(bool(b.isfinite().all()) for b in blocks)
@@ -135,20 +187,26 @@ class Layered:
     out: Tensor
 
 
+def kinds_of(config: Gemma4Config) -> list[LayerConfig]:
+    """The first layer of each kind, and the donors that these need, in order."""
+    first: dict[object, LayerConfig] = {}
+    for layer in config.layers():
+        first.setdefault(layer.kind, layer)
+    wanted = {c.index for c in first.values()}
+    wanted |= {c.kv_donor for c in first.values() if c.kv_donor is not None}
+    return [config.layer(i) for i in sorted(wanted)]
+
+
 @torch.inference_mode()
-def compare_layers(model: Gemma4, ids: Tensor, layers: Sequence[Layered], whose: str, report: Report) -> None:
-    """All layers on what `whose` layers were given, for one prompt ids [T]: their outputs' errors against the wider reference.
-    It is `whose` error that decides how large ours may be."""
+def compare_layers(model: Gemma4, ids: Tensor, layers: Mapping[int, Layered], whose: str, report: Report) -> None:
+    """Layers by their index, with the donors of those that share KV, on what `whose` layers were given for one prompt ids [T]:
+    their outputs' errors against the wider reference. It is `whose` error that decides how large ours may be."""
     with model.running():
-        tensors = model.state_dict()
-        check = _Check(model, tensors, ids, report)
-        kinds = {c.index for c in (check.config.layers() if report.level == "full" else check._kinds())}
-        step, kv = model.model.step([len(ids)], None), dict[int, tuple[Tensor, Tensor]]()
-        for layer, other in zip(check.config.layers(), layers, strict=True):
-            x, i = other.x, layer.index
+        check = _Check(model, model.state_dict(), _Tokens(ids), report)
+        step, kv = model.model.step([len(ids)], None), cast(reference.KV, {})
+        for i, other in layers.items():
+            layer, x = check.config.layer(i), other.x
             got, _ = model.model.run_layer(i, x, None, step, None, other.ple)
-            if i not in kinds:
-                continue
             w, wide = check._weights(True).layer(i), check.wide
             between = reference.attention_block(w, check.config, layer, x.to(wide), kv)
             ple = None if other.ple is None else other.ple.to(wide)
@@ -160,17 +218,28 @@ def compare_layers(model: Gemma4, ids: Tensor, layers: Sequence[Layered], whose:
 
 
 class _Plan:
-    """Sequences and how they are cut: a prefill, a second chunk, decode steps. Idle sequences have no tokens."""
+    """Sequences and how they are cut: a prefill, a second chunk, decode steps. Idle sequences have no tokens.
 
-    def __init__(self, name: str, sequences: list[Tensor], idle: int = 0) -> None:
-        self.name, self.sequences, self.idle = name, sequences, idle
+    history: so many random keys and values stand before the tokens. There is no prefill then.
+    """
+
+    def __init__(self, name: str, sequences: list[Tensor], steps: int, *, idle: int = 0, history: int = 0) -> None:
+        self.name, self.sequences, self.idle, self.history = name, sequences, idle, history
         shortest = min(s.shape[0] for s in sequences)
-        decode, chunk = min(DECODE, shortest // 3), min(CHUNK, shortest // 3)
-        first = [s.shape[0] - chunk - decode for s in sequences]
+        decode = min(steps, shortest // 3)
+        chunk = shortest - decode if history else min(CHUNK, shortest // 3)
         none = [0] * idle
-        self.pieces: list[tuple[str, list[int]]] = [("prefill", first + none), ("chunk", [chunk] * len(sequences) + none)]
+        self.pieces: list[tuple[str, list[int]]] = [("chunk", [chunk] * len(sequences) + none)]
+        if not history:
+            first = [s.shape[0] - chunk - decode for s in sequences]
+            self.pieces.insert(0, ("prefill", first + none))
         self.pieces += [("decode", [1] * len(sequences) + none)] * decode
         self.counts = {"prefill": 0, "chunk": chunk, "decode": decode}  # of each sequence; prefill: what is left
+
+    @property
+    def room(self) -> int:
+        """Positions of the longest sequence."""
+        return self.history + max(s.shape[0] for s in self.sequences)
 
     def rows(self, piece: int) -> list[slice]:
         """Which rows of a piece's flat tokens belong to each sequence."""
@@ -194,7 +263,7 @@ class _Run:
     plan: _Plan
     before: dict[int, list[Tensor]] = field(default_factory=dict)
     between: dict[int, list[Tensor]] = field(default_factory=dict)
-    after: dict[int, list[Tensor]] = field(default_factory=dict)
+    after: dict[int, dict[int, Tensor]] = field(default_factory=dict)  # by piece, of those that run the feed-forward block
     cut: dict[int, Tensor] = field(default_factory=dict)  # between, of each sequence's newest prefill token alone
     ple: list[Tensor | None] = field(default_factory=list)  # by piece: what all layers get beside the stream
     hidden: list[Tensor] = field(default_factory=list)
@@ -204,53 +273,103 @@ class _Run:
         return torch.cat([x[self.plan.rows(i)[sequence]] for i, x in enumerate(pieces)])
 
 
-Store = dict[int, tuple[Tensor, Tensor]]
-
-
 class _Check:
-    def __init__(self, model: Gemma4, tensors: Mapping[str, Tensor], ids: Tensor, report: Report) -> None:
-        self.model, self.tensors, self.ids, self.report = model, tensors, ids, report
-        self.config, self.text = model.config, model.model
+    def __init__(
+        self,
+        model: Gemma4,
+        tensors: Mapping[str, Tensor],
+        tokens: _Tokens,
+        report: Report,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.model, self.tensors, self.report, self.progress = model, tensors, report, progress
+        self.config, self.text, self.ids = model.config, model.model, tokens.ids
         half = model.dtype in (torch.bfloat16, torch.float16)
         self.wide = torch.float32 if half else torch.float64
-        longest, shorter = (ids.roll(7 * n)[: max(3, min(n, ids.shape[0]))] for n in BATCH)
-        self.plans = [_Plan("", [ids]), _Plan("batch ", [longest, shorter], idle=1)]
+        self.full, self.extent = report.level == "full", EXTENTS[report.level]
+        self.kinds = kinds_of(self.config)
+        self.layers = list(self.config.layers()) if self.full else self.kinds
+        # On a GPU it runs all layers, which takes no time there.
+        self.records = self.full or model.device.type == "cuda"
+        ids, steps = tokens.ids, self.extent.decode
+        longest, shorter = (ids.roll(7 * n)[: max(3, min(n, ids.shape[0]))] for n in self.extent.batch)
+        self.plans = [
+            _Plan("", [ids], steps, history=tokens.history),
+            _Plan("batch ", [longest, shorter], steps, idle=1),
+        ]
+        self.past: dict[int, tuple[Tensor, Tensor]] = {}  # by layer: see `_history`
+        # The weights, edges, embedding, runs, two blocks a layer, the head, and what only some do.
+        self.total = 3 + len(self.kinds) + len(self.plans) + 2 * len(self.layers)
+        self.total += self.records + self.full
+        self.done = 0
 
-    def run(self, level: str, progress: Callable[[int, int], None] | None) -> None:
-        layers = self.config.layers() if level == "full" else self._kinds()
-        for layer in self._kinds():
+    def step(self) -> None:
+        """Counts a step as done."""
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+    def run(self) -> None:
+        for layer in self.kinds:
             self._window_edges(layer)
+            self.step()
         self._embedding()
-        runs = [self._fast(plan, [c.index for c in layers]) for plan in self.plans]
-        # What layers share: K and V, wide and plain, of each plan's sequences.
-        stores: list[list[tuple[Store, Store]]] = [[({}, {}) for _ in plan.sequences] for plan in self.plans]
-        for done, layer in enumerate(layers):
-            for run, store in zip(runs, stores, strict=True):
-                self._attention(layer, run, store)
+        self.step()
+        runs = []
+        for plan in self.plans:
+            runs.append(self._fast(plan, [c.index for c in self.layers]))
+            self.step()
+        stores: tuple[reference.KV, reference.KV] = {}, {}  # what layers share: K and V, wide and plain
+        for layer in self.layers:
+            self._attention(layer, runs, stores)
+            self.step()
             self._feed_forward(layer, runs)
-            if progress is not None:
-                progress(done + 1, len(layers))
+            self.step()
         self._head(runs[0].of(runs[0].hidden, 0))
-        if level == "full" or self.model.device.type == "cuda":  # it runs all layers, which takes no time on a GPU alone
+        self.step()
+        if self.records:
             self._recorded_step()
-        if level == "full":
+            self.step()
+        if self.full:
             self.report.end_to_end = self._end_to_end()
+            self.step()
 
-    def _kinds(self) -> list[LayerConfig]:
-        """The first layer of each kind, and the donors that these need, in order."""
-        first: dict[object, LayerConfig] = {}
-        for layer in self.config.layers():
-            first.setdefault(layer.kind, layer)
-        wanted = {c.index for c in first.values()}
-        wanted |= {c.kv_donor for c in first.values() if c.kv_donor is not None}
-        return [self.config.layer(i) for i in sorted(wanted)]
+    def _history(self, layer: LayerConfig) -> tuple[Tensor, Tensor]:
+        """Random K, V [n, Hkv, D] of the positions before the first plan's tokens, as a cache would hold them. K has the norms
+        of the layer's own keys; where K is rebuilt from V, it is what plain PyTorch rebuilds."""
+        if layer.index not in self.past:
+            n, generator = self.plans[0].history, torch.Generator().manual_seed(layer.index)
+            v = torch.randn(n, layer.num_kv_heads, layer.head_dim, generator=generator)
+            v = v.to(self.model.device, self.model.dtype)
+            source = v if layer.k_eq_v else v.roll(1, 0)
+            self.past[layer.index] = self._rebuilt(layer, source), v
+        return self.past[layer.index]
+
+    def _rebuilt(self, layer: LayerConfig, v: Tensor) -> Tensor:
+        """K = RoPE(w * V) of positions 0, 1, ... from V [n, Hkv, D], in its dtype."""
+        w = self.text.owner(layer.index).k_norm.weight.to(v.dtype)
+        freq = reference.inv_freq(layer, v.dtype, v.device)
+        return reference_ops.cached_sequence(v.shape[0], None, v, None, freq, w)[0]
+
+    def _cache(self, plan: _Plan, indices: Sequence[int]) -> KVCache:
+        """A cache for these layers alone, which holds the plan's history."""
+        batch, history = len(plan.sequences) + plan.idle, plan.history
+        model = self.model
+        cache = KVCache(self.config, batch, plan.room, model.dtype, model.device, only=indices)
+        if history:
+            for i in indices:
+                if (layer := self.config.layer(i)).kv_donor is None:
+                    kv, (k, v) = cache.layer(i), self._history(layer)
+                    at = torch.arange(max(0, history - kv.slots), history, device=v.device)
+                    kv.write(k[at], v[at], kv.rows(torch.zeros_like(at), at))
+            cache.advance([history] * len(plan.sequences) + [0] * plan.idle)
+        return cache
 
     def _fast(self, plan: _Plan, indices: Sequence[int], inputs: Mapping[int, list[Tensor]] | None = None) -> _Run:
         """Layers `indices` on the fast path. Each gets what the one before gave, or, piece by piece, inputs[index]."""
-        run = _Run(plan)
-        batch = len(plan.sequences) + plan.idle
-        cache = self.model.new_cache(batch, max(s.shape[0] for s in plan.sequences))
+        run, cache = _Run(plan), self._cache(plan, indices)
         for piece, (phase, new) in enumerate(plan.pieces):
+            whole = self.extent.every_piece or piece + 1 == len(plan.pieces)
             step = self.text.step(new, cache, decode=phase == "decode")
             x, ple = self.text.embed(plan.ids(piece))
             run.ple.append(ple)
@@ -262,25 +381,28 @@ class _Check:
                     h = None  # the norm at hand is the one that a skipped layer would have taken
                 run.before.setdefault(i, []).append(x)
                 between = run.between.setdefault(i, [])
-                x, h = self.text.run_layer(i, x, h, step, cache, None if ple is None else ple[:, i], between.append)
-                run.after.setdefault(i, []).append(x)
+                if whole:
+                    own = None if ple is None else ple[:, i]
+                    x, h = self.text.run_layer(i, x, h, step, cache, own, between.append)
+                    run.after.setdefault(i, {})[piece] = x
+                else:
+                    x, h = self.text.run_attention(i, x, h, step, cache)[0], None
+                    between.append(x)
             self.text.write_donors(step, cache)
             if phase == "prefill":
-                self._cut(run, indices, step, cache, ple)
+                self._cut(run, indices, step, cache)
             cache.advance(new)
             run.hidden.append(ops.rms_norm(x, self.text.norm.weight, self.config.rms_norm_eps))
         return run
 
-    def _cut(self, run: _Run, indices: Sequence[int], step: Step, cache: KVCache, ple: Tensor | None) -> None:
+    def _cut(self, run: _Run, indices: Sequence[int], step: Step, cache: KVCache) -> None:
         """The layers that share KV, once more on each sequence's newest token alone, as generation runs them."""
         rows = self.text.last_rows(step)
         last = self.text.last_step(step, cache, [n > 0 for n in step.new_lens])
         for i in indices:
             if self.config.layer(i).kv_donor is not None:
-                seen: list[Tensor] = []
-                own = None if ple is None else ple[rows][:, i]
-                self.text.run_layer(i, run.before[i][0][rows], None, last, cache, own, seen.append)
-                run.cut[i] = seen[0]
+                x = run.before[i][0][rows]
+                run.cut[i] = self.text.run_attention(i, x, None, last, cache)[0]
 
     def _weights(self, wide: bool) -> reference.Weights:
         return reference.Weights(self.tensors, dtype=self.wide if wide else None)
@@ -315,46 +437,77 @@ class _Check:
 
         self._add(judge(), judge)
 
-    def _attention(self, layer: LayerConfig, run: _Run, stores: list[tuple[Store, Store]]) -> None:
-        i, plan = layer.index, run.plan
+    def _attention(self, layer: LayerConfig, runs: list[_Run], stores: tuple[reference.KV, reference.KV]) -> None:
+        i = layer.index
         place: dict[str, Any] = dict(layer=i, kind=layer.label)
-        wanted: list[tuple[Tensor, Tensor]] = []  # truth, plain of each sequence
-        for b, store in enumerate(stores):
-            x = run.of(run.before[i], b)
-            both = [
-                reference.attention_block(w.layer(i), self.config, layer, x.to(w["norm.weight"].dtype), kv)
-                for w, kv in zip((self._weights(True), self._weights(False)), store, strict=True)
-            ]
-            wanted.append((both[0], both[1]))
+        sequences = [(run, b) for run in runs for b in range(len(run.plan.sequences))]
+        parts = [run.of(run.before[i], b) for run, b in sequences]
+        lens, x = [len(part) for part in parts], torch.cat(parts)
+        outs = []  # truth and plain, of all sequences at once, so that each matrix is widened once
+        for wide, kv in zip((True, False), stores, strict=True):
+            if layer.kv_donor is None and any(run.plan.history for run in runs):
+                kv[i] = [self._earlier(layer, run.plan.history, wide) for run, _ in sequences]
+            w = self._weights(wide)
+            into = x.to(self.wide) if wide else x
+            out = reference.attention_block(w.layer(i), self.config, layer, into, kv, lens)
+            outs.append(out.split(lens))
+        wanted = list(zip(*outs, strict=True))
 
-        def judge(again: _Run) -> list[Comparison]:
+        def judge(again: list[_Run]) -> list[Comparison]:
             rows: list[Comparison] = []
-            for b, (truth, plain) in enumerate(wanted):
-                rows += self._compare("attention", plan, again.of(again.between[i], b), truth, plain, **place)
-            if i in again.cut:
-                at = [plan.pieces[0][1][b] - 1 for b in range(len(wanted))]
-                truth, plain = (torch.stack([w[k][t] for w, t in zip(wanted, at, strict=True)]) for k in (0, 1))
-                errors = relative_error(again.cut[i][: len(at)], truth), relative_error(plain, truth)
-                rows.append(Comparison("attention", f"{plan.name}newest token alone", *errors, **place))
+            for run in again:
+                own = [w for w, (r, _) in zip(wanted, sequences, strict=True) if r.plan is run.plan]
+                for b, (truth, plain) in enumerate(own):
+                    got = run.of(run.between[i], b)
+                    rows += self._compare("attention", run.plan, got, truth, plain, **place)
+                if i in run.cut:
+                    at = [run.plan.pieces[0][1][b] - 1 for b in range(len(own))]
+                    truth, plain = (torch.stack([w[k][t] for w, t in zip(own, at, strict=True)]) for k in (0, 1))
+                    errors = relative_error(run.cut[i][: len(at)], truth), relative_error(plain, truth)
+                    phase = f"{run.plan.name}newest token alone"
+                    rows.append(Comparison("attention", phase, *errors, **place))
             return rows
 
         indices = [i] if layer.kv_donor is None else [layer.kv_donor, i]
-        self._add(judge(run), lambda: judge(self._fast(plan, indices, {n: run.before[n] for n in indices})))
+
+        def again() -> list[Comparison]:
+            inputs = [{n: run.before[n] for n in indices} for run in runs]
+            pairs = zip(runs, inputs, strict=True)
+            return judge([self._fast(run.plan, indices, given) for run, given in pairs])
+
+        self._add(judge(runs), again)
+
+    def _earlier(self, layer: LayerConfig, history: int, wide: bool) -> tuple[Tensor, Tensor]:
+        """K, V of a sequence's history, for the reference."""
+        k, v = self._history(layer)
+        k, v = k[:history], v[:history]
+        if not wide:
+            return k, v
+        v = v.to(self.wide)
+        return self._rebuilt(layer, v) if layer.k_eq_v else k.to(self.wide), v
 
     def _feed_forward(self, layer: LayerConfig, runs: list[_Run]) -> None:
         """What the runs gave on some of their tokens, and the block alone on different numbers of rows."""
         i, block = layer.index, self.text.layer(layer.index)
-        picked: list[tuple[Tensor, Tensor, Tensor | None, str]] = []  # input, output, PLE [n, .] and phase
+        first, newest = self.extent.first, self.extent.newest
+        # Input, output, PLE [n, .] and phase. At level "quick" most pieces have no output: the first gives tokens.
+        picked: list[tuple[Tensor, Tensor | None, Tensor | None, str]] = []
+        spare = DISTINCT - len(self.plans[0].sequences) - len(self.plans[1].sequences)
         for run in runs:
             for piece, (phase, _) in enumerate(run.plan.pieces):
-                x, y = run.between[i][piece], run.after[i][piece]
-                rows = torch.arange(sum(run.plan.pieces[piece][1]), device=x.device)
-                rows = rows if rows.shape[0] <= FIRST + NEWEST else torch.cat((rows[:FIRST], rows[-NEWEST:]))
-                given = run.ple[piece]
-                picked.append((x[rows], y[rows], None if given is None else given[rows, i], run.plan.name + phase))
+                y = run.after[i].get(piece)
+                if y is None and picked:
+                    continue
+                rows = torch.arange(sum(run.plan.pieces[piece][1]), device=self.ids.device)
+                if y is None:
+                    rows = rows[-spare:]
+                elif rows.shape[0] > first + newest:
+                    rows = torch.cat((rows[:first], rows[-newest:]))
+                x, given = run.between[i][piece][rows], run.ple[piece]
+                ple = None if given is None else given[rows, i]
+                picked.append((x, None if y is None else y[rows], ple, run.plan.name + phase))
         x = torch.cat([p[0] for p in picked])
         ple = None if picked[0][2] is None else torch.cat([cast(Tensor, p[2]) for p in picked])
-        phases = [p[3] for p in picked for _ in range(p[0].shape[0])]
         truth, plain = (
             reference.feed_forward_block(
                 w.layer(i),
@@ -368,41 +521,79 @@ class _Check:
         keep = self._clear_calls(layer, x)[:, None]
         plain = torch.where(keep, plain.to(truth.dtype), truth)  # tokens whose routing is a toss-up count as right
 
+        ends = list(itertools.accumulate((p[0].shape[0] for p in picked), initial=0))
         every = torch.arange(x.shape[0], device=x.device)
+        with_output = [
+            (p[3], every[lo:hi], p[1]) for p, lo, hi in zip(picked, ends, ends[1:], strict=False) if p[1] is not None
+        ]
         # So many rows, these over and over if need be, that the experts take their path for many tokens if they have one.
-        crossover = moe_crossover(x.device, x.dtype)
-        many = torch.arange(1 + (64 if crossover == math.inf else int(crossover)), device=x.device) % x.shape[0]
+        crossover = moe_crossover(x.device, x.dtype) if layer.is_moe else math.inf
+        many = MANY if crossover == math.inf else max(MANY, 1 + int(crossover))
 
         def compare(phase: str, got: Tensor, part: Tensor) -> Comparison:
             settled = torch.where(keep[part], got.to(truth.dtype), truth[part])
             errors = relative_error(settled, truth[part]), relative_error(plain[part], truth[part])
             return Comparison("feed-forward", phase, *errors, layer=i, kind=layer.label)
 
-        def block_alone(rows: int, part: Tensor) -> Tensor:
-            pieces = []
-            for some in part.split(rows):
-                # 0 is added to x: its norms, by the op that makes them.
-                x_out, h, e = block.end_of_attention(torch.zeros_like(x[some]), x[some])
-                pieces.append(block.feed_forward_block(x_out, cast(Tensor, h), e, None if ple is None else ple[some], None)[0])
-            return torch.cat(pieces)
+        def block_alone(part: Tensor) -> Tensor:
+            # 0 is added to x: its norms, by the op that makes them.
+            x_out, h, e = block.end_of_attention(torch.zeros_like(x[part]), x[part])
+            own = None if ple is None else ple[part]
+            return block.feed_forward_block(x_out, cast(Tensor, h), e, own, None)[0]
 
-        def judge(outputs: Callable[[], Tensor]) -> list[Comparison]:
-            got, rows = outputs(), []
-            for phase in dict.fromkeys(phases):
-                part = torch.tensor([p == phase for p in phases], device=x.device)
-                rows.append(compare(phase, got[part], part))
-            for count in ROWS:
-                newest = every[-2 * count :]
-                rows.append(compare(f"{count} rows", block_alone(count, newest), newest))
-            if layer.is_moe:
-                rows.append(compare(f"{many.shape[0]} rows", block_alone(many.shape[0], many), many))
+        def judge(outputs: list[Tensor]) -> list[Comparison]:
+            rows = []
+            for phase in dict.fromkeys(p for p, _, _ in with_output):
+                of_phase = [n for n, (p, _, _) in enumerate(with_output) if p == phase]
+                part = torch.cat([with_output[n][1] for n in of_phase])
+                rows.append(compare(phase, torch.cat([outputs[n] for n in of_phase]), part))
+            for count in (*ROWS, many):  # from the newest back, over and over
+                part = every.flip(0)[torch.arange(count, device=x.device) % x.shape[0]]
+                rows.append(compare(f"{count} rows", block_alone(part), part))
             return rows
 
-        def replay() -> Tensor:
-            """All rows as the runs took them: piece by piece."""
-            return torch.cat([block_alone(len(part), part) for part in every.split([p[0].shape[0] for p in picked])])
+        self._add(
+            judge([y for _, _, y in with_output]),
+            lambda: judge([block_alone(part) for _, part, _ in with_output]),
+        )
+        if layer.is_moe:
+            self._unchosen(layer, x)
 
-        self._add(judge(lambda: torch.cat([p[1] for p in picked])), lambda: judge(replay))
+    def _unchosen(self, layer: LayerConfig, x: Tensor) -> None:
+        """Some of the experts that the router chose for none of the tokens x [T, H]."""
+        w, top_k = self._weights(True).layer(layer.index), self.config.top_k_experts
+        router = w["router.scale"], w["router.proj.weight"], w["router.per_expert_scale"]
+        eps = self.config.rms_norm_eps
+        _, chosen = reference_ops.route_topk(x.to(self.wide), *router, top_k, eps)
+        left = sorted(set(range(self.config.num_experts)) - set(chosen.flatten().tolist()))
+        tokens = min(UNCHOSEN, len(left)) // top_k
+        if not tokens:
+            return
+        spread = [left[n * len(left) // (tokens * top_k)] for n in range(tokens * top_k)]
+        ids = torch.tensor(spread, dtype=torch.int32, device=x.device).view(tokens, top_k)
+        experts = self.text.layer(layer.index).experts
+        e = reference_ops.rms_norm(x[:tokens], None, eps)
+        weights = torch.full(ids.shape, 1 / top_k, device=x.device)
+        weights = weights.to(torch.promote_types(x.dtype, torch.float32))
+        plain_w = self._weights(False).layer(layer.index)
+        truth, plain = (
+            reference_ops.moe(
+                e.to(of["layer_scalar"].dtype),
+                weights,
+                ids,
+                of["experts.gate_up_proj"],
+                of["experts.down_proj"],
+            )
+            for of in (w, plain_w)
+        )
+
+        def judge() -> list[Comparison]:
+            got = ops.moe(e, weights, ids, experts.gate_up_proj, experts.down_proj)
+            errors = relative_error(got, truth), relative_error(plain, truth)
+            place: dict[str, Any] = dict(layer=layer.index, kind=layer.label)
+            return [Comparison("feed-forward", "other experts", *errors, **place)]
+
+        self._add(judge(), judge)
 
     def _clear_calls(self, layer: LayerConfig, x: Tensor, margin: float = CLOSE_CALL) -> Tensor:
         """[T] bool: False where the router's last choice and the runner-up are too close to call: in fp32, by default."""
@@ -448,27 +639,92 @@ class _Check:
             return all(r.ok for r in again())
 
     def _head(self, hidden: Tensor) -> None:
-        """Logits of given hidden states [T, H], and the argmax form, for different numbers of rows."""
-        for rows in (LOGIT_TOKENS, 5, 1):
-            h = hidden[-rows:]
-            truth, plain = (self._reference_logits(h, wide) for wide in (True, False))
-            errors = relative_error(self.model.logits(h), truth), relative_error(plain, truth)
-            row = Comparison("logits", f"{h.shape[0]} rows", *errors)
-            self._note(row, "logits")
-            # A greedy choice is right if the truth's logit there is the largest, within what plain PyTorch loses.
-            ids = self.model.logits(h, argmax=True)
-            missed, allowed = math.inf, (plain.to(truth.dtype) - truth).abs().max().item()
-            if int(ids.min()) >= 0 and int(ids.max()) < truth.shape[1]:
-                missed = (truth.amax(-1) - truth.gather(-1, ids[:, None]).squeeze(-1)).max().item()
-            scale = truth.abs().max().item() + 1e-30
-            row = Comparison("greedy choice", f"{h.shape[0]} rows", missed / scale, allowed / scale)
-            self._note(row, "logits")
-            if rows < LOGIT_TOKENS:  # a quarter of a million logits are sorted for each
-                self._draws(h, truth, allowed)
+        """Logits of given hidden states [T, H], the argmax form, and draws, for different numbers of rows.
 
-    def _draws(self, h: Tensor, truth: Tensor, allowed: float) -> None:
-        """Tokens drawn from hidden states h [T, H] with these logits, where rounding decides only between tokens that are as
-        likely within what plain PyTorch loses of a logit."""
+        The one that runs alone is the one whose choice is clearest: a wrong one cannot pass for rounding.
+        """
+        head, most = self.model.head, min(self.extent.logits, hidden.shape[0])
+        hidden = hidden[-most:]
+        if self.full or len(head) <= SAMPLED_FROM:
+            self._judge_head(hidden, head, (most, 5, 1))
+            return
+        fast, best = self.model.logits(hidden), self.model.logits(hidden, argmax=True)
+        one = self._clearest(fast)
+        h = hidden[one]
+        fast_one, best_one = self.model.logits(h), self.model.logits(h, argmax=True)
+        truth_of_one, plain_of_one = self._both_logits(h, head)
+        ids = self._sample([fast, fast_one, truth_of_one], [best, best_one])
+        table = head.index_select(0, ids)
+        truth, plain = self._both_logits(hidden, table)
+        self._judge_logits(f"{most} rows", fast[:, ids], truth, plain)
+        there = (best >= 0) & (best < len(head))
+        place = torch.searchsorted(ids, best.clamp(min=0, max=len(head) - 1))
+        place = torch.where(there, place, -1)
+        self._judge_choice(f"{most} rows", place, truth, self._allowed(truth, plain))
+        self._judge_head(hidden, table, (5,))
+        # Of one token the logits are known over the whole vocabulary, and so is how it is drawn.
+        self._judge_logits("1 rows", fast_one, truth_of_one, plain_of_one)
+        allowed = self._allowed(truth_of_one, plain_of_one)
+        self._judge_choice("1 rows", best_one, truth_of_one, allowed)
+        self._draws(h, truth_of_one, allowed, head, filters=False)
+
+    @staticmethod
+    def _clearest(logits: Tensor) -> slice:
+        """The row of logits [T, V] whose largest is furthest above the next."""
+        top = logits.topk(min(2, logits.shape[1]), dim=-1).values
+        row = int((top[:, 0] - top[:, -1]).argmax())
+        return slice(row, row + 1)
+
+    def _judge_head(self, hidden: Tensor, table: WeightLike, counts: Sequence[int]) -> None:
+        """All of it over a table [V, H]: the head, or some of its rows."""
+        truth, plain = self._both_logits(hidden, table)
+        softcap = self.config.final_logit_softcapping
+        for n in counts:
+            rows = self._clearest(truth) if n == 1 else slice(-n, None)
+            h, t, p = hidden[rows], truth[rows], plain[rows]
+            phase, allowed = f"{h.shape[0]} rows", self._allowed(t, p)
+            self._judge_logits(phase, ops.logits(h, table, softcap), t, p)
+            self._judge_choice(phase, ops.logits(h, table, softcap, True), t, allowed)
+            if n <= 5:  # a quarter of a million logits are sorted for each
+                self._draws(h, t, allowed, table)
+
+    def _sample(self, logits: Sequence[Tensor], ids: Sequence[Tensor]) -> Tensor:
+        """Ids of some rows of the head, in order: runs spread over it, what these logits [T, V] say is likeliest, these ids."""
+        vocab = len(self.model.head)
+        starts = torch.linspace(0, vocab - RUN, RUNS, dtype=torch.float64).long()
+        runs = (starts[:, None] + torch.arange(RUN)).to(self.ids.device)
+        likely = [y.topk(CANDIDATES, dim=-1).indices for y in logits]
+        found = torch.cat([part.flatten() for part in (runs, *likely, *ids)]).unique()
+        return found[(found >= 0) & (found < vocab)]
+
+    def _judge_logits(self, phase: str, got: Tensor, truth: Tensor, plain: Tensor) -> None:
+        errors = relative_error(got, truth), relative_error(plain, truth)
+        self._note(Comparison("logits", phase, *errors), "logits")
+
+    @staticmethod
+    def _allowed(truth: Tensor, plain: Tensor) -> float:
+        """What plain PyTorch loses of a logit at most."""
+        return (plain.to(truth.dtype) - truth).abs().max().item()
+
+    def _judge_choice(self, phase: str, chosen: Tensor, truth: Tensor, allowed: float) -> None:
+        """A greedy choice is right if the truth's logit there is the largest, within what plain PyTorch loses. chosen [T]:
+        columns of truth [T, V]."""
+        missed, scale = math.inf, truth.abs().max().item() + 1e-30
+        if int(chosen.min()) >= 0 and int(chosen.max()) < truth.shape[1]:
+            missed = (truth.amax(-1) - truth.gather(-1, chosen[:, None]).squeeze(-1)).max().item()
+        self._note(Comparison("greedy choice", phase, missed / scale, allowed / scale), "logits")
+
+    def _draws(
+        self,
+        h: Tensor,
+        truth: Tensor,
+        allowed: float,
+        table: WeightLike,
+        *,
+        filters: bool = True,
+    ) -> None:
+        """Tokens drawn from hidden states h [T, H] with these logits over a table, where rounding decides only between tokens
+        that are as likely within what plain PyTorch loses of a logit. filters: those by top_p and min_p, and of two, too."""
         rows, vocab, scale = *truth.shape, truth.abs().max().item() + 1e-30
         row, hot = torch.arange(rows, device=h.device), 1e12  # so hot that all that stay are as likely
         if vocab < 3:  # a top_k of all is none
@@ -489,8 +745,8 @@ class _Check:
             ("by top_p", Sampling(apart, top_k=2, top_p=0.4), late, torch.zeros_like(row)),
             ("by min_p", Sampling(apart, top_k=2, min_p=1.0), late, torch.zeros_like(row)),
         ]
-        for what, sampling, uniform, wanted in plan:
-            got = self.model.choose(h, sampling, uniform.float())
+        for what, sampling, uniform, wanted in plan if filters else plan[:2]:
+            got = ops.sample(h, table, *self.model._draw(sampling, uniform.float()))
             missed = math.inf
             if sampling.top_k == 0:
                 missed = 0.0 if torch.equal(got, wanted) else math.inf
@@ -536,10 +792,15 @@ class _Check:
         """Different ones, that are no edges."""
         return (torch.arange(rows, device=self.model.device, dtype=torch.float32) + 0.5) / rows
 
-    def _reference_logits(self, hidden: Tensor, wide: bool) -> Tensor:
+    def _both_logits(self, hidden: Tensor, table: WeightLike) -> tuple[Tensor, Tensor]:
+        """The truth, and what plain PyTorch makes of it."""
+        truth = self._reference_logits(hidden, table, wide=True)
+        return truth, self._reference_logits(hidden, table, wide=False)
+
+    def _reference_logits(self, hidden: Tensor, table: WeightLike, wide: bool) -> Tensor:
         w, hidden = self._weights(wide), hidden.to(self.wide) if wide else hidden
-        blocks = [F.linear(hidden, w.widened(cast(Tensor, block))) for block in self.model.head.split(16384)]
-        return reference.softcap(torch.cat(blocks, -1), self.config)
+        logits = F.linear(hidden, w.matrix(cast(Tensor, table)))
+        return reference.softcap(logits, self.config)
 
     def _end_to_end(self) -> EndToEnd:
         plan, n = self.plans[0], min(LOGIT_TOKENS, self.ids.shape[0])

@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from gemma4_fast import native
-from gemma4_fast.config import Gemma4Config
+from gemma4_fast.config import HUB_IDS, Gemma4Config, preset_name
 from gemma4_fast.errors import CheckpointError
-from gemma4_fast.files import one_line, path_text, read_json
+from gemma4_fast.files import NO_GGUF, foreign, one_line, path_text, read_json
 from gemma4_fast.sampling import Sampling
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -81,8 +81,15 @@ def resolve(
         raise CheckpointError(f"{text!r}: there is no such user") from e
     if path.is_dir():
         return path
+    if text.lower().endswith("gguf"):
+        raise CheckpointError(f"{text}: this package {NO_GGUF}")
     if path.exists():
         raise CheckpointError(f"{path} is a file; a checkpoint is the folder that holds config.json")
+    if (preset := preset_name(text)) is not None:
+        raise CheckpointError(
+            f"{text!r} is a preset, the shape of a published model without weights. For the "
+            f"weights give a hub id, such as {HUB_IDS[preset]}, or the folder that you have them in"
+        )
     if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
         raise CheckpointError(f"{text!r}: no such folder (a hub id looks like org/name, the packaged model is 'tiny')")
     if on_download is not None:
@@ -158,6 +165,8 @@ def read_headers(folder: Path) -> dict[str, Stored]:
 def _nothing_to_load(folder: Path) -> str:
     if not folder.is_dir():
         return "no such folder"
+    if (what := foreign(folder)) is not None:
+        return what
     files = sorted(p.name for p in folder.iterdir() if p.is_file())
     if any(f.endswith((".bin", ".pt", ".pth", ".ckpt")) for f in files):
         return f"holds pickled weights but no {SINGLE}; this package never unpickles, so use a safetensors release"
@@ -300,7 +309,7 @@ def dummy(model: nn.Module, seed: int = 0) -> None:
         for name, t in model.state_dict().items():
             if t.is_meta:
                 raise ValueError(f"{name} is on the meta device; call model.to_empty(device=...) first")
-            mean, std = _dummy_scale(name, t, per_layer)  # type: ignore[arg-type]
+            mean, std = dummy_scale(name, t, per_layer)  # type: ignore[arg-type]
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()  # hash() changes from process to process
             generator = torch.Generator(t.device).manual_seed(int.from_bytes(digest[:7], "little"))
             for part in t.split(max(1, _CHUNK // max(1, math.prod(t.shape[1:])))):  # rows, so any stride will do
@@ -311,7 +320,7 @@ def dummy(model: nn.Module, seed: int = 0) -> None:
                     part.copy_(noise.normal_(mean, std, generator=generator))
 
 
-def _dummy_scale(name: str, t: torch.Tensor, per_layer: int) -> tuple[float, float]:
+def dummy_scale(name: str, t: torch.Tensor, per_layer: int) -> tuple[float, float]:
     """(mean, std). Inputs have unit scale, so a linear layer [N, K] has std K^-0.5; so have experts and tables, as
     the embedding is multiplied by sqrt(H)."""
     if name.endswith(("q_norm.weight", "k_norm.weight")):  # q.k is not divided by sqrt(D)

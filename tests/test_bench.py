@@ -482,6 +482,9 @@ def test_ctrl_c_keeps_what_is_done(run: Run, tmp_path: Path, monkeypatch: pytest
         (("ops", "--dtype", "int8"), "dtype must be"),
         (("model", "--config", "27b"), "unknown config"),
         (("model", "--peers", "vlm"), "unknown peer 'vlm'"),
+        (("model", "--busy", "0"), "whole number"),
+        (("ops", "--op", "rms_norm", "--quantize", "int8"), "holds weights"),
+        (("cache", "--backend", "avx"), "unknown backend"),
         (("model", "--prompt", "300K"), "exceed this model's 262144 positions"),
         (("model", "--layers", "99"), "num_layers"),
         (("model", "--model", "tiny", "--layers", "2"), "a --model runs as it is"),
@@ -878,7 +881,8 @@ def test_a_slow_contender_has_fewer_turns(run: Run, fakes: None, monkeypatch: py
     (once,) = [r for r in made if r.contender == "lame" and r.params["phase"] == "prefill"]
     assert once.time_us is not None and once.time_us.samples == 1 and "its first run counts" in once.message
     (deep,) = [r for r in made if r.contender == "lame" and r.params["depth"]]
-    assert deep.time_us is not None and deep.time_us.samples == 4 * 3  # only the run that fills the cache is slow
+    # Only the run that fills the cache is slow; the others agree, so that three of them are enough.
+    assert deep.time_us is not None and deep.time_us.samples == model.AGREEING * 3
 
 
 def gone(pid: str) -> bool:
@@ -942,7 +946,7 @@ def test_peers_that_do_not_fit_together_run_one_at_a_time(
     assert code == 0, err
     made = [Row.from_dict(json.loads(line)) for line in out.splitlines()]
     by_name = {(r.contender, r.params["phase"]): r for r in made if r.kind == "model"}
-    assert "started anew for each round" in by_name["gemma4-fast", "prefill"].message
+    assert "not loaded beside the others" in by_name["gemma4-fast", "prefill"].message
     assert all(r.time_us is not None and r.time_us.samples == 2 for r in by_name.values())
 
 
@@ -965,11 +969,7 @@ def test_transformers_runs_the_same_model(run: Run) -> None:
                          "--peers", "transformers,vllm", "--json", "--quiet", "--check", "off")  # fmt: skip
     made = [r for r in (Row.from_dict(json.loads(line)) for line in out.splitlines()) if r.kind == "model"]
     theirs = [r for r in made if r.contender.startswith("transformers")]
-    assert code == 0 and {r.contender for r in theirs} == {
-        "transformers grouped_mm",
-        "transformers eager",
-        "transformers batched_mm",
-    }
+    assert code == 0 and {r.contender for r in theirs} == {"transformers grouped_mm", "transformers eager"}
     for row in theirs:
         assert row.status == "ok", row.message
         apart = re.search(r"log-probabilities within ([\d.e-]+) of gemma4-fast's", row.message)
@@ -1026,10 +1026,10 @@ def test_asking_for_more_memory_than_there_is_raises() -> None:
 
 def test_the_readmes_figures_are_rows(run: Run) -> None:
     root = Path(__file__).resolve().parent.parent
-    files = [str(file) for name in ("standard", "model") for file in sorted(root.glob(f"bench/results/*/{name}.jsonl"))]
+    files = [str(file) for name in ("model", "standard") for file in sorted(root.glob(f"bench/results/*/{name}.jsonl"))]
     code, out, _ = run("report", "--markdown", *files)
     readme = (root / "README.md").read_text(encoding="utf-8")
-    start, end = "model.jsonl; held by a test -->\n", "<!-- end -->"
+    start, end = "standard.jsonl; held by a test -->\n", "<!-- end -->"
     assert code == 0 and readme[readme.index(start) + len(start) : readme.index(end)].strip() == out.strip()
     for row in (row for file in files for row in rows.read(file)):
         assert row.machine["cpu"] and row.versions["torch"]

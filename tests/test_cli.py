@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma4_fast import Gemma4, Gemma4Config, __version__, cli, demo, ops, terminal
+from gemma4_fast.arguments import CHECKS
 from gemma4_fast.chat import Chat, Conversation, Interrupt
 from gemma4_fast.cli import main
 from gemma4_fast.generate import Generation
@@ -98,8 +99,53 @@ def test_generate_reads_stdin_and_files(run: Run, tmp_path: Path) -> None:
     options = ("--max-new-tokens", "5", "--temperature", "0", "--check", "off")
     want = run("generate", PROMPT, *options)[1]
     assert run("generate", *options, stdin=PROMPT + "\n")[1] == want
+    assert run("generate", "-", *options, stdin=PROMPT + "\n")[1] == want
     (tmp_path / "prompt.txt").write_text(PROMPT + "\n")
     assert run("generate", "--prompt-file", str(tmp_path / "prompt.txt"), *options)[1] == want
+
+
+def test_unquoted_words_form_one_prompt(run: Run) -> None:
+    options = ("--max-new-tokens", "5", "--temperature", "0", "--check", "off", "--json")
+    first, *rest = PROMPT.split()
+    for argv in ([first, *rest, *options], [*options, first, *rest], [first, *options, *rest]):
+        assert json.loads(run("generate", *argv)[1])["prompt"] == PROMPT
+
+
+def test_new_tokens_are_clamped_to_the_context(run: Run) -> None:
+    prompt = "word " * 900
+    options = ("--max-new-tokens", "5000", "--check", "off", "--seed", "1")
+    code, out, err = run("generate", prompt, *options, "--json")
+    data = json.loads(out)
+    assert code == 0 and data["prompt_tokens"] + data["max_new_tokens"] == 1024
+    assert "--max-new-tokens 5000 exceeds" in err and err.count("\n") == 1
+
+
+def test_generate_says_that_its_text_was_cut(run: Run) -> None:
+    err = run("generate", PROMPT, "--max-new-tokens", "2", "--check", "off", "--seed", "1")[2]
+    assert "cut off after 2 tokens (--max-new-tokens)" in err
+
+
+@pytest.mark.parametrize(
+    "options, check",
+    [
+        ((), True),
+        (("--check", "auto"), True),
+        (("--check", "quick"), "quick"),
+        (("--check", "full"), "full"),
+        (("--check", "off"), False),
+        (("--no-check",), False),
+    ],
+)
+def test_check_options(options: tuple[str, ...], check: bool | str) -> None:
+    for command in ("generate", "chat", "demo"):
+        args = cli.parser(cli.COMMANDS).parse_args([command, *options])
+        assert CHECKS[args.check] is check or CHECKS[args.check] == check
+
+
+@pytest.mark.parametrize("options, checked", [(("--no-check",), False), ((), True)])
+def test_no_check_skips_the_check(options: tuple[str, ...], checked: bool, run: Run) -> None:
+    out = run("generate", PROMPT, "--max-new-tokens", "2", "--json", *options)[1]
+    assert (json.loads(out)["check"] is not None) is checked
 
 
 def test_generate_stops_before_a_stop_string(run: Run) -> None:
@@ -236,6 +282,12 @@ def test_info_of_tiny_and_of_presets(run: Run) -> None:
         assert run("info", "--model", preset)[0] == 0
 
 
+@pytest.mark.parametrize("name", ["26b", "26B-A4B", "gemma-4-26b-a4b-it"])
+def test_info_takes_short_names(name: str, run: Run) -> None:
+    found = json.loads(run("info", "--model", name, "--json", "--device", "cpu")[1])
+    assert found["shape"]["member"] == "26b-a4b"
+
+
 def test_demo_json(run: Run) -> None:
     code, out, _ = run("demo", "--json", "--max-new-tokens", "5")
     data = json.loads(out)
@@ -253,17 +305,22 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no such model": (["generate", "x", "--model", "./nowhere"], "nowhere"),
     "almost tiny": (["generate", "x", "--model", "tinny"], "did you mean tiny"),
     "a preset has no weights": (["generate", "x", "--model", "26b-a4b"], "26b-a4b"),
-    "unknown preset": (["info", "--model", "27b"], "26b-a4b"),
+    "unknown preset": (["info", "--model", "27b"], "26b-a4b, 31b"),
+    "almost a preset": (["info", "--model", "26b-a4"], "did you mean 26b-a4b?"),
+    "a short preset": (["generate", "x", "--model", "26b"], "google/gemma-4-26B-A4B-it"),
     "unknown backend": (["generate", "x", "--backend", "fast"], "unknown backend"),
     "backend that cannot run here": (["generate", "x", "--backend", "triton"], "needs a GPU"),
     "cuda without GPU": (["generate", "x", "--device", "cuda:9"], "not there"),
-    "bad device": (["generate", "x", "--device", "gpu"], "device"),
+    "a GPU by another name": (["generate", "x", "--device", "gpu"], "is cuda"),
+    "bad device": (["generate", "x", "--device", "what"], "expected cpu, cuda"),
     "bad dtype": (["check", "--dtype", "int4"], "dtype"),
     "empty prompt": (["generate", ""], "empty"),
     "empty stdin": (["generate"], "empty"),
     "no tokens": (["generate", "x", "--max-new-tokens", "0"], "max-new-tokens"),
     "not a number": (["generate", "x", "--max-new-tokens", "many"], "many"),
-    "too many tokens": (["generate", "x", "--max-new-tokens", "5000"], "1024"),
+    "two prompts": (["generate", "x", "--prompt-file", "y"], "--prompt-file"),
+    "context beyond the model": (["info", "--context", "1M"], "1024"),
+    "unknown option after words": (["generate", "x", "--seed", "1", "y", "--colour"], "colour"),
     "too long a prompt": (["generate", "word " * 3000], "1024"),
     "negative temperature": (["generate", "x", "--temperature", "-1"], "temperature"),
     "top-p of zero": (["generate", "x", "--top-p", "0"], "top_p"),
@@ -289,9 +346,9 @@ def test_broken_checkpoints_are_one_clear_line(run: Run, copied: Path) -> None:
     for damage, word in (
         (lambda: (copied / "model.safetensors").write_bytes(weights[:-1000]), "model.safetensors"),
         (lambda: (copied / "model.safetensors").unlink(), "safetensors"),
+        (lambda: (copied / "tokenizer.json").write_text("{"), "tokenizer.json"),
         (lambda: (copied / "config.json").write_text("{,"), "config.json"),
         (lambda: (copied / "config.json").unlink(), "config.json"),
-        (lambda: (copied / "tokenizer.json").write_text("{"), "tokenizer.json"),
     ):
         damage()
         code, out, err = run("generate", PROMPT, "--model", str(copied))

@@ -455,3 +455,97 @@ def test_the_command_line_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert cli.main(["info", "--model", "26b-a4b", "--quantize", "int4"]) == 0
     assert "memory in int4" in capsys.readouterr().out
+
+
+# ---- the way back ----
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_kernel_dequantizes_to_the_bits_that_pytorch_does(dtype: torch.dtype, bits: int, isa: str) -> None:
+    require_native()
+    if isa not in native.isas():
+        pytest.skip(f"this processor has no {isa}")
+    shapes = (((1, 1), 1), ((31, 33), 1), ((34, 97), 2), ((48, 64), 3), ((110, 1055), 2))
+    for (n, k), parts in shapes:
+        for size in (1.0, 1e-5, 1e-9):  # scales of fp16's normal and subnormal numbers, and 0
+            w = torch.randn(n, k, generator=torch.Generator().manual_seed(n)) * size
+            whole = QuantizedWeight.of(w, bits, parts)
+            for first, end in {(0, n), (n // 3, n), (0, (n + 1) // 2), (n // 2, n // 2 + 1)}:
+                view = whole[first:end]
+                want = view._values(torch.arange(end - first), dtype)
+                with use_backend("cpu", isa=isa):
+                    assert torch.equal(view.dequantize(dtype), want)
+                    out = torch.full((end - first, k), math.nan, dtype=dtype)
+                    view._to(out)
+                assert torch.equal(out, want)
+
+
+def test_the_kernel_dequantizes_rows_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_native()
+    weight = QuantizedWeight.of(torch.ones(20, 64), 8)
+    op = torch.ops.gemma4_fast_cpu.dequantize_rows
+    for out, first, n, parts, why in (
+        (torch.ones(3, 64), 18, 20, 1, "rows"),
+        (torch.ones(3, 64), 0, 60, 1, "another shape"),
+        (torch.ones(3, 65), 0, 20, 1, "another shape"),
+        (torch.ones(3, 64), 0, 20, 3, "rows"),
+    ):
+        with pytest.raises(RuntimeError, match=why):
+            op(weight.data, weight.scale, out, first, n, parts, 0)
+    experts = QuantizedWeight.of(torch.randn(3, 20, 64), 4)
+    want = torch.stack([experts[e]._values(torch.arange(20), torch.float32) for e in range(3)])
+    monkeypatch.setattr(QuantizedWeight, "_values", None)  # it is the kernel that does it
+    assert torch.equal(experts.dequantize(torch.float32), want)
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_finds_what_is_not_finite(dtype: torch.dtype, isa: str) -> None:
+    require_native()
+    if isa not in native.isas():
+        pytest.skip(f"this processor has no {isa}")
+    assert native.kernels_missing() is None
+    op, number = torch.ops.gemma4_fast_cpu.all_finite, list(native.ISAS).index(isa)
+    largest = torch.finfo(dtype).max
+    for size in (1, 5, 4097, (1 << 18) + 3):
+        x = torch.randn(size).to(dtype)
+        x[size // 2] = -largest
+        assert op(x, number)
+        for bad in (math.nan, math.inf, -math.inf):
+            for at in {0, size // 2, size - 1}:
+                y = x.clone()
+                y[at] = bad
+                assert not op(y, number)
+
+
+@pytest.mark.parametrize("bits", [0, *BITS])
+def test_a_product_in_blocks_is_the_product(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = torch.randn(70, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    w: Any = QuantizedWeight.of(dense, bits, 2) if bits else dense
+    x = torch.randn(3, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    whole = F.linear(x, w.to(torch.float64))
+    most = []
+    right = F.linear
+
+    def noted(x: Tensor, w: Tensor) -> Tensor:
+        most.append(w.numel())
+        return right(x, w)
+
+    monkeypatch.setattr(quant, "_BLOCK", 1000)
+    monkeypatch.setattr(quant.F, "linear", noted)
+    found = quant.linear_in_blocks(x, w)
+    assert torch.allclose(found, whole, rtol=1e-14, atol=1e-14)
+    assert max(most) <= 1000 and sum(most) == dense.numel()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_are_taken_as_they_are_stored(bits: int) -> None:
+    w = QuantizedWeight.of(torch.randn(70, 96), bits, 2)
+    ids = torch.tensor([69, 0, 34, 35, 3])
+    taken = w.index_select(0, ids)
+    whole = w.dequantize(torch.float32)
+    assert torch.equal(taken.dequantize(torch.float32), whole[ids]) and taken.is_contiguous()
+    view = w[10:].index_select(0, torch.tensor([0, 59]))
+    assert torch.equal(view.dequantize(torch.float32), whole[[10, 69]])
+    with pytest.raises(ValueError, match="along axis 0"):
+        w.index_select(1, ids)

@@ -16,7 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "cuda_build": set(),
     "native": {"cuda_build"},
     "quant": {"native"},
-    "reference": {"reference", "config"},
+    "reference": {"reference", "config", "quant"},
     "ops": {"ops", "reference", "errors", "native", "quant"},
     "cache": {"config", "native"},
     "layers": {"ops", "cache", "config", "quant"},
@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "bench": LOW
     | {"bench", "reference", "ops", "cache", "layers", "memory", "model", "terminal", "explain"}
     | {"weights", "quant"},
-    "verify": {"ops", "cache", "config", "graph", "layers", "edges", "report", "reference", "quant", "sampling"},
+    "verify": {"ops", "cache", "config", "graph", "layers", "edges", "report", "reference"} | {"native", "quant", "sampling"},
+    "verdicts": {"native", "ops", "layers"},
     "integrations": {
         "integrations",
         "ops",

@@ -310,7 +310,7 @@ def test_a_template_may_refuse_and_messages_are_checked(tmp_path: Path) -> None:
         ([{"role": "user", "content": "x"}, "y"], "message 1 must be"),
         ([{"role": 1, "content": "x"}], "role must be text"),
         ([{"role": "user", "content": None}], "content must be text"),
-        ([{"role": "user", "content": [image]}], "content must be text"),
+        ([{"role": "user", "content": [image]}], "message 0 holds an image"),
     ):
         with pytest.raises(ValueError, match=words):
             tok.apply_chat_template(bad)  # type: ignore[arg-type]

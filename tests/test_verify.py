@@ -14,10 +14,13 @@ import torch
 from family import MEMBERS, fast_model
 
 from gemma4_fast import Gemma4, SelfCheckError, ops, verify
+from gemma4_fast.cache import LayerCache
 from gemma4_fast.layers import Text
 from gemma4_fast.ops import torch_backend
+from gemma4_fast.reference import model as reference_model
 from gemma4_fast.reference import ops as reference
 from gemma4_fast.report import Comparison, Report
+from gemma4_fast.verify import _Check, _Tokens
 
 
 @pytest.fixture(autouse=True)
@@ -498,3 +501,183 @@ def test_wrong_rope_frequencies_are_seen() -> None:
     model.model._inv_freq[True, device, torch.float32] = wrong
     first = verify(model).first_wrong
     assert first is not None and first.layer == 0 and first.what == "attention"
+
+
+# ---- the quick level: few tokens, few experts, a sample of the head ----
+@pytest.fixture(scope="module")
+def large_head() -> Gemma4:
+    """A head that is sampled."""
+    config = dataclasses.replace(fast_model("12b").config, vocab_size=40_000)
+    model = Gemma4.dummy(config, dtype="float32", device="cpu")
+    assert verify(model).ok
+    return model
+
+
+def _sampled(model: Gemma4) -> set[int]:
+    """Rows of the head that are judged for where they lie alone."""
+    check = _Check(model, model.state_dict(), _Tokens(torch.arange(5)), verify(model))
+    return set(check._sample([], []).tolist())
+
+
+@pytest.mark.parametrize("level", ["quick", "full"])
+def test_a_large_head_is_judged(level: str, large_head: Gemma4) -> None:
+    with broken("logits", _no_softcap):
+        first = verify(large_head, level=level).first_wrong
+    assert first is not None and first.what == "logits" and first.op == "logits [torch]"
+    with broken("logits", _argmax_off_by_one):
+        first = verify(large_head, level=level).first_wrong
+    assert first is not None and first.what == "greedy choice"
+
+
+@pytest.mark.parametrize("by", [50.0, -50.0])
+def test_a_row_of_the_head_outside_the_sample_that_decides_is_found(by: float, large_head: Gemma4) -> None:
+    """One that reaches the argmax, and one that should have."""
+    seen: list[int] = []
+
+    def noted(x: torch.Tensor, weight: Any, softcap: Any, argmax: bool) -> torch.Tensor:
+        out = torch_backend.logits(x, weight, softcap, argmax)
+        if argmax and x.shape[0] == 1 and weight.shape[0] == 40_000:
+            seen.extend(out.tolist())
+        return out
+
+    with broken("logits", noted):
+        assert verify(large_head).ok
+    sample = _sampled(large_head)
+    row = seen[0] if by < 0 else next(i for i in range(20_000, 40_000) if i not in sample)
+    assert row not in sample
+
+    def wrong(x: torch.Tensor, weight: Any, softcap: Any, argmax: bool) -> torch.Tensor:
+        y = torch.nn.functional.linear(x, weight)
+        if weight.shape[0] == 40_000:
+            y[:, row] += by
+        if argmax:
+            return y.argmax(-1)
+        return y if softcap is None else softcap * torch.tanh(y / softcap)
+
+    with broken("logits", wrong):
+        report = verify(large_head)
+    assert not report.ok and {c.what for c in report.comparisons if not c.ok} <= {
+        *("logits", "greedy choice", "drawn token"),
+    }
+
+
+def test_an_expert_that_no_token_chose_is_run(tiny_fp32: Gemma4) -> None:
+    """With one token as the prompt's every token, few experts are chosen; the fault is in the others."""
+    chosen: set[int] = set()
+    right = torch_backend.moe_decode
+
+    def noted(x: Any, weights: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if weights.unique().numel() > 1:  # the router's
+            chosen.update(ids.flatten().tolist())
+        return right(x, weights, ids, *rest)
+
+    config = dataclasses.replace(fast_model("26b-a4b").config, num_experts=64)
+    model = Gemma4.dummy(config, dtype="float32", device="cpu")
+    ids = [7] * 20
+    with broken("moe_decode", noted):
+        assert verify(model, input_ids=ids).ok
+    left = torch.tensor(sorted(set(range(64)) - chosen))
+    assert len(left) > 16
+
+    def wrong(x: Any, weights: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        out = right(x, weights, ids, *rest)
+        return out * torch.where(torch.isin(ids.long(), left).any(-1, keepdim=True), 1.1, 1.0)
+
+    with broken("moe_decode", wrong):
+        report = verify(model, input_ids=ids)
+    wrongs = {c.phase for c in report.comparisons if not c.ok}
+    assert wrongs == {"other experts"}
+    assert all(c.op == "moe_decode [torch]" for c in report.comparisons if not c.ok)
+
+
+def test_quick_projects_few_tokens_and_crosses_the_rings_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = dataclasses.replace(fast_model("12b").config, sliding_window=256)
+    model = Gemma4.dummy(config, dtype="float32", device="cpu")
+    rows: list[int] = []
+    positions: set[int] = set()
+    step = Text.step
+
+    def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        rows.append(x.shape[0])
+        return torch_backend.linear(x, weight)
+
+    def noted(self: Text, *args: Any, **options: Any) -> Any:
+        made = step(self, *args, **options)
+        positions.update(made.positions.tolist())
+        return made
+
+    monkeypatch.setattr(Text, "step", noted)
+    with broken("linear", linear):
+        report = verify(model)
+    assert report.ok and 0 < sum(rows) < 250
+    assert {0, 250, 255, 256, 260} <= positions
+
+
+def test_a_ring_that_forgets_at_its_end_is_found() -> None:
+    """Slots that are counted from one position too late, once a sequence has gone round."""
+    model = fast_model("12b")
+    right = LayerCache.rows
+
+    def wrong(self: LayerCache, sequence: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        return right(self, sequence, position + (position >= self.slots).long())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerCache, "rows", wrong)
+        report = verify(model)
+    assert not report.ok and any(c.what == "attention" for c in report.comparisons if not c.ok)
+
+
+def test_only_checked_layers_get_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gemma4_fast import cache
+
+    made: list[int] = []
+    right = cache.allocate
+
+    def noted(layer: Any, *args: Any) -> Any:
+        made.append(layer.index)
+        return right(layer, *args)
+
+    monkeypatch.setattr(cache, "allocate", noted)
+    assert verify(fast_model("31b")).ok
+    assert set(made) == {0, 5}
+
+
+def test_progress_has_a_total(tiny: Gemma4) -> None:
+    for level in ("quick", "full"):
+        told: list[tuple[int, int]] = []
+
+        def tell(done: int, total: int, told: list[tuple[int, int]] = told) -> None:
+            told.append((done, total))
+
+        verify(tiny, level=level, progress=tell)
+        total = told[0][1]
+        assert told == [(n + 1, total) for n in range(total)]
+
+
+def test_the_reference_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gemma4_fast import quant
+
+    model, dtype = fast_model("26b-a4b"), torch.float64
+    ids = torch.arange(3, 23)
+    whole = reference_model.forward(model.state_dict(), model.config, ids, dtype=dtype)
+    monkeypatch.setattr(reference_model, "SMALL", 100)
+    monkeypatch.setattr(quant, "_BLOCK", 1000)
+    found = reference_model.forward(model.state_dict(), model.config, ids, dtype=dtype)
+    assert torch.allclose(found, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_the_reference_goes_on_from_earlier_keys_and_values() -> None:
+    """Sequences in two parts, and several at once, as each alone."""
+    model = fast_model("e2b", torch.float64)
+    config, w = model.config, reference_model.Weights(model.state_dict())
+    layer, lens = config.layer(0), [9, 4]
+    x = torch.randn(13, config.hidden_size, dtype=torch.float64)
+    parts = x.split(lens)
+    alone = [reference_model.attention_block(w.layer(0), config, layer, p, {}) for p in parts]
+    both = reference_model.attention_block(w.layer(0), config, layer, x, {}, lens)
+    assert torch.allclose(both, torch.cat(alone), rtol=1e-12, atol=1e-12)
+    kv: reference_model.KV = {}
+    pieces = [reference_model.attention_block(w.layer(0), config, layer, p, kv) for p in parts[0].split([5, 4])]
+    assert torch.allclose(torch.cat(pieces), alone[0], rtol=1e-12, atol=1e-12)

@@ -78,6 +78,16 @@ struct QuantizeRows {
   int bits;
 };
 
+// The way back: the same rows, to out [rows, k].
+struct DequantizeRows {
+  Dtype dtype;  // of out
+  const void* data;
+  const uint16_t* scale;
+  void* out;
+  int64_t rows, first, n, k, groups, parts;
+  int bits;
+};
+
 struct GegluMlp {
   Dtype dtype;
   const void *x, *gate_up, *down;  // [T, H], [2I, H], [H, I]
@@ -218,6 +228,9 @@ struct Kernels {
   void (*gqa_decode)(const GqaDecode&);
   void (*gqa_prefill)(const GqaPrefill&);
   bool (*quantize_rows)(const QuantizeRows&);  // false: a value is not finite, or too large for a scale in fp16
+  void (*dequantize_rows)(const DequantizeRows&);
+  // Numbers of 2 or 4 bytes. One whose exponent, these bits, is all ones is infinite or no number.
+  bool (*all_finite)(const void* values, int64_t size, int64_t bytes, uint32_t exponent);
 };
 
 // ---- threads -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 // quantize_rows: rows of floats into the panels of a quantized weight, by the rules of `quantized` in gemma4_fast/quant.py,
-// bit by bit. The layout: quantized.h.
+// bit by bit. dequantize_rows: the way back. all_finite: whether a tensor of floats is. The layout: quantized.h.
 //
 // A task is one panel, so that no two threads write to one line. Group by group, in three passes over at most 4 KB of source:
 // the largest value of each row; scales and their inverses, for all rows at once; then the rows, 32 values at a time.
@@ -102,27 +102,125 @@ bool quantize_panel(const T* x, int64_t stride, int64_t k, int64_t lane, int64_t
   return largest_scale < 65520.0f && sum_lanes(poison) == 0.0f;  // from 65520 on fp16 rounds to infinity
 }
 
-template <int Bits, class T>
-bool quantize_rows_of(const QuantizeRows& a) {
+// Calls take(panel, lane, row, rows) for each panel that holds some of the rows [first, end) of a weight [n, k] in parts:
+// `rows` of them, from `row` on, lie in the panel's lanes from `lane` on.
+template <class Take>
+void for_panels(int64_t first, int64_t end, int64_t n, int64_t parts, int64_t k, Take take) {
   // Parts are filled up to whole panels, so stored rows, and their panels, come in the order of rows.
-  const int64_t per_part = a.n / a.parts, part_panels = (per_part + kPanel - 1) / kPanel;
+  const int64_t per_part = n / parts, part_panels = (per_part + kPanel - 1) / kPanel;
   const auto panel_of = [=](int64_t row) { return row / per_part * part_panels + row % per_part / kPanel; };
-  const int64_t first = a.first, end = a.first + a.rows;
   const int64_t begin = panel_of(first), panels = panel_of(end - 1) + 1 - begin;
-  std::atomic<bool> finite{true};
-  parallel(panels, a.rows * a.k, [&](int64_t task) {
+  parallel(panels, (end - first) * k, [&](int64_t task) {
     const int64_t panel = begin + task, part = panel / part_panels;
     const int64_t start = part * per_part + panel % part_panels * kPanel;  // the row in lane 0
-    const int64_t from = max_of(start, first), to = min_of(min_of(start + kPanel, (part + 1) * per_part), end);
-    if (!quantize_panel<Bits>(static_cast<const T*>(a.source) + (from - first) * a.stride, a.stride, a.k, from - start, to - from,
-                              static_cast<uint8_t*>(a.data) + panel * a.groups * group_bytes(Bits),
-                              a.scale + panel * a.groups * kPanel))
+    const int64_t from = max_of(start, first);
+    const int64_t to = min_of(min_of(start + kPanel, (part + 1) * per_part), end);
+    take(panel, from - start, from, to - from);
+  });
+}
+
+template <int Bits, class T>
+bool quantize_rows_of(const QuantizeRows& a) {
+  std::atomic<bool> finite{true};
+  const auto take = [&](int64_t panel, int64_t lane, int64_t row, int64_t rows) {
+    const T* source = static_cast<const T*>(a.source) + (row - a.first) * a.stride;
+    uint8_t* data = static_cast<uint8_t*>(a.data) + panel * a.groups * group_bytes(Bits);
+    uint16_t* scale = a.scale + panel * a.groups * kPanel;
+    if (!quantize_panel<Bits>(source, a.stride, a.k, lane, rows, data, scale))
       finite.store(false, std::memory_order_relaxed);
+  };
+  for_panels(a.first, a.first + a.rows, a.n, a.parts, a.k, take);
+  return finite.load(std::memory_order_relaxed);
+}
+
+// Rows `lane` .. `lane + rows` of a panel to out [rows, k]. Group by group, all rows' bytes first: what is loaded then was
+// stored long ago.
+template <int Bits, class T>
+void dequantize_panel(const uint8_t* data, const uint16_t* scale, int64_t k, int64_t lane, int64_t rows, T* out) {
+  for (int64_t begin = 0; begin < k; begin += kGroup) {
+    uint32_t quads[kPanel][kGroup / 4];
+    for (int j = 0; j < Bits; ++j) {
+      uint32_t stored[kPanel];
+      std::memcpy(stored, data + j * 64, 64);
+      for (int r = 0; r < kPanel; ++r) {
+        if (Bits == 8) {
+          quads[r][j] = stored[r];
+        } else {
+          quads[r][2 * j] = stored[r] & 0x0f0f0f0fu;
+          quads[r][2 * j + 1] = stored[r] >> 4 & 0x0f0f0f0fu;
+        }
+      }
+    }
+    const int64_t count = min_of<int64_t>(kGroup, k - begin);
+    for (int64_t r = lane; r < lane + rows; ++r) {
+      uint8_t q[kGroup];
+      std::memcpy(q, quads[r], kGroup);
+      float value[kGroup];
+      for (int i = 0; i < kGroup; ++i) value[i] = static_cast<float>(static_cast<int>(q[i]) - offset_of(Bits));
+      const Vec by = set(half_to_float(scale[r]));
+      T* to = out + (r - lane) * k + begin;
+      if (count == kGroup) {
+        for (int i = 0; i < kGroup; i += kWidth) store(to + i, mul(load(value + i), by));
+      } else {
+        for_vecs(count, [&](int64_t i, int n) GEMMA4_LAMBDA_INLINE {
+          store_some(to + i, mul(load_some(value + i, n), by), n);
+        });
+      }
+    }
+    data += group_bytes(Bits);
+    scale += kPanel;
+  }
+}
+
+template <int Bits, class T>
+void dequantize_rows_of(const DequantizeRows& a) {
+  const auto take = [&](int64_t panel, int64_t lane, int64_t row, int64_t rows) {
+    const uint8_t* data = static_cast<const uint8_t*>(a.data) + panel * a.groups * group_bytes(Bits);
+    const uint16_t* scale = a.scale + panel * a.groups * kPanel;
+    T* out = static_cast<T*>(a.out) + (row - a.first) * a.k;
+    dequantize_panel<Bits>(data, scale, a.k, lane, rows, out);
+  };
+  for_panels(a.first, a.first + a.rows, a.n, a.parts, a.k, take);
+}
+
+// Whole blocks without a branch, so that the compiler makes vectors of them.
+template <class Word>
+bool words_finite(const Word* words, int64_t size, Word exponent) {
+  constexpr int64_t task_size = 1 << 18, block = 4096;
+  std::atomic<bool> finite{true};
+  parallel((size + task_size - 1) / task_size, size, [&](int64_t task) {
+    const int64_t end = min_of(size, (task + 1) * task_size);
+    for (int64_t begin = task * task_size; begin < end; begin += block) {
+      const int64_t count = min_of(block, end - begin);
+      const Word* at = words + begin;
+      Word bad = 0;
+      for (int64_t i = 0; i < count; ++i) bad |= static_cast<Word>((at[i] & exponent) == exponent);
+      if (bad) {
+        finite.store(false, std::memory_order_relaxed);
+        return;
+      }
+    }
   });
   return finite.load(std::memory_order_relaxed);
 }
 
 }  // namespace
+
+void dequantize_rows(const DequantizeRows& a) {
+  if (a.rows == 0) return;
+  if (a.dtype == Dtype::f32) {
+    if (a.bits == 8) dequantize_rows_of<8, float>(a);
+    else dequantize_rows_of<4, float>(a);
+  } else {
+    if (a.bits == 8) dequantize_rows_of<8, bf16>(a);
+    else dequantize_rows_of<4, bf16>(a);
+  }
+}
+
+bool all_finite(const void* values, int64_t size, int64_t bytes, uint32_t exponent) {
+  if (bytes == 4) return words_finite(static_cast<const uint32_t*>(values), size, exponent);
+  return words_finite(static_cast<const uint16_t*>(values), size, static_cast<uint16_t>(exponent));
+}
 
 bool quantize_rows(const QuantizeRows& a) {
   if (a.rows == 0) return true;

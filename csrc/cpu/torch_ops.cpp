@@ -282,6 +282,28 @@ int64_t quantize_rows(Tensor source, Tensor data, Tensor scale, int64_t first, i
                                    k, to.groups, parts, to.bits});
 }
 
+// Rows [first, first + rows) of a weight [n, k] -> out [rows, k], fp32 or bf16.
+void dequantize_rows(Tensor data, Tensor scale, Tensor out, int64_t first, int64_t n, int64_t parts, int64_t isa) {
+  const int64_t rows = out.size(0), k = out.size(1);
+  STD_TORCH_CHECK(parts > 0 && n > 0 && n % parts == 0 && first >= 0 && first + rows <= n, "dequantize_rows: rows [", first,
+                  ", ", first + rows, ") of ", n, " in ", parts, " parts");
+  const Quantized from = quantized(data, scale);
+  STD_TORCH_CHECK(data.size(0) == parts * ((n / parts + 15) / 16) && scale.size(0) == data.size(0) &&
+                      from.groups == (k + 31) / 32,
+                  "dequantize_rows: data and scale are of another shape");
+  table(isa).dequantize_rows(
+      {dtype_of(out), at(data), from.scale, at(out), rows, first, n, k, from.groups, parts, from.bits});
+}
+
+// Whether all values of a contiguous tensor, fp32, bf16 or fp16, are finite: 0 or 1.
+int64_t all_finite(Tensor x, int64_t isa) {
+  const bool half = x.scalar_type() == torch::headeronly::ScalarType::Half;
+  const int64_t bytes = half || dtype_of(x) == Dtype::bf16 ? 2 : 4;
+  uint32_t exponent = bytes == 2 ? 0x7f80u : 0x7f800000u;
+  if (half) exponent = 0x7c00u;
+  return table(isa).all_finite(at(x), x.numel(), bytes, exponent);
+}
+
 // ---- what a decode step begins and ends with: see graph.py ----------------------------------------------------------------
 
 // lens [B], going [B] (0: idle) -> positions [B] of the new tokens; kv_lens [B], lengths with them, 0 where idle; and for caches
@@ -368,6 +390,8 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cpu, m) {
   m.def("decode_rows(Tensor lens, Tensor going, Tensor slots, Tensor(a!) positions, Tensor(b!) kv_lens, Tensor(c!) rows) -> ()");
   m.def("count_tokens(Tensor(a!) lens, Tensor going) -> ()");
   m.def("quantize_rows(Tensor source, Tensor(a!) data, Tensor(b!) scale, int first, int n, int parts, int isa) -> int");
+  m.def("dequantize_rows(Tensor data, Tensor scale, Tensor(a!) out, int first, int n, int parts, int isa) -> ()");
+  m.def("all_finite(Tensor x, int isa) -> int");
   m.def("record_start() -> ()");
   m.def("record_stop() -> int");
   m.def("record_drop() -> ()");
@@ -402,6 +426,8 @@ STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cpu, CPU, m) {
   m.impl("decode_rows", TORCH_BOX(&decode_rows));
   m.impl("count_tokens", TORCH_BOX(&count_tokens));
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("dequantize_rows", TORCH_BOX(&dequantize_rows));
+  m.impl("all_finite", TORCH_BOX(&all_finite));
 }
 
 }  // namespace

@@ -20,9 +20,9 @@ from gemma4_fast.bench import compare as comparing
 from gemma4_fast.bench import html, markdown, memory, model, plots, rows, scale, show
 from gemma4_fast.bench import ops as op_rows
 from gemma4_fast.bench.machine import free_bytes, label, machine, memory_limit
-from gemma4_fast.bench.plan import OURS, PEERS, Plan, fitting, process_of, processes, room_for, workloads
+from gemma4_fast.bench.plan import EVERYTHING, MINUTES, PEERS, Plan, fitting, process_of, processes, room_for, workloads
 from gemma4_fast.bench.recorder import Recorder
-from gemma4_fast.bench.rows import Row
+from gemma4_fast.bench.rows import OURS, Row
 from gemma4_fast.bench.timing import RATE_DTYPES, Roofline
 from gemma4_fast.config import PRESETS, Gemma4Config
 from gemma4_fast.memory import Load, require
@@ -152,17 +152,21 @@ def _cases(cases: list[op_rows.Case], args: Namespace, device: torch.device, dty
 
 def op_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:
     names = _names(args.op, list(ops.TABLE), "op")
-    return _cases(op_rows.cases(names, args.case, device, args.rivals), args, device, dtype)
+    found = op_rows.cases(names, args.case, device, args.rivals)
+    return _cases(op_rows.quantized(found, args.quantize), args, device, dtype)
 
 
 def scale_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:
     cases = scale.cases(_names(args.axis, list(scale.AXES), "axis"), device, args.points)
     if not cases:
         raise ValueError("no point is left: the axis of experts goes from 8 to 128")
-    return _cases(cases, args, device, dtype)
+    if args.write and args.quantize:
+        raise ValueError("--write takes the crossover of weights that are not quantized: leave --quantize out")
+    return _cases(op_rows.quantized(cases, args.quantize), args, device, dtype)
 
 
 def cache_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:
+    ops.parse_backend(args.backend)
     every = memory.members()
     wanted = {name: every[name] for name in _names(args.config, list(every), "config")}
 
@@ -177,7 +181,10 @@ def cache_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Wor
 
 def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> Plan:
     """The run that `bench model` asks for. ValueError for what cannot be."""
-    peers = tuple(_names(args.peers, [p for p in PEERS if p != OURS], "peer")) if args.peers else ()
+    known = [p for p in PEERS if p != OURS]
+    named = _names(args.peers, [*known, EVERYTHING], "peer") if args.peers else []
+    every = EVERYTHING in named
+    peers = tuple(known if every else named)
     pythons = {}
     for item in args.peer_python:
         peer, _, python = item.partition("=")
@@ -207,7 +214,7 @@ def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> Pla
             room = room_for(len(processes(peers)), free or 8 << 30)
             config = fitting(config, dtype, int(0.9 * room))  # a little less will be free when they start
     prompts = args.prompt or ([] if args.depth else PROMPTS)
-    asked = list(workloads(prompts, args.depth, args.batch, args.decode))
+    asked = list(workloads(prompts, args.depth, args.batch, args.decode, args.busy or 0))
     for w in asked:
         if w.length + w.new * (args.rounds + 2) > config.max_position_embeddings:
             limit = config.max_position_embeddings
@@ -223,9 +230,22 @@ def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> Pla
         )
         require(load, device, f"{name}, {config.num_hidden_layers} layers,", command_line=True)
     return Plan(
-        config, name, dtype, device, asked, peers, own_contenders(args.backend), path, args.quantize, args.rounds,
-        args.check != "off", args.seed, pythons,
-    )  # fmt: skip
+        config=config,
+        label=name,
+        dtype=dtype,
+        device=device,
+        workloads=asked,
+        peers=peers,
+        backends=own_contenders(args.backend),
+        path=path,
+        quantize=args.quantize,
+        rounds=args.rounds,
+        check=args.check != "off",
+        seed=args.seed,
+        pythons=pythons,
+        every=every,
+        minutes=args.minutes,
+    )
 
 
 def own_contenders(backend: str | None) -> tuple[str, ...]:
@@ -245,6 +265,7 @@ def model_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Wor
     options += f" --quantize {plan.quantize}" if plan.quantize else ""
     options += f" --backend {','.join(b or 'auto' for b in plan.backends)}" if plan.backends else ""
     options += "" if plan.check else " --check off"
+    options += f" --minutes {plan.minutes}" if plan.minutes != MINUTES else ""
     return _between_rooflines(
         args, device, dtype, lambda roofline, say, add: model.ModelBench(plan, roofline, add, options, say).run()
     )  # fmt: skip
@@ -275,13 +296,16 @@ def everything(args: Namespace, device: torch.device, dtype: torch.dtype) -> int
     part = folder / "standard.part.jsonl"
     given = Namespace(
         **{k: v for k, v in vars(args).items() if k != "config"}, op=[], case=[], rivals=False, axis=[], points=None,
-        context=None, depth=[], layers=None, vocab=None, model=None, quantize=None, check="quick", batch=[1], prompt=PROMPTS,
-        decode=32, rounds=3,
+        context=None, depth=[], layers=None, vocab=None, model=None, check="quick", batch=[1], prompt=PROMPTS,
+        decode=32, rounds=3, busy=None, write=False,
     )  # fmt: skip
     parts = []
     for name in ("cache", "ops", "scale", "model"):
         config = [] if name == "cache" else args.config
-        parts.append(WORK[name](Namespace(**vars(given), config=config), device, dtype))
+        own = {**vars(given), "config": config}
+        if name != "model":  # the ops' own cases have quantized weights among them
+            own["quantize"] = None
+        parts.append(WORK[name](Namespace(**own), device, dtype))
     plots.require()
     pages.mkdir(parents=True, exist_ok=True)
     part.unlink(missing_ok=True)

@@ -172,6 +172,8 @@ def text(found: Comparison, threshold: float, every: bool = False) -> str:
     for rows, which in ((found.only_a, "A"), (found.only_b, "B")):
         if rows:
             notes += f"only in {which}: {len(rows)} rows, such as {rows[0].name} ({who(rows[0])})\n"
+    if disturbed := sum(bool(c.a.busy or c.b.busy) for c in found.changes):
+        notes += f"measured on a busy machine (busy: true): {disturbed} of these rows\n"
     steady = ", ".join(f"{bound} {ratio:.2f}x" for bound, ratio in found.noise.items())
     notes += f"the machine's own rates varied by (p80 / p20 over all rows): {steady}; what lies within that is noise\n"
     return f"{table}{notes}{said} (threshold {100 * threshold:g}%)"

@@ -1,4 +1,4 @@
-"""A checkpoint folder -> one GGUF file of llama.cpp's `gemma4` architecture, for its contenders in the model benchmark.
+"""Writes a checkpoint folder, or a model, as a GGUF file of llama.cpp's `gemma4` architecture.
 
 The file has no tokenizer ("no_vocab"): llama.cpp runs token ids with it, not text.
 """
@@ -75,9 +75,10 @@ def gguf_name(name: str) -> str:
 
 
 def write_gguf(
-    checkpoint: Path, target: Path, quantize: str | None = None, progress: Callable[[int, int], None] | None = None
+    source: Path | Gemma4, target: Path, quantize: str | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Path:
-    """Writes the checkpoint folder's text model to the file `target` and returns it; memory: one tensor of the result.
+    """Writes a text model, from a checkpoint folder or from memory, to the file `target`; returns it.
+    Beside the model it needs memory for one tensor of the result.
 
     quantize: None for bf16 matrices, "int8" for Q8_0, "int4" for Q4_0; llama.cpp's own converter and quantizer keep some
     tensors wider, and so does this. progress(bytes written, bytes in all) is called after each tensor.
@@ -87,11 +88,12 @@ def write_gguf(
     """
     import gguf
 
-    config = Gemma4Config.from_pretrained(checkpoint)
+    config = source.config if isinstance(source, Gemma4) else Gemma4Config.from_pretrained(source)
     _refuse(config)
-    with torch.device("meta"):
-        model = Gemma4(config)
-    stored = weights.validate(model, checkpoint)
+    if isinstance(source, Gemma4):
+        model, tensor = source, source.state_dict().__getitem__
+    else:
+        model, tensor = _stored(config, source)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     writer = gguf.GGUFWriter(temporary, "gemma4")
     _add_metadata(writer, config, quantize)
@@ -114,9 +116,8 @@ def write_gguf(
         writer.write_ti_data_to_file()
         written = 0
         for name, kind in types.items():
-            with safe_open(stored[name].file, framework="pt", device="cpu") as f:  # memory-mapped: get_tensor copies nothing
-                t = f.get_tensor(stored[name].key)
-            data = _convert(t[: _rows(name, t, config)], kind)
+            t = tensor(name)
+            data = _convert(t[: _rows(name, t, config)].cpu(), kind)
             writer.write_tensor_data(data)
             written += data.nbytes
             if progress is not None:
@@ -128,6 +129,21 @@ def write_gguf(
         writer.close()
         temporary.unlink(missing_ok=True)
     return target
+
+
+def _stored(config: Gemma4Config, checkpoint: Path) -> tuple[Gemma4, Callable[[str], Tensor]]:
+    """The model without its weights, and what reads one of them from the checkpoint."""
+    with torch.device("meta"):
+        model = Gemma4(config)
+    stored = weights.validate(model, checkpoint)
+
+    def tensor(name: str) -> Tensor:
+        # The file is memory-mapped: get_tensor copies nothing.
+        with safe_open(stored[name].file, framework="pt", device="cpu") as f:
+            found: Tensor = f.get_tensor(stored[name].key)
+        return found
+
+    return model, tensor
 
 
 def _refuse(config: Gemma4Config) -> None:

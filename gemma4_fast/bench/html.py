@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from gemma4_fast.bench import plots, show
+from gemma4_fast.bench import load, plots, show
 from gemma4_fast.bench.markdown import by_machine, commits, hardware, versions
 from gemma4_fast.bench.rows import KINDS, Row
 from gemma4_fast.files import replacing
@@ -72,6 +72,7 @@ summary { cursor: pointer }
 {% endfor %}
 {% if wrong %}<p style="color: var(--wrong)"><strong>{{ wrong }} wrong</strong>: results outside of what is allowed, in red
 below. Their times are not taken.</p>{% endif %}
+{% if busy %}<p style="color: var(--wrong)"><strong>{{ busy }}</strong></p>{% endif %}
 {% for picture in pictures %}
 <h2>{{ picture.title }}</h2>
 <figure>
@@ -105,6 +106,7 @@ def write(rows: Sequence[Row], path: str | Path, pictures: Mapping[str, Path]) -
         page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
         text = page.render(
             runs=[{"where": hardware(of_one[0]), "facts": _facts(of_one)} for of_one in by_machine(rows).values()],
+            busy=load.summary(rows),
             wrong=sum(row.status == "wrong" for row in rows),
             pictures=[_picture(title, file) for title, file in pictures.items()],
             tables=[_table(kind, of_kind) for kind in KINDS if (of_kind := [row for row in rows if row.kind == kind])],
@@ -138,8 +140,7 @@ def _picture(title: str, file: Path) -> dict[str, str]:
 
 def _table(kind: str, rows: Sequence[Row]) -> dict[str, object]:
     """Of one kind; what is empty in all of its rows is left out."""
-    columns = [(heading, [cell(row) for row in rows]) for heading, cell in show.COLUMNS[kind]]
-    columns = [(heading, cells) for heading, cells in columns if any(cells)]
+    columns = show.shown(kind, rows)
     styles = {"ok": "", "wrong": "wrong"}
     lines = [
         {"cells": cells, "style": styles.get(row.status, "failed"), "command": row.command}

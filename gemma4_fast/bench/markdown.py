@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from gemma4_fast.bench.load import summary
 from gemma4_fast.bench.machine import label
-from gemma4_fast.bench.rows import Row
-from gemma4_fast.bench.show import memory, number, who
+from gemma4_fast.bench.rows import OURS, Row
+from gemma4_fast.bench.show import above, memory, number, who
 from gemma4_fast.config import PRESETS
 
-OURS = "gemma4-fast"
 _LONG = 131072  # tokens of context at which the README tells the size of the caches
 _PROGRAMS = {"gemma4_fast": OURS, "python": "Python", "torch": "PyTorch"}
 
@@ -52,8 +52,17 @@ def subject(row: Row) -> str:
 def workload(row: Row) -> str:
     """What of it was measured: "prefill 128, batch 1"."""
     p = row.params
-    before = "" if p["phase"] == "prefill" else "at depth " if p["depth"] else "after "
-    return f"{p['phase']} {before}{p['prompt_len']:,}, batch {p['batch']}"
+    before = ""
+    if p["phase"] == "decode":
+        before = "at depth " if p["depth"] else "after "
+    text = f"{p['phase']} {before}{p['prompt_len']:,}, batch {p['batch']}"
+    return f"{text}, {p['busy_processes']} busy beside it" if p.get("busy_processes") else text
+
+
+def ours_first(rows: Iterable[Row]) -> list[str]:
+    """The contenders by name: this package's own, then the others in the order of the rows."""
+    names = dict.fromkeys(who(row) for row in rows)
+    return sorted(names, key=lambda name: (name != OURS, not name.startswith(OURS)))
 
 
 def best(rows: Iterable[Row]) -> Row | None:
@@ -76,7 +85,7 @@ def performance(rows: Sequence[Row]) -> str:
 
 
 def _speeds(rows: list[Row]) -> str:
-    contenders = list(dict.fromkeys(who(row) for row in rows))
+    contenders = ours_first(rows)
     lines: dict[str, dict[str, Row]] = {}
     for row in rows:
         lines.setdefault(f"{subject(row)}: {workload(row)}", {})[who(row)] = row
@@ -89,8 +98,11 @@ def _speeds(rows: list[Row]) -> str:
         facts.append(f"{memory(total)} of memory")
     cut = dict.fromkeys(_vocabulary(row) for row in rows)
     under = [", ".join(facts), versions(rows), commits(rows), *cut]
-    note = "Median (p20–p80); the best of each line is bold; % is of the roofline, measured between the samples."
-    return f"{table}\n{'; '.join(filter(None, under))}. {note}\n"
+    notes = ["Median (p20–p80); the best of each line is bold; % is of the roofline, measured between the samples."]
+    notes += sorted({f"{text[0].upper()}{text[1:]}." for row in rows if _told(row) and (text := above(row))})
+    if text := summary(rows):
+        notes.append(text)
+    return f"{table}\n{'; '.join(filter(None, under))}. {' '.join(notes)}\n"
 
 
 def _speed(row: Row | None, fastest: Row | None) -> str:
@@ -103,7 +115,16 @@ def _speed(row: Row | None, fastest: Row | None) -> str:
     if row is fastest:
         text = f"**{text}**"
     share = row.percent_of_roofline
-    return f"{text}, {share:.0f}%" if share is not None and row.contender.startswith(OURS) else text
+    if share is not None and _told(row):
+        text = f"{text}, {share:.0f}%"
+    if row.of_quiet is not None:
+        text = f"{text}, {100 * row.of_quiet:.0f}% of quiet"
+    return f"{text}, busy" if row.busy else text
+
+
+def _told(row: Row) -> bool:
+    """Whether the table tells how near to the roofline a row is."""
+    return row.contender.startswith(OURS)
 
 
 def _vocabulary(row: Row) -> str:

@@ -1,14 +1,22 @@
 """The whole model beside its peers: each contender in a process of its own, in turns, on the same weights and tokens.
 
 Processes because a peer may crash, be killed for its memory, or need another interpreter; and because a process's peak memory
-is its own. Where all fit into memory at once they stay loaded and take turns run by run. Where they do not, each round starts
-them one after another anew (the rows say so).
+is its own. Where all fit into memory at once they stay loaded and take turns run by run. Where they
+do not, they are loaded one after another, in one order and then in the opposite one, so that a
+machine that slows down meanwhile slows all of them alike. The rows say so.
+
+A run is as short as its samples allow: contenders whose turns agree have no more of them, and a run
+that exceeds its minutes gives each contender one turn.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
+import os
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -20,13 +28,16 @@ from typing import Any
 import torch
 
 from gemma4_fast import terminal
+from gemma4_fast.bench.dummy import dummy
 from gemma4_fast.bench.gguf_file import write_gguf
+from gemma4_fast.bench.load import Load, burning
 from gemma4_fast.bench.machine import free_bytes
 from gemma4_fast.bench.plan import (
+    EVERYTHING,
     FROM_FILES,
     GGUF,
-    OURS,
     PEERS,
+    SLOW,
     Contender,
     Plan,
     Workload,
@@ -37,12 +48,16 @@ from gemma4_fast.bench.plan import (
 )
 from gemma4_fast.bench.process import Worker
 from gemma4_fast.bench.recorder import fault
-from gemma4_fast.bench.rows import Row, Spread
+from gemma4_fast.bench.rows import OURS, Row, Spread
 from gemma4_fast.bench.timing import Roofline, Stopwatch, rotated
 from gemma4_fast.errors import UnsupportedError
-from gemma4_fast.model import Gemma4, weights_size
+from gemma4_fast.model import weights_size
 
 PATIENCE = 30.0  # seconds that all turns of one contender with one workload may take together
+AROUND = 20.0  # seconds that the rooflines before and after take, and ending the processes
+WARM = 8  # tokens that dummy weights decode to warm up
+AGREEING = 3  # counted turns after which a contender that is steady has had enough
+STEADY = 1.05  # the largest ratio between the times of turns that agree
 REST = 0.3  # seconds before each turn: OpenMP's threads spin for a while after their work, on the cores of the next
 # Tokens of the prompt whose next token's log-probabilities are compared; how many of the likeliest; and of how many of the
 # other's. Random weights have no favourites: in six layers the rounding of bf16 alone moves log-probabilities by 0.2, and what
@@ -57,11 +72,21 @@ class Result:
     first_us: list[float] = field(default_factory=list)
     steps_us: list[float] = field(default_factory=list)
     turns: int = 0  # that are counted
+    turn_us: list[float] = field(default_factory=list)  # the median step of each of them
+    load: Load = field(default_factory=Load)  # what other processes took during them
     latest_s: float = 0.0  # that the latest turn took
     tokens: list[list[int]] | None = None  # of the uncounted run, which all contenders do on the same prompts
     peak_bytes: int | None = None
     cold: bool = False  # it was so slow that its first run is the one that counts
     fault: dict[str, Any] | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the latest turns agree, so that more of them would tell nothing new."""
+        if self.turns < AGREEING:
+            return False
+        latest = [times[-AGREEING:] for times in (self.first_us, self.turn_us) if times]
+        return all(max(times) <= STEADY * min(times) for times in latest)
 
 
 class ModelBench:
@@ -87,6 +112,11 @@ class ModelBench:
         self.probes: dict[Workload, dict[str, list[float]]] = {}
         self.scores: dict[Contender, list[tuple[int, float]]] = {}
         self.written: set[tuple[Workload, Contender]] = set()
+        self.checked: set[Contender] = set()
+        self.warmed: set[tuple[Workload, Contender]] = set()  # by the processes that run now
+        self.most = plan.rounds  # counted turns that a contender may have so far
+        self.until = math.inf  # when a contender that has had a turn gets no further one
+        self.deadline = time.monotonic() + 60 * plan.minutes - AROUND
 
     def run(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -112,20 +142,19 @@ class ModelBench:
         return process_of(c.peer, self.plan.peers)
 
     def _checkpoint(self) -> Path | None:
-        """Where peers that load files find the weights; written for them if they are dummies."""
+        """The folder with the weights; written if they are dummies and a peer loads nothing else."""
         plan = self.plan
-        if plan.path is not None or not set(self._peers()) & set(FROM_FILES):
+        readers = tuple(p for p in FROM_FILES if p not in GGUF)
+        if plan.path is not None or not set(self._peers()) & set(readers):
             return plan.path
-        need = 3 * weights_size(plan.config, plan.dtype)  # safetensors, and what a peer converts them to
-        free = shutil.disk_usage(self.scratch).free
-        if need > free:
-            message = f"its files need {terminal.size(need)} of disk, and there are {terminal.size(free)}"
-            self._rule_out(FROM_FILES, {"status": "failed", "message": message})
+        # The checkpoint, a GGUF file, and what a peer converts them to.
+        if not self._has_room(3 * weights_size(plan.config, plan.dtype), FROM_FILES):
             return None
-        self.progress("writing the weights to a checkpoint")
+        self._say("writing the weights to a checkpoint")
         try:
-            model = Gemma4.dummy(plan.config, dtype=plan.dtype, device=plan.device, seed=plan.seed)
+            model = dummy(plan.config, dtype=plan.dtype, device=plan.device, seed=plan.seed)
             model.save_pretrained(self.scratch / "checkpoint")
+            _flush(self.scratch / "checkpoint")
         except (MemoryError, OSError, RuntimeError) as e:
             self._rule_out(FROM_FILES, fault(e))
             return None
@@ -137,20 +166,35 @@ class ModelBench:
     def _gguf(self) -> Path | None:
         """The file for llama.cpp. Written here, as a peer's interpreter need not have what that takes."""
         plan = self.plan
-        if self.path is None or not set(GGUF) & set(self._peers()):
+        wanted = [c for c in self.contenders if c.peer in GGUF and c not in self.faults]
+        if not wanted or not self._has_room(weights_size(plan.config, plan.dtype, plan.quantize), GGUF):
             return None
         file = self.scratch / "model.gguf"
-        self.progress("writing the weights to a GGUF file")
+        self._say("writing the weights to a GGUF file")
         try:
             if plan.dtype != torch.bfloat16:
                 short = str(plan.dtype).removeprefix("torch.")
                 raise UnsupportedError(f"dtype {short} is not measured with llama.cpp; its files here hold bf16")
-            return write_gguf(self.path, file, plan.quantize)
+            source = self.path or dummy(plan.config, dtype=plan.dtype, device=plan.device, seed=plan.seed)
+            write_gguf(source, file, plan.quantize)
+            _flush(file)
+            return file
         except ModuleNotFoundError as e:
             self._rule_out(GGUF, {**fault(e), "message": f"{e.name}, which writes its GGUF file, is not installed"})
         except Exception as e:  # noqa: BLE001  whatever a foreign library raises is these contenders' result
             self._rule_out(GGUF, fault(e))
+        finally:
+            if plan.device.type == "cuda":
+                torch.cuda.empty_cache()
         return None
+
+    def _has_room(self, need: int, peers: tuple[str, ...]) -> bool:
+        """Whether the disk has so many bytes free; if not, that is these peers' result."""
+        free = shutil.disk_usage(self.scratch).free
+        if need > free:
+            message = f"its files need {terminal.size(need)} of disk, and there are {terminal.size(free)}"
+            self._rule_out(peers, {"status": "failed", "message": message})
+        return need <= free
 
     def _rule_out(self, peers: tuple[str, ...], why: dict[str, str]) -> None:
         """None of these peers' contenders runs."""
@@ -169,7 +213,7 @@ class ModelBench:
         mine = [c for c in self.contenders if self._process_of(c) == process and c not in self.faults]
         if not mine:
             return
-        self.progress(f"loading {process}")
+        self._say(f"loading {process}")
         python = plan.pythons.get(process, sys.executable)
         try:
             worker = Worker(process, PEERS[process][0], python, self.scratch, plan.device)
@@ -197,9 +241,9 @@ class ModelBench:
             return
         self.versions[process], self.notes[process] = answer["version"], answer.get("note", "")
         if not self.together:
-            self.notes[process] = "; ".join(n for n in (self.notes[process], "started anew for each round") if n)
+            self.notes[process] = "; ".join(n for n in (self.notes[process], "not loaded beside the others") if n)
         prompt = Workload(1, min(SCORED, plan.config.max_position_embeddings - 1), 1).ids(plan.config.vocab_size, 0)
-        for c in mine:
+        for c in [c for c in mine if c not in self.scores]:
             answer = worker.ask(do="score", variant=c.variant, ids=prompt, new=min(OF, plan.config.vocab_size))
             if not answer["ok"] and worker.ended:
                 self.faults[c] = _fault_of(answer)
@@ -212,8 +256,9 @@ class ModelBench:
                         "message": f"runs another model: its likeliest tokens are not {OURS}'s",
                     }
         if process == OURS and plan.check:
-            for c in mine:
-                self.progress(f"checking {c.label}")
+            for c in [c for c in mine if c not in self.checked]:
+                self._say(f"checking {c.label}")
+                self.checked.add(c)
                 answer = worker.ask(do="check", variant=c.variant)
                 if not answer["ok"]:
                     self.faults[c] = _fault_of(answer)
@@ -235,6 +280,7 @@ class ModelBench:
         if process in self.workers:
             self.workers[process].stop()
             del self.workers[process]
+            self.warmed = {(w, c) for w, c in self.warmed if self._process_of(c) != process}
 
     def _stop_all(self) -> None:
         try:
@@ -244,71 +290,151 @@ class ModelBench:
             for worker in self.workers.values():
                 worker.kill()
 
+    # ---- time
+    def _say(self, what: str) -> None:
+        self.progress(f"{what} (about {_minutes(self._remaining())} left)")
+
+    def _remaining(self) -> float:
+        """Seconds that the rest will take, as the turns so far tell. They exceed the minutes that are
+        left only if some contender has not had its one turn."""
+        left = max(0.0, self.deadline - time.monotonic())
+        known = [r.latest_s for r in self.results.values() if r.latest_s]
+        if not known:
+            return left
+        typical = statistics.mean(known)
+        needed = 0.0  # for those that have had no turn
+        wanted = 0.0
+        for w in self.plan.workloads:
+            for c in self.contenders:
+                result = self.results.get((w, c), Result())
+                if c in self.faults or result.fault is not None or result.settled:
+                    continue
+                wanted += (self.plan.rounds - result.turns) * (result.latest_s or typical)
+                if not result.turns:
+                    needed += 2 * (result.latest_s or typical)
+        return max(needed, min(wanted, left))
+
+    def _share(self, parts: int) -> float:
+        """When the first of so many parts that are left has had its share of the time."""
+        now = time.monotonic()
+        return now + max(0.0, self.deadline - now) / parts
+
     # ---- turns
     def _side_by_side(self) -> None:
         for process in self._processes():
             self._start(process)
         self._steps()
-        for heavy in (False, True):
-            some = [c for c in self.contenders if c.is_heavy is heavy]
-            for w in self.plan.workloads if some else ():
-                for round_ in range(self.plan.rounds + 1):  # the first warms up
-                    for c in rotated(some, round_):
+        groups = self._groups()
+        passes = [(heavy, group) for heavy in (False, True) for group in groups if self._of_weight(heavy)]
+        for i, (heavy, group) in enumerate(passes):
+            self.until = self._share(len(passes) - i)
+            for round_ in range(self.plan.rounds + 1):  # the first warms up
+                for c in rotated(self._of_weight(heavy), round_):
+                    for w in group:
                         if not self._is_over(w, c):
-                            self.progress(f"{_name(w)}: round {round_} of {self.plan.rounds}, {c.label}")
+                            self._say(f"{_name(w)}: round {round_} of {self.plan.rounds}, {c.label}")
                             self._probe(w)
                             self._turn(w, c, round_)
+            for w in group:
                 self._write(w)
 
+    def _groups(self) -> list[list[Workload]]:
+        """Workloads that take turns: the same one on the quiet machine and beside busy processes."""
+        found: dict[Workload, list[Workload]] = {}
+        for w in self.plan.workloads:
+            found.setdefault(_quiet(w), []).append(w)
+        return list(found.values())
+
+    def _of_weight(self, heavy: bool) -> list[Contender]:
+        return [c for c in self.contenders if c.is_heavy is heavy]
+
     def _one_at_a_time(self) -> None:
-        for round_ in range(self.plan.rounds):
-            for process in rotated(self._processes(), round_):
+        """The first half of the turns in one order, the second in the opposite one."""
+        forth = self._processes()
+        visits = [(process, self.plan.rounds // 2 or 1) for process in forth]
+        if self.plan.rounds > 1:
+            visits += [(process, self.plan.rounds) for process in reversed(forth)]
+        took: dict[str, float] = {}
+        for i, (process, most) in enumerate(visits):
+            start = time.monotonic()
+            second = process in took
+            if second and start + took[process] > self.deadline and process not in self.workers:
+                continue  # loading it again takes more time than there is
+            self.most = most
+            # The second half has the time that the first leaves.
+            until = self._share(len(visits) - i if second else len(forth) - i)
+            if process not in self.workers:
                 self._start(process)
-                if process == OURS and round_ == 0:
-                    self._steps()
-                for w in self.plan.workloads:
-                    for c in [c for c in self.contenders if self._process_of(c) == process]:
-                        if self._is_over(w, c):
-                            continue
-                        self.progress(f"round {round_ + 1} of {self.plan.rounds}, {c.label}: {_name(w)}")
-                        self._probe(w)
-                        self._turn(w, c, 0)  # each start needs a warm-up of its own
-                        self._turn(w, c, round_ + 1)
+            if process == OURS and not second:
+                self._steps()
+            self._visit(process, until, second)
+            took[process] = time.monotonic() - start
+            if i + 1 == len(visits) or visits[i + 1][0] != process:
                 self._stop(process)
+
+    def _visit(self, process: str, until: float, second: bool) -> None:
+        """The turns that the contenders of one process have while it is loaded; until: when they should be done."""
+        mine = [c for c in self.contenders if self._process_of(c) == process]
+        groups = self._groups()
+        for i, group in enumerate(groups):
+            now = time.monotonic()
+            self.until = now + max(0.0, until - now) / (len(groups) - i)
+            for round_ in range(self.most + 1):
+                for c in rotated(mine, round_):
+                    for w in group:
+                        if self._is_over(w, c, may_settle=second):
+                            continue
+                        self._say(f"{c.label}: {_name(w)}")
+                        self._probe(w)
+                        if (w, c) not in self.warmed:
+                            self._turn(w, c, 0)
+                        self._turn(w, c, self.results[w, c].turns + 1)
 
     def _probe(self, w: Workload) -> None:
         read, (product, _, _) = self.roofline.read, self.roofline.product(self.plan.dtype)
-        samples = self.probes.setdefault(w, {"read": [], "product": []})
+        samples = self.probes.setdefault(_quiet(w), {"read": [], "product": []})
         time.sleep(REST)
         for name, call in (("read", read), ("product", product)):
             samples[name].append(min(self.stopwatch.seconds(call) for _ in range(3)) * 1e6)  # the first wakes the threads
         time.sleep(REST)
 
-    def _is_over(self, w: Workload, c: Contender) -> bool:
-        """Whether a contender has had its turns with this workload: it failed, or another one would try our patience."""
+    def _is_over(self, w: Workload, c: Contender, may_settle: bool = True) -> bool:
+        """Whether a contender has had its turns with this workload: it failed, its turns agree, or
+        another one would take more time than there is."""
         if c in self.faults:
             self.results.setdefault((w, c), Result(fault=self.faults[c]))
         result = self.results.get((w, c), Result())
-        return result.fault is not None or (result.turns > 0 and (result.turns + 1) * result.latest_s > PATIENCE)
+        if result.fault is not None or result.turns >= self.most or (may_settle and result.settled):
+            return True
+        impatient = (result.turns + 1) * result.latest_s > PATIENCE
+        late = time.monotonic() + result.latest_s > self.until
+        return result.turns > 0 and (impatient or late)
 
     def _turn(self, w: Workload, c: Contender, round_: int, again: bool = False) -> None:
         """Round 0 warms up and is not counted, unless it is so slow that it has to do. What compiles runs it `again` if it
         was slow: how long a turn takes is not known before."""
         result = self.results.setdefault((w, c), Result())
         process = self._process_of(c)
-        if self._is_over(w, c):
+        if self._is_over(w, c, may_settle=False):
             return
         if process not in self.workers:
             result.fault = {"status": "failed", "message": "its process has ended"}
             return
         ids = w.ids(self.plan.config.vocab_size, round_)
-        start = time.perf_counter()
-        answer = self.workers[process].ask(do="depth" if w.depth else "prompt", variant=c.variant, ids=ids, new=w.new)
-        result.latest_s = time.perf_counter() - start
+        # The tokens of a checkpoint's warm-up are compared; dummy weights' are not.
+        brief = round_ == 0 and self.plan.path is None and not w.depth
+        new = min(WARM, w.new) if brief else w.new
+        what = "depth" if w.depth else "prompt"
+        load = Load()
+        with burning(w.busy), load.measured():
+            start = time.perf_counter()
+            answer = self.workers[process].ask(do=what, variant=c.variant, ids=ids, new=new)
+            result.latest_s = time.perf_counter() - start
         if not answer["ok"]:
             result.fault = _fault_of(answer)
             self._renew(process)
             return
+        self.warmed.add((w, c))
         if round_ == 0:
             result.tokens = answer["tokens"] or None
             compiles = c.variant == "compile"
@@ -318,8 +444,11 @@ class ModelBench:
                 return
             result.cold = True
         result.turns += 1
+        result.load.add(load)
         if answer.get("first_s") is not None:
             result.first_us.append(answer["first_s"] * 1e6)
+        if answer["steps_s"]:
+            result.turn_us.append(statistics.median(answer["steps_s"]) * 1e6)
         result.steps_us += [s * 1e6 for s in answer["steps_s"]]
         if answer["peak_bytes"] is not None:
             result.peak_bytes = max(result.peak_bytes or 0, answer["peak_bytes"])
@@ -333,13 +462,15 @@ class ModelBench:
         """The rows of all that have had turns with this workload, and none yet."""
         plan = self.plan
         dtype = str(plan.dtype).removeprefix("torch.")
-        roof = self.roofline.of_samples(self.probes.pop(w, {}), plan.dtype)
+        roof = self.roofline.of_samples(self.probes.get(_quiet(w), {}), plan.dtype)
         at: dict[str, Any] = {
             "model": plan.label, "layers": plan.config.num_hidden_layers, "vocab": plan.config.vocab_size, "batch": w.batch,
             "prompt_len": w.length, "new_tokens": w.new,
         }  # fmt: skip
         if plan.quantize:
             at["quantize"] = plan.quantize
+        if w.busy:
+            at["busy_processes"] = w.busy
         ours = next((r.tokens for c in self.contenders if (r := self.results.get((w, c))) and r.tokens), None)
         for c in self.contenders:
             result = self.results.get((w, c))
@@ -358,37 +489,45 @@ class ModelBench:
                 notes.append(_distance(self._our_scores(), self.scores.get(c)) or f"not compared with {OURS}")
                 if plan.path is not None and not w.depth:  # dummy weights repeat the last token, whoever runs them
                     notes.append(_agreement(ours, result.tokens))
-            fields: dict[str, Any] = dict(
-                dtype=dtype, roofline=roof, peak_bytes=result.peak_bytes, message="; ".join(n for n in notes if n),
-                versions={process: self.versions[process]} if self.versions.get(process) and process != OURS else {},
-            )  # fmt: skip
+            version = self.versions.get(process)
+            fields: dict[str, Any] = {
+                "dtype": dtype,
+                "roofline": roof,
+                "peak_bytes": result.peak_bytes,
+                "other_load": result.load.others,
+                "message": "; ".join(n for n in notes if n),
+                "versions": {process: version} if version and process != OURS else {},
+            }
             if result.fault is not None:
                 fields |= {**result.fault, "peak_bytes": None, "roofline": None}
-            phases = [("decode", result.steps_us, 1, w.length)]
+            quiet = self.results.get((_quiet(w), c), Result()) if w.busy else Result()
+            phases = [("decode", result.steps_us, quiet.steps_us, 1, w.length)]
             if not w.depth:
-                phases.insert(0, ("prefill", result.first_us, w.length, 0))
-            for phase, samples, new, before in phases:
+                phases.insert(0, ("prefill", result.first_us, quiet.first_us, w.length, 0))
+            for phase, samples, undisturbed, new, before in phases:
                 if result.fault is None and not samples:
                     continue
-                name = f"{phase} {'at ' if phase == 'decode' else ''}{w.length}, batch {w.batch}"
+                name = f"{phase} {'at ' if phase == 'decode' else ''}{w.length}, batch {w.batch}{_beside(w)}"
                 row = Row("model", name, c.label, params={**at, "phase": phase, "depth": w.depth}, **fields)
                 if result.fault is None:
                     need = floor(plan.config, plan.dtype, plan.quantize, w.batch, new, before)
                     row.time_us, row.tokens = Spread.of(samples), w.batch * new
                     row.bytes, row.flops = need.bytes, need.flops
-                self.add(row, f"{self._command(w)}{'' if c.peer == OURS else f' --peers {c.peer}'}")
+                    if undisturbed:
+                        row.of_quiet = round(statistics.median(undisturbed) / row.time_us.median, 4)
+                self.add(row, f"{self._command(w)}{self._asking_for(c)}")
 
     def _steps(self) -> None:
         """A decode step by op, of each of this package's backends, for each batch."""
         seen: set[int] = set()
         for w in self.plan.workloads:
-            if w.batch in seen or w.depth:
+            if w.batch in seen or w.depth or w.busy:
                 continue
             seen.add(w.batch)
             for c in [c for c in self.contenders if c.peer == OURS and c not in self.faults]:
                 if OURS not in self.workers:
                     return
-                self.progress(f"{c.label}: one decode step by op")
+                self._say(f"{c.label}: one decode step by op")
                 ids = w.ids(self.plan.config.vocab_size, 0)
                 answer = self.workers[OURS].ask(do="step", variant=c.variant, ids=ids, new=min(w.new, 32))
                 params = {"model": self.plan.label, "layers": self.plan.config.num_hidden_layers, "batch": w.batch,
@@ -411,7 +550,24 @@ class ModelBench:
 
     def _command(self, w: Workload) -> str:
         size = f"--depth {w.length}" if w.depth else f"--prompt {w.length}"
-        return f"model {self.options} {size} --decode {w.new} --batch {w.batch}"
+        beside = f" --busy {w.busy}" if w.busy else ""
+        return f"model {self.options} {size} --decode {w.new} --batch {w.batch}{beside}"
+
+    def _asking_for(self, c: Contender) -> str:
+        """The options that make this contender take part."""
+        if c.variant == SLOW:
+            return f" --peers {EVERYTHING}"
+        if c.peer != OURS:
+            return f" --peers {c.peer}"
+        return f" --backend auto,{c.variant}" if c.variant and not self.plan.backends else ""
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the files of a folder, are on the disk. Pages that wait for that would
+    hold up whoever asks for memory next, for a minute or more."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())
 
 
 def _fault_of(answer: dict[str, Any]) -> dict[str, Any]:
@@ -419,7 +575,20 @@ def _fault_of(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name(w: Workload) -> str:
-    return f"{'depth' if w.depth else 'prompt'} {w.length}, batch {w.batch}"
+    return f"{'depth' if w.depth else 'prompt'} {w.length}, batch {w.batch}{_beside(w)}"
+
+
+def _beside(w: Workload) -> str:
+    return f", {w.busy} busy beside it" if w.busy else ""
+
+
+def _quiet(w: Workload) -> Workload:
+    """The same workload on the machine by itself."""
+    return dataclasses.replace(w, busy=0)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def _distance(ours: list[tuple[int, float]] | None, theirs: list[tuple[int, float]] | None) -> str | None:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemma4_fast import ops
+from gemma4_fast import native, ops
+from gemma4_fast.bench.load import Load
 from gemma4_fast.bench.recorder import fault
 from gemma4_fast.bench.rivals import RIVALS, Way
 from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.bench.timing import Call, Roofline, Rotation, Stopwatch, captured, turns
 from gemma4_fast.ops.accuracy import Judge, Verdict
 from gemma4_fast.ops.table import Maker, Op
-from gemma4_fast.quant import QuantizedWeight
+from gemma4_fast.quant import QuantizedWeight, WeightLike
 
 _BLOCK = 1_000_003  # a prime, so that the noise does not come round at the same column of any matrix
 _NARROW_FROM = 1 << 28  # bytes of inputs in half precision above which truth is computed in fp32, which fits
@@ -26,7 +28,17 @@ BASELINE = "torch"
 
 
 class BlockMaker(Maker):
-    """Fills large tensors with one block of noise over and over: a layer's experts in a second instead of a minute."""
+    """Fills large tensors with one block of noise over and over: a layer's experts in a second instead of a minute.
+
+    bits: of weights that the case itself does not quantize; 0 leaves them as they are.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0, bits: int = 0) -> None:
+        super().__init__(dtype, device, seed)
+        self.bits = bits
+
+    def weight(self, bits: int, *shape: int, scale: float, parts: int = 1) -> WeightLike:
+        return super().weight(bits or self.bits, *shape, scale=scale, parts=parts)
 
     def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         count = math.prod(shape)
@@ -34,6 +46,7 @@ class BlockMaker(Maker):
             return super().randn(*shape, scale=scale, dtype=dtype)
         block = super().randn(_BLOCK, scale=scale, dtype=dtype)
         out = torch.empty(count, dtype=block.dtype, device=block.device)
+        native.use_huge_pages(out)
         whole = count // _BLOCK * _BLOCK
         out[:whole].view(-1, _BLOCK).copy_(block.expand(whole // _BLOCK, -1))
         out[whole:] = block[: count - whole]
@@ -55,6 +68,7 @@ class Case:
     paths: Mapping[str, Op] = field(default_factory=dict)  # ours to the same result: a contender each, per backend
     rivals: Mapping[str, Way] = field(default_factory=dict)  # those of others, by contender
     command: str = ""
+    bits: int = 0  # of the weights, where they are quantized at the caller's wish
 
 
 def cases(names: Sequence[str], wanted: Sequence[str], device: torch.device, rivals: bool = False) -> list[Case]:
@@ -76,6 +90,33 @@ def cases(names: Sequence[str], wanted: Sequence[str], device: torch.device, riv
     if unknown := [w for w in wanted if w not in known and w != "all"]:
         raise ValueError(f"no case {', '.join(unknown)} among these ops; they have {', '.join(sorted(known))}")
     return found
+
+
+_QUANTIZED = re.compile(r"int[48]")
+
+
+def quantized(found: Sequence[Case], how: str | None) -> list[Case]:
+    """Those of the cases that hold weights, with the weights in 8 or 4 bits; as they are without `how`.
+
+    ValueError if none of them does.
+    """
+    if how is None:
+        return list(found)
+    bits = int(how.removeprefix("int"))
+    chosen = [
+        replace(
+            case,
+            name=f"{case.name}, {how}",
+            params={**case.params, "quantize": how},
+            command=f"{case.command} --quantize {how}",
+            bits=bits,
+        )
+        for case in found
+        if any(map(_QUANTIZED.match, case.op.cases)) and not _QUANTIZED.search(case.name)
+    ]
+    if not chosen:
+        raise ValueError(f"--quantize {how}: none of these ops holds weights that are not quantized already")
+    return chosen
 
 
 def serving(op: Op, device: torch.device, dtype: torch.dtype, wanted: Iterable[str] = ()) -> dict[str, str | None]:
@@ -154,7 +195,7 @@ class OpBench:
 
     def _run(self, case: Case, rows: list[Row], ways: Mapping[str, Way]) -> None:
         """Fills `rows`. Rivals take no quantized weights: then they have none."""
-        args = case.make(BlockMaker(self.dtype, self.device, self.seed))
+        args = case.make(BlockMaker(self.dtype, self.device, self.seed, case.bits))
         if any(isinstance(v, QuantizedWeight) for v in args.values()):
             ways = {name: way for name, way in ways.items() if name not in case.rivals}
         cost = case.op.cost(*args.values())
@@ -210,7 +251,9 @@ class OpBench:
         judge = None
         named = {f"{name} {mode}": call for (name, mode), call in calls.items()}
         probes = self.roofline.probes(cost.flops, cost.bytes, self.dtype)
-        samples = turns(named, self.stopwatch, self.seconds * len(named), probes)
+        load = Load()
+        with load.measured():
+            samples = turns(named, self.stopwatch, self.seconds * len(named), probes)
         roof = self.roofline.of_samples(samples, self.dtype)
         remark = f"judged at {case.judged_at}" if case.judged is not None else ""
         for name, mode in calls:
@@ -226,6 +269,7 @@ class OpBench:
                     roofline=roof,
                     cold=rotations[name].cold,
                     error=right[name],
+                    other_load=load.others,
                     message=remark,
                 )
             )
@@ -249,7 +293,7 @@ class OpBench:
     def _judge(self, case: Case, args: Mapping[str, Any]) -> Judge:
         """Truth in fp64; for half precision of a size that fourfold would not fit, in fp32."""
         if case.judged is not None:
-            args = case.judged(BlockMaker(self.dtype, self.device, self.seed))
+            args = case.judged(BlockMaker(self.dtype, self.device, self.seed, case.bits))
         size = sum(v.nbytes for v in args.values() if isinstance(v, Tensor))
         narrow = self.dtype.itemsize == 2 and size > _NARROW_FROM
         return Judge(case.op, args, torch.float32 if narrow else torch.float64)

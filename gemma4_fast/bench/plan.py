@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +11,12 @@ from pathlib import Path
 import torch
 
 from gemma4_fast import ops, terminal
+from gemma4_fast.bench.rows import OURS
 from gemma4_fast.cache import KVCache
 from gemma4_fast.config import Gemma4Config
 from gemma4_fast.layers import model_ops
 from gemma4_fast.model import meta_model, weights_size
 
-OURS = "gemma4-fast"
 # Peer -> the file that runs it, and the variants that are contenders of their own (for models with experts, and without).
 PEERS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     OURS: ("with_ours.py", ("",), ("",)),
@@ -28,22 +29,28 @@ PEERS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 }
 GGUF = ("llama.cpp", "llama-bench")  # these load a GGUF file
 FROM_FILES = ("vllm", *GGUF)  # and these any file; the others can make dummy weights themselves
+EVERYTHING = "all"  # as --peers: every peer, and the slow ways too
+SLOW = "batched_mm"  # transformers' way that copies each token's experts; only with EVERYTHING
 ROUNDS = 5
+MINUTES = 6
 _SPARE = 1 << 30  # bytes that a process needs beside its weights
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A batch of prompts and the tokens after them. depth: only the tokens count, after a context of `length`."""
+    """A batch of prompts and the tokens after them. depth: only the tokens count, after a context of `length`.
+    busy: processes that keep a processor busy each meanwhile."""
 
     batch: int
     length: int
     new: int
     depth: bool = False
+    busy: int = 0
 
     def ids(self, vocab: int, round_: int) -> list[list[int]]:
         """[B][length]: new ones for each round, so that no prefix cache knows them; at depth always the same."""
-        seed = f"{self.batch} {self.length} {0 if self.depth else round_}"
+        beside = f" {self.busy}" if self.busy else ""
+        seed = f"{self.batch} {self.length} {0 if self.depth else round_}{beside}"
         draw = random.Random(seed)
         return [[draw.randrange(min(10, vocab - 1), vocab) for _ in range(self.length)] for _ in range(self.batch)]
 
@@ -61,12 +68,16 @@ class Contender:
     def is_heavy(self) -> bool:
         """Whether it takes so much memory at times that the others' pages suffer: batched_mm copies each token's experts, and
         on a machine with 24 GB prefill of 128 tokens was a quarter slower for all others after it."""
-        return self.variant == "batched_mm"
+        return self.variant == SLOW
 
 
 @dataclass
 class Plan:
-    """One run. `path`: a checkpoint; None for dummy weights. `pythons`: interpreters of peers that have one of their own."""
+    """One run. `path`: a checkpoint; None for dummy weights. `pythons`: interpreters of peers that have one of their own.
+
+    rounds: counted turns of each contender at most; fewer if they agree, or if the minutes are over. every: the slow
+    contenders too.
+    """
 
     config: Gemma4Config
     label: str
@@ -81,22 +92,21 @@ class Plan:
     check: bool = True
     seed: int = 0
     pythons: dict[str, str] = field(default_factory=dict)
+    every: bool = False
+    minutes: int = MINUTES
 
     def contenders(self) -> list[Contender]:
-        variants = self.backends or ("", *self._baseline())
-        found = [Contender(OURS, v) for v in variants]
+        """This package first. A backend that is the automatic choice anyway is no contender of its own."""
+        chosen = {ops.decide(name, self.device, self.dtype)[0] for name in model_ops(self.config)} - {"composed"}
+        variants = self.backends or ("",)
+        if self.every and not self.backends and not self.quantize:  # quantized weights are dequantized at each call there
+            variants = ("", "torch")
+        found = [Contender(OURS, "" if {v} == chosen else v) for v in variants]
         for peer in self.peers:
             _, experts, dense = PEERS[peer]
-            found += [Contender(peer, v) for v in (experts if self.config.enable_moe_block else dense)]
-        return found
-
-    def _baseline(self) -> tuple[str, ...]:
-        """The torch backend is a contender too where the automatic choice is something else, but not over quantized weights:
-        it dequantizes them at each call."""
-        if self.quantize:
-            return ()
-        chosen = {ops.decide(name, self.device, self.dtype)[0] for name in model_ops(self.config)}
-        return ("torch",) if chosen - {"torch", "composed"} else ()
+            ways = experts if self.config.enable_moe_block else dense
+            found += [Contender(peer, v) for v in ways if v != SLOW or self.every]
+        return list(dict.fromkeys(found))
 
 
 def room_for(processes: int, free: int) -> int:
@@ -128,11 +138,16 @@ def fitting(config: Gemma4Config, dtype: torch.dtype, room: int) -> Gemma4Config
     )
 
 
-def workloads(prompts: Sequence[int], depths: Sequence[int], batches: Sequence[int], new: int) -> Iterator[Workload]:
-    """Every prompt and depth at every batch."""
+def workloads(
+    prompts: Sequence[int], depths: Sequence[int], batches: Sequence[int], new: int, busy: int = 0
+) -> Iterator[Workload]:
+    """Every prompt and depth at every batch. busy: each of them once more, beside so many busy processes."""
     for batch in batches:
-        yield from (Workload(batch, length, new) for length in prompts)
-        yield from (Workload(batch, length, new, depth=True) for length in depths)
+        for length, depth in [*((length, False) for length in prompts), *((length, True) for length in depths)]:
+            quiet = Workload(batch, length, new, depth)
+            yield quiet
+            if busy:
+                yield dataclasses.replace(quiet, busy=busy)
 
 
 # ---------------------------------------------------------------- the floor

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma4_fast import terminal
-from gemma4_fast.bench.markdown import OURS, by_machine, commits, hardware, subject, workload
-from gemma4_fast.bench.rows import KINDS, Row, Spread
+from gemma4_fast.bench.markdown import by_machine, commits, hardware, ours_first, subject, workload
+from gemma4_fast.bench.rows import KINDS, OURS, Row, Spread
 from gemma4_fast.bench.show import limit, microseconds, number, who
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def _log_y(axes: Axes, values: Iterable[float], text: Callable[[float], str], ba
 def _model(rows: list[Row]) -> Figure:
     """A bar for each contender, a panel for each workload; who failed is named with the status."""
     subjects = list(dict.fromkeys(subject(row) for row in rows))
-    contenders = list(dict.fromkeys(who(row) for row in rows))
+    contenders = ours_first(rows)
     panels: dict[str, dict[str, Row]] = {}
     for row in rows:
         name = workload(row) if len(subjects) == 1 else f"{subject(row)}\n{workload(row)}"

@@ -11,7 +11,7 @@ from typing import BinaryIO, TextIO, cast
 import torch
 
 from gemma4_fast import terminal
-from gemma4_fast.bench import rows
+from gemma4_fast.bench import load, rows
 from gemma4_fast.bench.machine import clocks, environment
 from gemma4_fast.bench.rows import Row
 from gemma4_fast.errors import UnsupportedError, out_of_memory
@@ -33,6 +33,7 @@ class Recorder:
         self._file = None if output is None else _opened(output, append)
         self._stdout = stdout
         self._device, self._environment = device, environment(device)
+        self._rates = load.Rates()
 
     def __enter__(self) -> Recorder:
         return self
@@ -49,6 +50,9 @@ class Recorder:
         own["versions"] = {**own["versions"], **row.versions}
         own["finished"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         row = dataclasses.replace(row, command=f"gemma4-fast bench {command}" if command else row.command, **own)
+        row.drift = self._rates.drift(row)
+        if row.drift is not None or row.other_load is not None:
+            row.busy = bool(load.reasons(row))
         self.rows.append(row)
         line = rows.line(row) + "\n"
         if self._file is not None and not self.failed:

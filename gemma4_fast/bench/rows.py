@@ -13,6 +13,7 @@ from typing import Any
 
 from gemma4_fast.files import replacing
 
+OURS = "gemma4-fast"  # this package with the backends that it chooses by itself
 SCHEMA = 1
 KINDS = ("roofline", "op", "scale", "model", "step", "cache")
 STATUSES = ("ok", "wrong", "unsupported", "missing", "out of memory", "failed")
@@ -55,13 +56,18 @@ class Row:
     tokens: int | None = None  # that this time makes or reads
     bytes: int | None = None  # the floor: what must cross memory once
     flops: int | None = None
-    roofline: dict[str, float] | None = None  # gb_s, gflop_s: measured between the samples of this very row
+    # gb_s, gflop_s: measured between the samples of this very row. With _p20 and _p80: the ends of those samples.
+    roofline: dict[str, float] | None = None
     cold: bool | None = None  # the inputs were rotated through more memory than the last cache holds
     error: dict[str, float] | None = None  # against the reference: max, and what was allowed
     parts: dict[str, float] | None = None  # microseconds by op, of one decode step
     peak_bytes: int | None = None  # of memory, while this row ran
     cache_bytes: int | None = None  # allocated
     read_bytes: int | None = None  # of the cache, for one decoded token
+    busy: bool | None = None  # whether other work disturbed this row: see load.py
+    other_load: float | None = None  # processors that other processes kept busy meanwhile
+    drift: float | None = None  # factor between the machine's own rates in this run
+    of_quiet: float | None = None  # share of the speed that the same measurement had without --busy
     command: str = ""
     finished: str = ""
     machine: dict[str, Any] = field(default_factory=dict)
@@ -122,6 +128,7 @@ class Row:
         own = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
         for name in ("kind", "name", "contender"):
             own.setdefault(name, None)
+        own["contender"] = _one_name(own)
         for name, right in _FIELDS.items():
             if name in own and not right.holds(own[name]):
                 raise ValueError(f"{name} must be {right.words}, got {_short(own[name])}")
@@ -134,6 +141,15 @@ class Row:
         if row.status == "ok" and (row.cache_bytes if row.kind == "cache" else row.time_us) is None:
             raise ValueError(f"{row.kind} rows that are ok must have {'cache_bytes' if row.kind == 'cache' else 'time_us'}")
         return row
+
+
+def _one_name(own: Mapping[str, Any]) -> Any:
+    """The row's contender. Older files call this package "gemma4-fast cpu" where that backend was named on a CPU, which is
+    what the automatic choice is there."""
+    on_cpu = str(own.get("device", "")).startswith("cpu")
+    if own["contender"] == f"{OURS} cpu" and on_cpu and own.get("status") != "unsupported":
+        return OURS
+    return own["contender"]
 
 
 # ---------------------------------------------------------------- what a row from a file may hold
@@ -176,7 +192,8 @@ _PARTS = _Type(
     "an object of numbers, not all of them 0",
     lambda x: isinstance(x, dict) and all(v == 0 or _number(v) for v in x.values()) and any(x.values()),
 )
-_MACHINE = {"cpu": _TEXT, "gpu": _TEXT, "threads": _COUNT, "memory_bytes": _COUNT, "gpu_memory_bytes": _COUNT,
+_MACHINE = {"cpu": _TEXT, "gpu": _TEXT, "cpus": _COUNT, "threads": _COUNT,
+            "memory_bytes": _COUNT, "gpu_memory_bytes": _COUNT,
             "cpu_flags": _Type("a list of text", lambda x: isinstance(x, list) and all(map(_TEXT.holds, x)))}  # fmt: skip
 _FIELDS: dict[str, _Type] = {
     "kind": _one_of(KINDS),
@@ -184,7 +201,9 @@ _FIELDS: dict[str, _Type] = {
     **dict.fromkeys(("name", "contender", "message", "mode", "dtype", "device", "command", "finished"), _TEXT),
     **dict.fromkeys(("tokens", "bytes", "flops", "peak_bytes", "cache_bytes", "read_bytes"), _optional(_SIZE)),
     "commit": _optional(_TEXT),
-    "cold": _optional(_FLAG),
+    **dict.fromkeys(("cold", "busy"), _optional(_FLAG)),
+    "other_load": _optional(_Type("a number of at least 0", lambda x: x == 0 or _number(x))),
+    **dict.fromkeys(("drift", "of_quiet"), _optional(_Type("a positive number", _number))),
     "params": _mapping("an object", lambda *_: True),
     "time_us": _optional(_TIME),
     "roofline": _optional(_NUMBERS),

@@ -111,6 +111,8 @@ def crossovers(rows: Sequence[Row]) -> dict[str, int]:
     moe_decode was never slower than the grouped path by more than 2% and the noise. 0 if it is slower from the start."""
     times: dict[tuple[str, str, str], dict[int, Spread]] = {}  # (where, path, mode): by tokens
     for row in rows:
+        if row.params.get("quantize"):  # the experts of a model in half precision decide
+            continue
         if row.kind == "scale" and (row.params["op"], row.params["axis"]) == ("moe", "tokens") and row.time_us is not None:
             backend, _, path = row.contender.partition(" ")
             where = f"{row.device.split(':')[0]} {backend}"

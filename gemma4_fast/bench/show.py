@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from gemma4_fast import terminal
+from gemma4_fast.bench import load
 from gemma4_fast.bench.rows import KINDS, Row, Spread
 
 if TYPE_CHECKING:
@@ -51,12 +53,40 @@ def limit(row: Row) -> str:
     return "-" if share is None else f"{share:.3g}% of {row.bound}"
 
 
+_QUANTIZED = re.compile(r"int[48]\b|_int[48]_")
+_CACHED = 32 << 20  # bytes that a model's step reads below which the last cache may hold them from step to step
+
+
+def above(row: Row) -> str:
+    """Why this row exceeds its roofline, as far as the row itself tells; empty if it does not."""
+    share = row.percent_of_roofline
+    if share is None or round(share) <= 100:
+        return ""
+    roof = row.roofline or {}
+    if row.bound == "compute":
+        if row.params.get("quantize") or _QUANTIZED.search(row.name):
+            return f"above 100%: 8-bit products are faster than the {row.dtype} ones that the roofline is made of"
+        return f"above 100%: this shape multiplies faster than the square {row.dtype} product of the roofline"
+    if row.cold is False or (row.kind in ("model", "step") and (row.bytes or 0) < _CACHED):
+        return "above 100%: what it reads stays in the cache, and the roofline is memory's"
+    low, high = roof.get("gb_s_p20"), roof.get("gb_s_p80")
+    if low is None or high is None:  # as in rows from before the roofline had huge pages
+        return "above 100%: this older roofline was read through small pages, and weights lie in huge ones"
+    if row.gb_s is not None and row.gb_s <= high:
+        return f"above 100%: memory read {number(low)} to {number(high)} GB/s meanwhile; the percentage is of the median"
+    return "above 100%: it read faster than PyTorch's sum, which measures the roofline between the samples"
+
+
 def remark(row: Row) -> str:
     notes = [row.message] if row.message else []
     if row.status != "ok":
         return f"{row.status}: {row.message}".rstrip(": ")
     if row.cold is False:
         notes.append("warm: too small to rotate out of the cache")
+    if text := above(row):
+        notes.append(text)
+    if row.busy:
+        notes.append(f"busy: {' and '.join(load.reasons(row)) or 'other work disturbed it'}")
     return "; ".join(notes)
 
 
@@ -78,6 +108,13 @@ _OP: list[tuple[str, Callable[[Row], str]]] = [
     ("of the roofline", limit),
     ("", remark),
 ]
+
+
+def quiet_share(row: Row) -> str:
+    """What is left of the quiet speed beside busy processes."""
+    return "" if row.of_quiet is None else f"{100 * row.of_quiet:.3g}%"
+
+
 COLUMNS: dict[str, list[tuple[str, Callable[[Row], str]]]] = {
     "roofline": [
         _NAME,
@@ -94,6 +131,7 @@ COLUMNS: dict[str, list[tuple[str, Callable[[Row], str]]]] = {
         ("with", who),
         ("time", lambda r: spread(r.time_us)),
         ("tokens/s", lambda r: number(r.tokens_per_s)),
+        ("of the quiet speed", quiet_share),
         ("of the roofline", limit),
         ("peak memory", lambda r: memory(r.peak_bytes)),
         ("", remark),
@@ -139,9 +177,18 @@ def tables(rows: Sequence[Row], on: Console) -> None:
             continue
         on.print(Text(TITLES[kind], style="bold"))
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for heading, _ in COLUMNS[kind]:
+        columns = shown(kind, of_kind)
+        for heading, _ in columns:
             table.add_column(heading, overflow="fold")
-        for row in of_kind:
+        for i, row in enumerate(of_kind):
             style = {"ok": "", "wrong": "bold red"}.get(row.status, "dim")
-            table.add_row(*(Text(cell(row), style=style) for _, cell in COLUMNS[kind]))
+            table.add_row(*(Text(cells[i], style=style) for _, cells in columns))
         on.print(table)
+    if text := load.summary(rows):
+        on.print(Text(text, style="bold yellow"))
+
+
+def shown(kind: str, rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    """Heading and cells of each column of this kind's table. A column that is empty in all rows is left out."""
+    columns = [(heading, [cell(row) for row in rows]) for heading, cell in COLUMNS[kind]]
+    return [(heading, cells) for heading, cells in columns if any(cells)]

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gemma4_fast import native
+from gemma4_fast.bench.load import Load
 from gemma4_fast.bench.machine import free_bytes
 from gemma4_fast.bench.rows import Row, Spread
 from gemma4_fast.errors import UnsupportedError
@@ -102,7 +104,19 @@ class Rotation:
 
 
 def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)  # a quantized weight, or a number
+    """A tensor's copy has huge pages, as the memory of weights and caches has."""
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)  # a quantized weight, or a number
+    new = torch.empty_like(value)
+    native.use_huge_pages(new)
+    return new.copy_(value)
+
+
+def _roomy(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """So many elements, not yet written, in huge pages where the system has them."""
+    new = torch.empty(count, dtype=dtype, device=device)
+    native.use_huge_pages(new)
+    return new
 
 
 def captured(calls: Sequence[Call]) -> tuple[Call, Any]:
@@ -174,8 +188,8 @@ class Roofline:
     def __init__(self, device: torch.device) -> None:
         self.device, self.stopwatch = device, Stopwatch(device)
         count = max(PROBE_BYTES[device.type], 8 * cache_bytes(device)) // 4
-        self._from = torch.ones(count, dtype=torch.float32, device=device)  # written, so that it is really there
-        self._to = torch.ones_like(self._from)
+        # Written, so that they are really there; in huge pages, as weights and caches are.
+        self._from, self._to = (_roomy(count, torch.float32, device).fill_(1) for _ in range(2))
         self._products: dict[torch.dtype, tuple[Call, int, float]] = {}
 
     @property
@@ -215,8 +229,11 @@ class Roofline:
         return made
 
     def _row(self, name: str, when: str, call: Call, seconds: float, **cost: Any) -> Row:
-        samples = turns({name: call}, self.stopwatch, seconds)[name]
-        return Row("roofline", name, "torch", params={"at": when}, time_us=Spread.of(samples), **cost)
+        load = Load()
+        with load.measured():
+            samples = turns({name: call}, self.stopwatch, seconds)[name]
+        time_us = Spread.of(samples)
+        return Row("roofline", name, "torch", params={"at": when}, time_us=time_us, other_load=load.others, **cost)
 
     def probes(self, flops: int, moved: int, dtype: torch.dtype) -> dict[str, Call]:
         """What to sample between the calls of a row of this cost: reading always, products where they may be the limit."""
@@ -228,10 +245,14 @@ class Roofline:
         return chosen
 
     def of_samples(self, samples: Mapping[str, list[float]], dtype: torch.dtype) -> dict[str, float]:
-        """The rates that the probes' samples say: gb_s, gflop_s."""
+        """The rates that the probes' samples say: gb_s and gflop_s, their medians; with _p20 and _p80 the ends."""
         found = {}
-        if samples.get("read"):
-            found["gb_s"] = round(self.nbytes / Spread.of(samples["read"]).median / 1e3, 2)
-        if samples.get("product"):
-            found["gflop_s"] = round(self.product(dtype)[1] / Spread.of(samples["product"]).median / 1e3, 1)
+        for probe, name, digits in (("read", "gb_s", 2), ("product", "gflop_s", 1)):
+            if not samples.get(probe):
+                continue
+            done = self.nbytes if probe == "read" else self.product(dtype)[1]
+            took = Spread.of(samples[probe])
+            found[name] = round(done / took.median / 1e3, digits)
+            found[f"{name}_p20"] = round(done / took.p80 / 1e3, digits)
+            found[f"{name}_p80"] = round(done / took.p20 / 1e3, digits)
         return found

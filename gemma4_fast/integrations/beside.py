@@ -14,7 +14,7 @@ from gemma4_fast.integrations.transformers import ORIGINAL, accelerated_text, en
 from gemma4_fast.model import Gemma4
 from gemma4_fast.reference import model as reference
 from gemma4_fast.report import Comparison, Report
-from gemma4_fast.verify import Layered, compare_layers
+from gemma4_fast.verify import Layered, compare_layers, kinds_of
 
 WHOSE = "transformers"
 TOKENS, STEPS = 64, 4  # at level "quick" the tokens compared; and those that are decoded one by one
@@ -39,8 +39,11 @@ def compare(model: nn.Module, report: Report, ids: Tensor) -> None:
     if engine_of(text).quantization is not None:
         return
     native = cast(Gemma4, engine_of(text).native)
-    ids = ids if report.level == "full" else ids[:TOKENS]
-    compare_layers(native, ids, _layers(text, ids), WHOSE, report)
+    if report.level != "full":
+        ids = ids[:TOKENS]
+    layers = native.config.layers() if report.level == "full" else kinds_of(native.config)
+    seen = _layers(text, ids, {c.index for c in layers})
+    compare_layers(native, ids, seen, WHOSE, report)
     wide = torch.float64 if native.dtype in (torch.float32, torch.float64) else torch.float32
     experts = native.config.enable_moe_block and wide == torch.float32  # where routing differs now and then
     if report.level != "full" or experts or engine_of(text).head is None:
@@ -53,25 +56,40 @@ def compare(model: nn.Module, report: Report, ids: Tensor) -> None:
         report.comparisons.append(Comparison(f"logits beside {WHOSE}", phase, *errors))
 
 
-def _layers(text: nn.Module, ids: Tensor) -> list[Layered]:
-    """What transformers' layers are given and give for one prompt ids [T]."""
-    seen: list[Layered] = []
+def _layers(text: nn.Module, ids: Tensor, wanted: set[int]) -> dict[int, Layered]:
+    """What transformers' layers `wanted` are given and give for one prompt ids [T], by their index. The others hand on what
+    they are given."""
+    seen: dict[int, Layered] = {}
     given: list[tuple[Tensor, Tensor | None]] = []
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ple = args[1] if len(args) > 1 else kwargs.get("per_layer_input")
         given.append((args[0][0].clone(), None if ple is None else ple[0]))  # the layer may write into its input
 
-    def after(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        x, ple = given.pop()
-        seen.append(Layered(x, ple, (out[0] if isinstance(out, tuple) else out)[0].clone()))  # and the next one into this
+    def skipped(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return x
 
-    layers = cast(nn.ModuleList, text.layers)
-    hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
-    hooks += [layer.register_forward_hook(after) for layer in layers]
+    layers, hooks = cast(nn.ModuleList, text.layers), []
+    skipping = [layer for i, layer in enumerate(layers) if i not in wanted]
+    for i in sorted(wanted):
+
+        def after(layer: nn.Module, args: tuple[Any, ...], out: Any, i: int = i) -> None:
+            x, ple = given.pop()
+            y = (out[0] if isinstance(out, tuple) else out)[0]
+            seen[i] = Layered(x, ple, y.clone())  # the next layer may write into it
+
+        hooks.append(layers[i].register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(layers[i].register_forward_hook(after))
+    own = [vars(layer).get("forward") for layer in skipping]
     try:
+        for layer in skipping:
+            vars(layer)["forward"] = skipped
         ORIGINAL[type(text)].forward(text, input_ids=ids[None], use_cache=False)
     finally:
+        for layer, forward in zip(skipping, own, strict=True):
+            vars(layer).pop("forward", None)
+            if forward is not None:
+                vars(layer)["forward"] = forward
         for h in hooks:
             h.remove()
     return seen

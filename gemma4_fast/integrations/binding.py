@@ -97,6 +97,11 @@ def _odd(m: nn.Module, own: str, eps: float) -> str | None:
     """What a module does beside what its class in transformers' file `own`, or PyTorch's, does with its weights."""
     kind = type(m)
     if not _is_plain(cast(Any, kind), own):
+        if kind.__module__.startswith("peft."):
+            return (
+                f"is a PEFT adapter that is not merged ({kind.__module__}.{kind.__qualname__}): "
+                "call model = model.merge_and_unload() and then gemma4_fast.accelerate(model)"
+            )
         return f"is a {kind.__module__}.{kind.__qualname__}"
     if "forward" in m.__dict__ or not _is_from(kind.forward.__module__, own):
         return "has another forward than its class"

@@ -412,8 +412,9 @@ def accelerate(model: Any, *, backend: str | None = None, quantize: str | None =
     model: Gemma4ForCausalLM, Gemma4ForConditionalGeneration (its towers stay as they are), what AutoModel gives, or a module
     that contains one of these. Its parameters and this package's become the same memory. backend: as `Gemma4`'s.
     quantize: "int8" or "int4" frees the text model's weights for quantized ones; what only transformers' code could run
-    is then refused. check: True compares one layer of each kind with the reference, "full" all layers and the whole model,
-    False nothing. `restore(model)` undoes it, unless it is quantized.
+    is then refused. check: True or "quick" compares one layer of each kind with the reference, "full" all layers and the
+    whole model, False nothing. It always runs: nothing tells what became of weights in memory since an earlier one.
+    `restore(model)` undoes it, unless it is quantized.
 
     ValueError: no Gemma 4 text model, or arguments; UnsupportedError: a backend that cannot run here, or `quantize` for a model
     that cannot be served; SelfCheckError: the kernels are wrong here. The model then is as it was.

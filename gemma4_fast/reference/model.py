@@ -1,20 +1,47 @@
 """The whole of Gemma 4's text model in one page, to be read beside the formula. No cache, no batch, no tuning.
 
 `weights` is any mapping from transformers' state-dict names to tensors. Every function works in the dtype of the weights it
-is given; `Weights(tensors, dtype=torch.float64)` widens each tensor at the moment it is read, so that a large model is judged
-in fp64 with one layer widened at a time.
+is given; `Weights(tensors, dtype=torch.float64)` widens each tensor at the moment it is read, a matrix block by block, so that
+judging a large model in fp64 takes next to no memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gemma4_fast.config import Gemma4Config, LayerConfig
+from gemma4_fast.quant import linear_in_blocks
 from gemma4_fast.reference import ops
+
+SMALL = 1 << 20  # values of a matrix that is widened whole
+
+
+class Widened:
+    """A matrix [N, K], or one for each expert [E, N, K], that is widened to `dtype` where it is multiplied by.
+
+    It offers what this page asks of a weight: `shape`, `dtype`, `to`, an expert by its number, and `F.linear`.
+    """
+
+    def __init__(self, weight: Any, dtype: torch.dtype) -> None:
+        self.weight, self.dtype, self.shape = weight, dtype, weight.shape
+
+    def __getitem__(self, expert: int) -> Widened:
+        return Widened(self.weight[expert], self.dtype)
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """All of it."""
+        return cast(Tensor, self.weight.to(self.dtype).to(dtype))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is not F.linear or kwargs or len(args) != 2 or args[0].dtype != args[1].dtype:
+            return NotImplemented
+        return linear_in_blocks(args[0], args[1].weight)
 
 
 class Weights(Mapping[str, Tensor]):
@@ -24,7 +51,7 @@ class Weights(Mapping[str, Tensor]):
         self._tensors, self._prefix, self._dtype = tensors, prefix, dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.widened(self._tensors[self._prefix + name].detach())
+        return self.matrix(self._tensors[self._prefix + name].detach())
 
     def __iter__(self) -> Iterator[str]:
         return (n.removeprefix(self._prefix) for n in self._tensors if n.startswith(self._prefix))
@@ -35,6 +62,15 @@ class Weights(Mapping[str, Tensor]):
     def widened(self, w: Tensor) -> Tensor:
         """w as these weights are read: quantized ones too, so that the truth's products do not round x to their bits."""
         return w if self._dtype is None else w.to(self._dtype)
+
+    def matrix(self, w: Tensor) -> Tensor:
+        """w as these weights are read, widened where it is multiplied by if it is large.
+
+        A large one that stays as it is is multiplied by in blocks too: PyTorch may copy a whole one.
+        """
+        if w.numel() <= SMALL or (self._dtype is None and not isinstance(w, Tensor)):
+            return self.widened(w)
+        return cast(Tensor, Widened(w, self._dtype or w.dtype))
 
     def layer(self, index: int) -> Weights:
         """The tensors of decoder layer `index`, with names as in facts: "self_attn.q_proj.weight", "layer_scalar", ..."""
@@ -72,28 +108,55 @@ def per_layer_inputs(w: Weights, config: Gemma4Config, ids: Tensor, x: Tensor) -
     return (context + token.view_as(context)) * 2.0**-0.5
 
 
-def attention_block(
-    w: Weights, config: Gemma4Config, layer: LayerConfig, x: Tensor, kv: dict[int, tuple[Tensor, Tensor]]
-) -> Tensor:
-    """x [T, H] -> x + rms(attention(rms(x))). `kv` collects every layer's K, V [T, Hkv, D] for the layers that share them."""
-    eps, tokens = config.rms_norm_eps, x.shape[0]
-    h = ops.rms_norm(x, w["input_layernorm.weight"], eps)
-    cos, sin = ops.rope_angles(torch.arange(tokens, device=x.device), inv_freq(layer, x.dtype, x.device))
+KV = dict[int, list[tuple[Tensor, Tensor]]]  # by layer: K, V [S, Hkv, D] of each sequence
 
-    q = F.linear(h, w["self_attn.q_proj.weight"]).view(tokens, layer.num_q_heads, layer.head_dim)
+
+def attention_block(
+    w: Weights,
+    config: Gemma4Config,
+    layer: LayerConfig,
+    x: Tensor,
+    kv: KV,
+    lens: Sequence[int] | None = None,
+) -> Tensor:
+    """x [T, H] -> x + rms(attention(rms(x))), for sequences of `lens` tokens end to end (None: one sequence).
+
+    `kv` has the K and V of the tokens that came before x, if there are any; those of x are appended, for the layers that share
+    them and for the tokens that follow.
+    """
+    eps, lens = config.rms_norm_eps, [x.shape[0]] if lens is None else list(lens)
+    donor = layer.index if layer.kv_donor is None else layer.kv_donor
+    before = [k.shape[0] for k, _ in kv.get(donor, [])] or [0] * len(lens)
+    if layer.kv_donor is not None:  # the donor has appended these tokens already
+        before = [n - new for n, new in zip(before, lens, strict=True)]
+    h = ops.rms_norm(x, w["input_layernorm.weight"], eps)
+    position = torch.cat([torch.arange(n, n + new, device=x.device) for n, new in zip(before, lens, strict=True)])
+    cos, sin = ops.rope_angles(position, inv_freq(layer, x.dtype, x.device))
+
+    def heads(name: str, count: int) -> Tensor:
+        return F.linear(h, w[f"self_attn.{name}.weight"]).view(-1, count, layer.head_dim)
+
+    q = heads("q_proj", layer.num_q_heads)
     q = ops.rotate(ops.rms_norm(q, w["self_attn.q_norm.weight"], eps), cos, sin)
     if layer.kv_donor is None:
-        raw_k = F.linear(h, w["self_attn.k_proj.weight"]).view(tokens, layer.num_kv_heads, layer.head_dim)
-        raw_v = raw_k if layer.k_eq_v else F.linear(h, w["self_attn.v_proj.weight"]).view_as(raw_k)
+        raw_k = heads("k_proj", layer.num_kv_heads)
+        raw_v = raw_k if layer.k_eq_v else heads("v_proj", layer.num_kv_heads)
         k = ops.rotate(ops.rms_norm(raw_k, w["self_attn.k_norm.weight"], eps), cos, sin)
-        kv[layer.index] = k, ops.rms_norm(raw_v, None, eps)
-    k, v = kv[layer.index if layer.kv_donor is None else layer.kv_donor]
+        v = ops.rms_norm(raw_v, None, eps)
+        new_kv = list(zip(k.split(lens), v.split(lens), strict=True))
+        if donor in kv:
+            pairs = zip(kv[donor], new_kv, strict=True)
+            new_kv = [(torch.cat((a, c)), torch.cat((b, d))) for (a, b), (c, d) in pairs]
+        kv[donor] = new_kv
 
-    position = torch.arange(tokens, device=x.device)
-    mask = position[None] <= position[:, None]
-    if layer.window is not None:
-        mask &= position[None] > position[:, None] - layer.window
-    a = F.linear(ops.attend(q, k, v, mask, 1.0).flatten(1), w["self_attn.o_proj.weight"])
+    outputs = []
+    for (k, v), q_of, at in zip(kv[donor], q.split(lens), position.split(lens), strict=True):
+        key = torch.arange(k.shape[0], device=x.device)
+        mask = key[None] <= at[:, None]
+        if layer.window is not None:
+            mask &= key[None] > at[:, None] - layer.window
+        outputs.append(ops.attend(q_of, k, v, mask, 1.0))
+    a = F.linear(torch.cat(outputs).flatten(1), w["self_attn.o_proj.weight"])
     return x + ops.rms_norm(a, w["post_attention_layernorm.weight"], eps)
 
 
@@ -122,9 +185,7 @@ def head(w: Weights, tensors: Mapping[str, Tensor], config: Gemma4Config, x: Ten
     """x [T, H] -> logits [T, V]: final norm, the unscaled embedding table (or lm_head), softcap."""
     x = ops.rms_norm(x, w["norm.weight"], config.rms_norm_eps)
     table = tensors["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"].detach()
-    blocks = table.split(16384)  # widened block by block, so that fp64 never holds the whole table
-    y = torch.cat([F.linear(x, w.widened(block)) for block in blocks], -1)
-    return softcap(y, config)
+    return softcap(F.linear(x, w.matrix(table)), config)
 
 
 def softcap(y: Tensor, config: Gemma4Config) -> Tensor:
@@ -149,7 +210,7 @@ def forward(
     w = Weights(tensors, dtype=dtype)
     x = embed(w, config, ids)
     ple = per_layer_inputs(w, config, ids, x)
-    kv: dict[int, tuple[Tensor, Tensor]] = {}
+    kv: KV = {}
     for layer in config.layers():
         lw = w.layer(layer.index)
         x = attention_block(lw, config, layer, x, kv)

@@ -142,11 +142,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
 
     Hq / Hkv query heads share a KV head (grouped-query attention, Ainslie et al. 2023). Softmax in fp32 or wider.
     """
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = torch.einsum("thd,shd->hts", q, k) * scale
+    q = q.unflatten(1, (k.shape[1], -1))  # [T, Hkv, Hq / Hkv, D]
+    scores = torch.einsum("tkgd,skd->kgts", q, k) * scale
     scores = _wide(scores).masked_fill(~mask, float("-inf"))
-    return torch.einsum("hts,shd->thd", scores.softmax(-1).to(q.dtype), v)
+    return torch.einsum("kgts,skd->tkgd", scores.softmax(-1).to(q.dtype), v).flatten(1, 2)
 
 
 def cached_sequence(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gemma4_fast import Gemma4, Gemma4Config, __version__, verify
+from gemma4_fast.bench.dummy import dummy
 from gemma4_fast.cache import KVCache
 from gemma4_fast.generate import Session
 from gemma4_fast.graph import DecodeGraph
@@ -27,12 +28,16 @@ class Peer:
     def load(self, spec: dict[str, Any]) -> dict[str, Any]:
         if spec["device"] == "cpu":
             torch.set_num_threads(spec["threads"])
-        options: dict[str, Any] = {n: spec[n] for n in ("dtype", "device", "quantize")}
+        options: dict[str, Any] = {
+            "dtype": getattr(torch, spec["dtype"]),
+            "device": torch.device(spec["device"]),
+            "quantize": spec["quantize"],
+        }
         if spec["path"] is not None:
             options |= {"check_memory": False}  # the plan was compared with the free memory
             self.model = Gemma4.from_pretrained(spec["path"], check=False, progress=False, **options)
         else:
-            self.model = Gemma4.dummy(Gemma4Config.from_dict(spec["config"]), seed=spec["seed"], **options)
+            self.model = dummy(Gemma4Config.from_dict(spec["config"]), seed=spec["seed"], **options)
         self._kept: tuple[list[list[int]], KVCache, DecodeGraph] | None = None
         return {"version": __version__}
 

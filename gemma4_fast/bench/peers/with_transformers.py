@@ -145,9 +145,11 @@ def _sharing(spec: dict[str, Any], dtype: torch.dtype) -> Any:
     """A model whose weights are those that this package makes from the seed, in the same storage: no second copy."""
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-    from gemma4_fast import Gemma4, Gemma4Config
+    from gemma4_fast import Gemma4Config
+    from gemma4_fast.bench.dummy import dummy
 
-    weights = Gemma4.dummy(Gemma4Config.from_dict(spec["config"]), dtype=dtype, device=spec["device"], seed=spec["seed"])
+    device = torch.device(spec["device"])
+    weights = dummy(Gemma4Config.from_dict(spec["config"]), dtype=dtype, device=device, seed=spec["seed"])
     config = Gemma4TextConfig.from_dict(copy.deepcopy(spec["config"]))
     with torch.device("meta"):
         model = Gemma4ForCausalLM(config)

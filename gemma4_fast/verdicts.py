@@ -1,0 +1,258 @@
+"""Verdicts of self-checks that passed, kept on disk, so that the next start of the same need not check again.
+
+They lie in `folder()`, one small JSON file each. A file's name is the SHA-256 of everything that could change the verdict: this
+package's sources and compiled libraries, PyTorch, Triton, Python, the processor and the instruction set in use, or the GPU and
+its driver, the number of threads, the backends that serve the model, its dtype and the bits of its weights, and the checkpoint:
+config.json, the headers of its safetensors files, their sizes and the times of their last change. What the key cannot see is a
+weight that was changed in place by someone who put the file's time back.
+
+Reading and writing never fail: a file that is damaged, or that others could have written, counts as none, and a folder that
+cannot be written to keeps no verdicts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma4_fast import native, ops
+from gemma4_fast.layers import model_ops
+
+if TYPE_CHECKING:
+    from gemma4_fast.model import Gemma4
+    from gemma4_fast.report import Report
+
+LEVELS = ("quick", "full")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """That a model has passed its self-check.
+
+    level: "quick" or "full". time: when, in seconds since 1970. from_disk: whether an earlier start found it.
+    """
+
+    level: str
+    time: float
+    from_disk: bool = False
+
+    def __str__(self) -> str:
+        """One line that says when it passed, and how to check again."""
+        when = time.strftime("%Y-%m-%d at %H:%M", time.localtime(self.time))
+        return f'self-check passed on {when} with these weights and this build; check="{self.level}" runs it again'
+
+
+def folder() -> Path | None:
+    """$XDG_CACHE_HOME/gemma4_fast/checked, or ~/.cache/gemma4_fast/checked; None where there is no home."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    except RuntimeError:
+        return None
+    return cache.absolute() / "gemma4_fast" / "checked"
+
+
+def settle(
+    model: Gemma4,
+    check: bool | str,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report | None:
+    """Checks the model as `check` of `Gemma4.from_pretrained` says, and sets `model.verdict`.
+
+    True takes a verdict from disk if there is one, else it checks as "quick" does. "quick" and "full" always check. A verdict
+    is kept if the model was loaded from a checkpoint. Returns the report, None if nothing was run; SelfCheckError if the
+    model is wrong.
+    """
+    from gemma4_fast.verify import verify
+
+    key = None if model.source is None else key_of(model)
+    model.verdict = read(key) if check is True and key is not None else None
+    if not check or model.verdict is not None:
+        return None
+    level = "full" if check == "full" else "quick"
+    report = verify(model, level=level, seed=seed, progress=progress)
+    report.raise_if_wrong()
+    model.verdict = Verdict(level, time.time())
+    if key is not None:
+        write(key, model.verdict)
+    return report
+
+
+# ---------------------------------------------------------------- the key
+def source_of(path: Path, load_format: str = "auto", seed: int = 0) -> str | None:
+    """What tells one checkpoint from another, without reading its weights: SHA-256 in hex.
+
+    For load_format "dummy" the config and the seed, from which the weights are drawn. None if a file cannot be read: why is
+    for those to say who read the weights.
+    """
+    sha = hashlib.sha256()
+    with contextlib.suppress(OSError):
+        _add(sha, load_format, (path / "config.json").read_bytes())
+        if load_format == "dummy":
+            _add(sha, seed)
+            return sha.hexdigest()
+        for file in sorted(path.glob("*.safetensors*")):
+            found = file.stat()
+            _add(sha, file.name, found.st_size, found.st_mtime_ns, _header(file))
+        return sha.hexdigest()
+    return None
+
+
+def _header(file: Path) -> bytes:
+    """The header of a safetensors file; of its index all."""
+    if file.suffix == ".json":
+        return file.read_bytes()
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        return opened.read(min(size, 100_000_000))
+
+
+def key_of(model: Gemma4) -> str:
+    """The name of the model's verdict: SHA-256 in hex of all that could change it."""
+    sha = hashlib.sha256()
+    for part in parts_of(model).items():
+        _add(sha, *part)
+    return sha.hexdigest()
+
+
+def parts_of(model: Gemma4) -> dict[str, Any]:
+    """All that could change the verdict, by name."""
+    with model.running():
+        backends = {name: ops.decide(name, model.device, model.dtype)[0] for name in model_ops(model.config)}
+        isa = native.ISA.get() or native.isas()[:1]
+    return {
+        "package": build(),
+        "libraries": sorted((Path(p).name, hash_of(Path(p))) for p in torch.ops.loaded_libraries),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "device": _device(model.device),
+        "isa": isa,
+        "threads": torch.get_num_threads(),
+        "config": repr(model.config),
+        "source": model.source,
+        "dtype": str(model.dtype),
+        "quantization": model.quantization,
+        "requested": model.backend,
+        "backends": backends,
+    }
+
+
+@functools.cache
+def build() -> str:
+    """SHA-256 in hex of this package's sources, kernels and compiled libraries."""
+    import gemma4_fast
+
+    sha = hashlib.sha256(gemma4_fast.__version__.encode())
+    triton: Iterable[str] = ()
+    with contextlib.suppress(ImportError):
+        import gemma4_fast.triton
+
+        triton = gemma4_fast.triton.__path__
+    for root in dict.fromkeys([Path(gemma4_fast.__file__).parent, *map(Path, triton)]):
+        for file in sorted(root.rglob("*")):
+            if file.suffix in (".py", ".so", ".pyd") and file.is_file():
+                _add(sha, str(file.relative_to(root)), hash_of(file))
+    return sha.hexdigest()
+
+
+def hash_of(file: Path) -> str:
+    """SHA-256 in hex of a file; "" if it cannot be read."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _device(device: torch.device) -> list[Any]:
+    """The processor, or the GPU and its driver."""
+    if device.type == "cuda":
+        driver = Path("/proc/driver/nvidia/version")
+        return [
+            torch.cuda.get_device_name(device),
+            torch.cuda.get_device_capability(device),
+            torch.version.cuda,
+            driver.read_text(encoding="utf-8") if driver.exists() else "",
+        ]
+    return [platform.machine(), _processor(), torch.backends.cpu.get_cpu_capability()]
+
+
+@functools.cache
+def _processor() -> str:
+    """The processor's model, as the system tells it."""
+    names = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU part")
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        lines = text.partition("\n\n")[0].splitlines()
+        return "\n".join(x for x in lines if x.partition(":")[0].strip() in names)
+    return platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _add(sha: Any, *values: object) -> None:
+    """Values one after the other, so that no two lists of them read alike."""
+    for value in values:
+        data = value if isinstance(value, bytes) else repr(value).encode()
+        sha.update(len(data).to_bytes(8, "little") + data)
+
+
+# ---------------------------------------------------------------- the files
+def read(key: str) -> Verdict | None:
+    """The verdict of that key, if there is one that can be trusted."""
+    if (place := folder()) is None:
+        return None
+    try:
+        with (place / f"{key}.json").open(encoding="utf-8") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode) or _foreign(found):
+                return None
+            data = json.loads(file.read(4096))
+        if data["key"] != key or data["level"] not in LEVELS:
+            return None
+        return Verdict(data["level"], float(data["time"]), from_disk=True)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
+
+
+def _foreign(found: os.stat_result) -> bool:
+    """Whether someone else could have written a file."""
+    if not hasattr(os, "getuid"):
+        return False
+    return found.st_uid != os.getuid() or bool(found.st_mode & 0o022)
+
+
+def write(key: str, verdict: Verdict) -> None:
+    """Keeps a verdict, if the folder can be written to. It appears as a whole: nobody reads half of it."""
+    if (place := folder()) is None:
+        return
+    data = {"key": key, **asdict(verdict)}
+    with contextlib.suppress(OSError):
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, name = tempfile.mkstemp(dir=place, prefix=".", suffix=".tmp")  # 0600
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(data, file)
+            Path(name).replace(place / f"{key}.json")
+        finally:
+            Path(name).unlink(missing_ok=True)

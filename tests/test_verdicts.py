@@ -1,0 +1,243 @@
+"""Verdicts of self-checks on disk: when one is taken, when not, and that no file does harm."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gemma4_fast import Gemma4, SelfCheckError, ops, use_backend, verdicts, verify
+from gemma4_fast.errors import CheckpointError
+from gemma4_fast.report import Report
+from gemma4_fast.weights import tiny_path
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of verdicts."""
+    folder = tmp_path / "checked"
+    monkeypatch.setattr(verdicts, "folder", lambda: folder)
+    return folder
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The level of each self-check that runs; none of them computes anything."""
+    levels: list[str] = []
+
+    def passed(model: Gemma4, *, level: str, **_: Any) -> Report:
+        levels.append(level)
+        return Report(level, "cpu", "bfloat16", {})
+
+    module = sys.modules["gemma4_fast.verify"]  # the package exports the function by this name
+    monkeypatch.setattr(module, "verify", passed)
+    return levels
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy of the packaged model."""
+    names = ("config.json", "model.safetensors")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in names:
+        shutil.copy2(tiny_path() / name, folder / name)
+    return folder
+
+
+def load(path: str | Path = "tiny", **options: Any) -> Gemma4:
+    return Gemma4.from_pretrained(path, progress=False, **options)
+
+
+def test_the_second_start_takes_the_first_ones_verdict(kept: Path, runs: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    first = load().verdict
+    assert first is not None and not first.from_disk and runs == ["quick"]
+    with caplog.at_level(logging.INFO, "gemma4_fast"):
+        second = load().verdict
+    assert second is not None and second.from_disk and second.time == first.time
+    assert runs == ["quick"]
+    lines = [r.getMessage() for r in caplog.records if "self-check" in r.getMessage()]
+    assert len(lines) == 1 and lines[0].endswith('check="quick" runs it again')
+    assert "passed on 20" in lines[0] and " at " in lines[0]
+    (file,) = kept.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600 and kept.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_is_asked_for_by_name_always_runs(kept: Path, runs: list[str]) -> None:
+    for check in ("quick", "full", "quick", True):
+        load(check=check)
+    assert runs == ["quick", "full", "quick"]
+    assert load(check=False).verdict is None
+
+
+def test_a_full_verdict_serves_a_quick_one(kept: Path, runs: list[str]) -> None:
+    load(check="full")
+    found = load().verdict
+    assert found is not None and found.level == "full" and runs == ["full"]
+
+
+def test_a_check_that_fails_leaves_nothing(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    impl = ops.TABLE["geglu_mlp"].impls["torch"]
+    right = impl.function
+    monkeypatch.setitem(vars(impl), "function", lambda x, *w: right(x, *w) + 1)
+    for _ in range(2):
+        with pytest.raises(SelfCheckError):
+            load(backend="torch")
+    assert not kept.exists()
+
+
+def rewritten(folder: Path) -> None:
+    """Another weight of the same size, which the time of the file's last change tells of."""
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(1, file.stat().st_mtime_ns + 1_000_000))
+
+
+def other_config(folder: Path) -> None:
+    file = folder / "config.json"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    data["rms_norm_eps"] = 2e-6
+    file.write_text(json.dumps(data), encoding="utf-8")
+
+
+CHANGES: dict[str, Callable[[pytest.MonkeyPatch, Path], dict[str, Any]]] = {
+    "dtype": lambda m, path: dict(dtype="float32"),
+    "bits": lambda m, path: dict(quantize="int8"),
+    "backend": lambda m, path: dict(backend="torch"),
+    "a weight": lambda m, path: rewritten(path) or {},  # type: ignore[func-returns-value]
+    "config": lambda m, path: other_config(path) or {},  # type: ignore[func-returns-value]
+    "sources": lambda m, path: m.setattr(verdicts, "build", lambda: "other") or {},  # type: ignore[func-returns-value]
+    "libraries": lambda m, path: m.setattr(verdicts, "hash_of", lambda file: "x") or {},  # type: ignore[func-returns-value]
+    "torch": lambda m, path: m.setattr(torch, "__version__", "2.99.0") or {},  # type: ignore[func-returns-value]
+    "triton": lambda m, path: m.setattr(verdicts, "_version", lambda name: "9") or {},  # type: ignore[func-returns-value]
+    "processor": lambda m, path: m.setattr(verdicts, "_processor", lambda: "Z80") or {},  # type: ignore[func-returns-value]
+    "dummy weights": lambda m, path: dict(load_format="dummy"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_checks_again(
+    what: str, kept: Path, checkpoint: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(checkpoint)
+    load(checkpoint)
+    assert runs == ["quick"]
+    verdicts.build()  # hashed before anything else is
+    options = CHANGES[what](monkeypatch, checkpoint)
+    load(checkpoint, **options)
+    assert runs == ["quick", "quick"]
+
+
+def test_threads_and_instruction_sets_are_in_the_key(kept: Path) -> None:
+    model = load(check=False)
+    parts, threads = verdicts.parts_of(model), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert verdicts.parts_of(model)["threads"] == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    with use_backend("torch"):
+        assert verdicts.parts_of(model)["backends"] != parts["backends"]
+    assert {"python", "isa", "device", "config"} <= parts.keys()
+
+
+def test_every_file_of_the_package_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gemma4_fast
+
+    (tmp_path / "ops").mkdir()
+    (tmp_path / "__init__.py").write_text("", encoding="utf-8")
+    monkeypatch.setattr(gemma4_fast, "__file__", str(tmp_path / "__init__.py"))
+    found = set()
+    for name in ("ops/linear.py", "_cpu.so"):
+        for text in ("a", "b"):
+            (tmp_path / name).write_text(text, encoding="utf-8")
+            found.add(verdicts.build.__wrapped__())
+    assert len(found) == 4
+
+
+def test_dummy_weights_are_told_by_their_seed(kept: Path, runs: list[str]) -> None:
+    for seed in (1, 1, 2):
+        load(load_format="dummy", seed=seed)
+    assert runs == ["quick", "quick"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"key": 1}', "\0" * 99])
+def test_a_damaged_file_is_none(text: str, kept: Path, runs: list[str]) -> None:
+    load()
+    (file,) = kept.iterdir()
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(text, encoding="utf-8")
+    load()
+    assert runs == ["quick", "quick"]
+    assert json.loads(file.read_text(encoding="utf-8")).keys() == whole.keys()  # written anew
+
+
+@pytest.mark.parametrize("change", [dict(key="other"), dict(level="none"), dict(time="soon"), dict(time=None)])
+def test_a_file_that_says_something_else_is_none(change: dict[str, Any], kept: Path, runs: list[str]) -> None:
+    load()
+    (file,) = kept.iterdir()
+    data = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**data, **change}), encoding="utf-8")
+    load()
+    assert runs == ["quick", "quick"]
+
+
+def test_a_file_that_others_can_write_is_none(kept: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    load()
+    (file,) = kept.iterdir()
+    file.chmod(0o666)
+    load()
+    file.chmod(0o600)
+    monkeypatch.setattr(os, "getuid", lambda: file.stat().st_uid + 1)
+    load()
+    assert runs == ["quick"] * 3
+
+
+def test_a_folder_that_cannot_be_made_or_written_to_is_no_error(
+    tmp_path: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("", encoding="utf-8")
+    for folder in (file / "checked", None):
+        monkeypatch.setattr(verdicts, "folder", lambda folder=folder: folder)
+        assert load().verdict is not None
+    assert runs == ["quick", "quick"]
+
+
+def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.undo()  # of conftest.py's
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert verdicts.folder() == tmp_path / "gemma4_fast" / "checked"
+        patch.delenv("XDG_CACHE_HOME")
+        patch.setenv("HOME", str(tmp_path))
+        assert verdicts.folder() == tmp_path / ".cache" / "gemma4_fast" / "checked"
+
+
+def test_a_checkpoint_that_cannot_be_read_is_the_loaders_to_tell(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors").symlink_to(checkpoint / "gone")
+    assert verdicts.source_of(checkpoint) is None
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load(checkpoint)
+
+
+def test_a_model_that_came_from_no_checkpoint_keeps_none(kept: Path, runs: list[str]) -> None:
+    model = Gemma4.dummy(load(check=False).config, device="cpu")
+    for _ in range(2):
+        verdicts.settle(model, True)
+    assert runs == ["quick", "quick"] and not kept.exists()
+
+
+def test_verify_itself_reads_and_keeps_nothing(kept: Path) -> None:
+    assert verify(load(check=False)).ok and not kept.exists()
