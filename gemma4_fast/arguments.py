@@ -41,7 +41,8 @@ def count(text: str) -> int:
     match = re.fullmatch(r"(\d+)([kKmM]?)", text)
     value = int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()] if match else 0
     if not 1 <= value < 1 << 62:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, as in 8192 or 8K, got {text[:40]!r}")
+        expected = "a whole number of at least 1, as in 8192 or 8K"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text[:40]!r}")
     return value
 
 

@@ -260,7 +260,8 @@ class Demo:
         where = f"{str(model.dtype).removeprefix('torch.')} on {model.device}, CPU threads: {torch.get_num_threads()}"
         if not as_json:
             print(ABOUT)
-            print(f"Model: {self.args.model}, {where}. Self-check at load: {self.check_at_load()}\n", flush=True)
+            print(f"Model: {self.args.model}, {where}. ", end="")
+            print(f"Self-check at load: {self.check_at_load()}\n", flush=True)
         text = self.tell()
         seen = [*text.prompt_ids, *text.token_ids]
         room = model.config.max_position_embeddings - DECODE_TOKENS
