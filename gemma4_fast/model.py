@@ -131,7 +131,8 @@ class Gemma4(nn.Module):
         if check:
             verdicts.settle(model, check)
             if model.verdict is not None and model.verdict.from_disk:
-                log.info("gemma4_fast: %s", model.verdict)
+                again = f'check="{model.verdict.level}" runs it again'
+                log.info("gemma4_fast: %s; %s", model.verdict, again)
         return model
 
     @classmethod

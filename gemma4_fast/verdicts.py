@@ -51,9 +51,9 @@ class Verdict:
     from_disk: bool = False
 
     def __str__(self) -> str:
-        """One line that says when it passed, and how to check again."""
+        """One line that says when it passed."""
         when = time.strftime("%Y-%m-%d at %H:%M", time.localtime(self.time))
-        return f'self-check passed on {when} with these weights and this build; check="{self.level}" runs it again'
+        return f"self-check passed on {when} with these weights and this build"
 
 
 def folder() -> Path | None:

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 from gemma4_fast import Gemma4, SelfCheckError, ops, use_backend, verdicts, verify
+from gemma4_fast.cli import main
+from gemma4_fast.demo import Demo
 from gemma4_fast.errors import CheckpointError
 from gemma4_fast.report import Report
 from gemma4_fast.weights import tiny_path
@@ -69,6 +72,31 @@ def test_the_second_start_takes_the_first_ones_verdict(kept: Path, runs: list[st
     assert "passed on 20" in lines[0] and " at " in lines[0]
     (file,) = kept.iterdir()
     assert file.stat().st_mode & 0o777 == 0o600 and kept.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_command_line_names_its_own_option(
+    kept: Path,
+    runs: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["generate", "It", "--max-new-tokens", "1", "--device", "cpu"]
+    assert main(command) == 0
+    assert "self-check" not in capsys.readouterr().err
+    assert main(command) == 0
+    assert runs == ["quick"]
+    assert "with these weights and this build; --check quick runs it again\n" in capsys.readouterr().err
+
+
+def test_the_demo_says_what_checked_the_model(
+    kept: Path,
+    runs: list[str],
+) -> None:
+    def said(check: bool) -> str:
+        return Demo(load(check=check), Namespace(seed=0, prompt=None), None).check_at_load()
+
+    load()
+    assert said(True) == "passed at an earlier start"
+    assert said(False) == "skipped"
 
 
 def test_what_is_asked_for_by_name_always_runs(kept: Path, runs: list[str]) -> None:
