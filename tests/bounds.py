@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 SLACK = 2.0
 FLOOR = 1e-5
+FP64 = 1e-10  # of the scale, far above what fp64 rounds and far below what fp32 does
 
 
 def largest(x: Tensor) -> float:
@@ -49,6 +50,13 @@ def assert_right(got: Tensor, plain: Tensor, truth: Tensor, scale: float = 0.0, 
     assert truth.dtype == torch.float64, truth.dtype
     off, bound = error(got, truth), allowed(plain, truth, scale, loss)
     assert off <= bound, f"error {off:.3g}, allowed {bound:.3g}"  # fails for NaN too
+
+
+def assert_same_in_fp64(got: Tensor, wanted: Tensor) -> None:
+    """Two fp64 results differ by nothing but the order of sums."""
+    assert got.dtype == wanted.dtype == torch.float64, (got.dtype, wanted.dtype)
+    off, bound = error(got, wanted), FP64 * largest(wanted)
+    assert off <= bound, f"they differ by {off:.3g}, allowed {bound:.3g}"  # fails for NaN too
 
 
 class InFp64(TorchFunctionMode):

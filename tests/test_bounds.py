@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bounds import FLOOR, SLACK, InFp64, allowed, assert_right, error
+from bounds import FLOOR, SLACK, InFp64, allowed, assert_right, assert_same_in_fp64, error
 from family import assert_near_eager, exact_logits, in_fp64, prompt, relative_loss, transformers_model
 from torch import Tensor
 
@@ -46,6 +46,15 @@ def test_a_result_that_cancels_has_the_scale_of_its_inputs() -> None:
     assert_right(zero + 1e-6, zero, zero.double(), scale=1.0)
     with pytest.raises(AssertionError, match="allowed 1e-05"):
         assert_right(zero + 1e-4, zero, zero.double(), scale=1.0)
+
+
+def test_results_in_fp64_differ_by_less_than_fp32_rounds() -> None:
+    _, truth = rounded()
+    assert_same_in_fp64(truth * (1 + 1e-13), truth)
+    with pytest.raises(AssertionError, match="allowed"):
+        assert_same_in_fp64(truth.float().double(), truth)
+    with pytest.raises(AssertionError, match="float32"):
+        assert_same_in_fp64(truth.float(), truth)
 
 
 def test_few_values_have_the_loss_of_many() -> None:

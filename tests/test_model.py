@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bounds import FLOOR, assert_right, error, largest
+from bounds import FLOOR, assert_right, assert_same_in_fp64, error, largest
 from family import (
     MEMBERS,
     assert_model_right,
@@ -158,7 +158,7 @@ def test_saved_model_loads_in_transformers_with_the_same_logits(member: str, dty
 def test_fp64_and_fp16_run(member: str) -> None:
     model, ids = fast_model(member, torch.float64), prompt(1, 20)
     truth = reference.forward(model.state_dict(), model.config, ids[0])
-    assert error(model(ids)[0], truth) < 1e-10 * largest(truth)  # fp64 is used throughout
+    assert_same_in_fp64(model(ids)[0], truth)
     half = fast_model(member, torch.float16)(ids)
     assert half.dtype == torch.float16 and half.isfinite().all()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bounds import assert_same_in_fp64
 from family import MEMBERS
 from safetensors.torch import load_file, save_file
 from test_native import require_native
@@ -534,7 +535,7 @@ def test_a_product_in_blocks_is_the_product(bits: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(quant, "_BLOCK", 1000)
     monkeypatch.setattr(quant.F, "linear", noted)
     found = quant.linear_in_blocks(x, w)
-    assert torch.allclose(found, whole, rtol=1e-14, atol=1e-14)
+    assert_same_in_fp64(found, whole)
     assert max(most) <= 1000 and sum(most) == dense.numel()
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from bounds import assert_same_in_fp64
 from family import MEMBERS, fast_model
 
 from gemma4_fast import Gemma4, SelfCheckError, ops, verify
@@ -665,7 +666,7 @@ def test_the_reference_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(reference_model, "SMALL", 100)
     monkeypatch.setattr(quant, "_BLOCK", 1000)
     found = reference_model.forward(model.state_dict(), model.config, ids, dtype=dtype)
-    assert torch.allclose(found, whole, rtol=1e-12, atol=1e-12)
+    assert_same_in_fp64(found, whole)
 
 
 def test_the_reference_goes_on_from_earlier_keys_and_values() -> None:
@@ -677,7 +678,7 @@ def test_the_reference_goes_on_from_earlier_keys_and_values() -> None:
     parts = x.split(lens)
     alone = [reference_model.attention_block(w.layer(0), config, layer, p, {}) for p in parts]
     both = reference_model.attention_block(w.layer(0), config, layer, x, {}, lens)
-    assert torch.allclose(both, torch.cat(alone), rtol=1e-12, atol=1e-12)
+    assert_same_in_fp64(both, torch.cat(alone))
     kv: reference_model.KV = {}
     pieces = [reference_model.attention_block(w.layer(0), config, layer, p, kv) for p in parts[0].split([5, 4])]
-    assert torch.allclose(torch.cat(pieces), alone[0], rtol=1e-12, atol=1e-12)
+    assert_same_in_fp64(torch.cat(pieces), alone[0])
