@@ -222,16 +222,21 @@ def read(key: str) -> Verdict | None:
     """The verdict of that key, if there is one that can be trusted."""
     if (place := folder()) is None:
         return None
+    path = place / f"{key}.json"
     try:
-        with (place / f"{key}.json").open(encoding="utf-8") as file:
+        if not path.is_file():  # to open a named pipe would wait for its writer
+            return None
+        with path.open(encoding="utf-8") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode) or _foreign(found):
                 return None
             data = json.loads(file.read(4096))
         if data["key"] != key or data["level"] not in LEVELS:
             return None
-        return Verdict(data["level"], float(data["time"]), from_disk=True)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        verdict = Verdict(data["level"], float(data["time"]), from_disk=True)
+        str(verdict)  # a time that is no date counts as damage
+        return verdict
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ def test_dummy_weights_are_told_by_their_seed(kept: Path, runs: list[str]) -> No
     assert runs == ["quick", "quick"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"key": 1}', "\0" * 99])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"key": 1}', "\0" * 99, "[" * 4096])
 def test_a_damaged_file_is_none(text: str, kept: Path, runs: list[str]) -> None:
     load()
     (file,) = kept.iterdir()
@@ -182,7 +183,16 @@ def test_a_damaged_file_is_none(text: str, kept: Path, runs: list[str]) -> None:
     assert json.loads(file.read_text(encoding="utf-8")).keys() == whole.keys()  # written anew
 
 
-@pytest.mark.parametrize("change", [dict(key="other"), dict(level="none"), dict(time="soon"), dict(time=None)])
+NO_DATES = (float("nan"), float("inf"), 1e300, 1e18)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(dict(key="other"), dict(level="none"), dict(time="soon"), dict(time=None)),
+        *(dict(time=seconds) for seconds in NO_DATES),
+    ],
+)
 def test_a_file_that_says_something_else_is_none(change: dict[str, Any], kept: Path, runs: list[str]) -> None:
     load()
     (file,) = kept.iterdir()
@@ -190,6 +200,17 @@ def test_a_file_that_says_something_else_is_none(change: dict[str, Any], kept: P
     file.write_text(json.dumps({**data, **change}), encoding="utf-8")
     load()
     assert runs == ["quick", "quick"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_named_pipe_is_none(kept: Path) -> None:
+    kept.mkdir()
+    os.mkfifo(kept / "key.json")
+    found: list[verdicts.Verdict | None] = []
+    reader = threading.Thread(target=lambda: found.append(verdicts.read("key")), daemon=True)
+    reader.start()
+    reader.join(timeout=60)
+    assert found == [None]
 
 
 def test_a_file_that_others_can_write_is_none(kept: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
