@@ -549,7 +549,7 @@ class Chat:
         """
         commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: terminal.note(HELP),
-            "/reset": lambda _: self.reset(),
+            "/reset": lambda _: self.forget(),
             "/continue": lambda _: self.resume(),
             "/save": self.save,
             "/load": self.load,
@@ -564,6 +564,11 @@ class Chat:
         if argument and name in ("/help", "/reset", "/continue"):
             raise ValueError(f"{name} takes no argument, got {argument[:40]!r}")
         commands[name](argument)
+
+    def forget(self) -> None:
+        """Start anew, and say so."""
+        self.reset()
+        terminal.note("forgot the conversation")
 
     def save(self, name: str) -> None:
         """Write the conversation to the file of that name, as JSON messages.

@@ -652,7 +652,7 @@ class _Check:
         one = self._clearest(fast)
         h = hidden[one]
         fast_one, best_one = self.model.logits(h), self.model.logits(h, argmax=True)
-        truth_of_one = self._reference_logits(h, head, wide=True)
+        truth_of_one, plain_of_one = self._both_logits(h, head)
         ids = self._sample([fast, fast_one, truth_of_one], [best, best_one])
         table = head.index_select(0, ids)
         truth, plain = self._both_logits(hidden, table)
@@ -663,10 +663,8 @@ class _Check:
         self._judge_choice(f"{most} rows", place, truth, self._allowed(truth, plain))
         self._judge_head(hidden, table, (5,))
         # Of one token the logits are known over the whole vocabulary, and so is how it is drawn.
-        loss = relative_error(plain[one], truth[one])
-        row = Comparison("logits", "1 rows", relative_error(fast_one, truth_of_one), loss)
-        self._note(row, "logits")
-        allowed = self._allowed(truth[one], plain[one])
+        self._judge_logits("1 rows", fast_one, truth_of_one, plain_of_one)
+        allowed = self._allowed(truth_of_one, plain_of_one)
         self._judge_choice("1 rows", best_one, truth_of_one, allowed)
         self._draws(h, truth_of_one, allowed, head, filters=False)
 

@@ -87,6 +87,14 @@ def widened(model: Any) -> Any:
     return wide
 
 
+@torch.no_grad()
+def in_fp64(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a model of transformers returns when it computes in fp64: the truth."""
+    wide = widened(model)
+    with InFp64():
+        return wide(*args, **kwargs)
+
+
 @functools.cache
 def wide_model(member: str) -> Gemma4ForCausalLM:
     return widened(transformers_model(member))
@@ -95,8 +103,9 @@ def wide_model(member: str) -> Gemma4ForCausalLM:
 @torch.no_grad()
 def exact_logits(member: str, ids: Tensor, **kwargs: Any) -> Tensor:
     """What transformers computes when nothing is rounded to fp32: the truth, in fp64."""
+    wide = wide_model(member)  # made outside the mode, in which its RoPE frequencies would differ
     with InFp64():
-        return wide_model(member)(ids, **kwargs).logits
+        return wide(ids, **kwargs).logits
 
 
 @functools.cache

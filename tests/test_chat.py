@@ -237,11 +237,12 @@ def test_a_persons_mistakes_do_not_end_the_chat(
     asked: list[str] = []
     monkeypatch.setattr(Chat, "answer", lambda self, text: asked.append(text))
     chat = chat_of(model)
-    typed = ("/foo", "one", "/two\nlines\n", " /three", "/help", "", "/quit", "never")
+    typed = ("/foo", "one", "/two\nlines\n", " /three", "/help", "/reset", "", "/quit", "never")
     assert interactive(chat, monkeypatch, *typed) == 0
     err = capsys.readouterr().err
     assert asked == ["one", "/two\nlines", "/three"]
     assert "unknown command /foo" in err and "/save FILE" in err
+    assert err.endswith("forgot the conversation\n")
 
 
 def test_an_unknown_command_ends_a_script(

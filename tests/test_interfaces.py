@@ -36,10 +36,10 @@ from family import (
     MEMBERS,
     assert_model_right,
     assert_near_eager,
+    in_fp64,
     prompt,
     transformers_model,
     wide_model,
-    widened,
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma4ForCausalLM
@@ -803,8 +803,7 @@ def test_images_see_themselves_and_the_vision_tower_sees_all(took: Counter[str])
     a, b = (m(ids, **kwargs) for m in (eager, ours))
     # 2 layers of the tower and 5 sliding ones that have the images' masks; the full one is causal
     assert took == {"sdpa": 7, "prefill": 1}
-    with InFp64():
-        truth = widened(eager)(ids, **kwargs).logits
+    truth = in_fp64(eager, ids, **kwargs).logits
     assert_right(b.logits, a.logits, truth)
     took.clear()
     a, b = (m.generate(ids, **kwargs, **GREEDY) for m in (eager, ours))
@@ -828,8 +827,7 @@ def test_the_audio_tower_gets_the_masks_that_it_reads() -> None:
     mask = torch.ones(2, 60, dtype=torch.bool)
     mask[1, 33:] = False
     a, b = (m(features, mask).last_hidden_state for m in (default, ours))
-    with InFp64():
-        truth = widened(default)(features.double(), mask).last_hidden_state
+    truth = in_fp64(default, features.double(), mask).last_hidden_state
     assert_right(b, a, truth)
 
 
@@ -912,8 +910,7 @@ def test_two_ranks_share_the_experts_and_say_what_one_says(tmp_path: Path) -> No
     ids, layers, calls = prompt(2, TOKENS), eager.config.num_hidden_layers, GREEDY["max_new_tokens"] + 1
     with torch.no_grad():
         logits, tokens = eager(ids).logits, eager.generate(ids, **GREEDY)
-        with InFp64():
-            truth = widened(eager)(ids).logits
+        truth = in_fp64(eager, ids).logits
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert list(results[0]) == list(results[1]) == list(ways_to_share())
     for name in results[0]:

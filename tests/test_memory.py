@@ -175,6 +175,13 @@ def test_the_longest_context_that_fits_is_proposed() -> None:
     assert (told(room, load)[0]["quantize"], told(room, load)[0]["context"]) == ("int4", 65536)
 
 
+def test_a_smaller_member_is_proposed_with_a_shorter_context_if_need_be() -> None:
+    load = Load(MOE, BF16, context=131072)
+    room = needed(Load(PRESETS["e2b"], BF16, "int4", context=4096)).total / GIB
+    (member,) = told(room, load)
+    assert (member["member"], member["quantize"], member["context"]) == ("e2b", "int4", 4096)
+
+
 def test_where_nothing_fits_that_is_said() -> None:
     load = Load(PRESETS["e2b"], BF16)
     assert told(1, load) == []

@@ -16,8 +16,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from bounds import InFp64, allowed, error
-from family import widened
+from bounds import allowed, error
+from family import in_fp64
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 from test_native import require_native
@@ -82,8 +82,7 @@ def same_model(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     ids = torch.arange(40).view(2, 20) * 3 % 127
     with torch.no_grad():
         one, two = a(input_ids=ids).logits, b(input_ids=ids).logits
-        with InFp64():
-            truth = widened(a)(input_ids=ids).logits
+        truth = in_fp64(a, input_ids=ids).logits
     right = error(two, truth) <= allowed(one, truth)
     return same(a.state_dict(), b.state_dict()) and bool(one.std() > 0.1) and right
 
