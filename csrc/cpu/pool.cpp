@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <initializer_list>
 #include <cstdint>
 #if defined(__linux__)
 #include <linux/futex.h>
