@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import secrets
 import signal
@@ -577,7 +578,7 @@ class Chat:
         file = _file("/save", name)
         if not self.conversation.turns:
             raise ValueError("there is nothing to save yet")
-        if file.exists():
+        if os.path.exists(file):  # False for a name too long, where Path.exists raises
             try:
                 check_messages(read_messages(file))
             except ValueError as e:

@@ -79,7 +79,9 @@ def installed_bytes() -> int | None:
 def _left_in_cgroups(root: Path) -> Iterator[int]:
     """For each limit on this process's memory, its own cgroup's or a parent's: bytes left."""
     for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if not path:
+            continue
         if controllers == "":
             top = root / "sys/fs/cgroup"
             limit, used, cached = "memory.max", "memory.current", r"^(?:in)?active_file (\d+)$"
@@ -104,7 +106,7 @@ def _left_in_cgroups(root: Path) -> Iterator[int]:
 def _text(file: Path) -> str:
     """The content of one of the system's files; empty if it is not there."""
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return ""
 

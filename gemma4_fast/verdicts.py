@@ -222,8 +222,11 @@ def read(key: str) -> Verdict | None:
     """The verdict of that key, if there is one that can be trusted."""
     if (place := folder()) is None:
         return None
+    path = place / f"{key}.json"
     try:
-        with (place / f"{key}.json").open(encoding="utf-8") as file:
+        if not path.is_file():  # to open a named pipe would wait for its writer
+            return None
+        with path.open(encoding="utf-8") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or _foreign(status):
                 return None

@@ -212,6 +212,8 @@ def test_commands_that_cannot_be_done_say_why(model: Gemma4, tmp_path: Path) -> 
         with pytest.raises(ValueError, match="is not a saved conversation"):
             chat.command("/save", str(tmp_path / file))
     assert (tmp_path / "other.json").read_text() == "{}"
+    with pytest.raises(ValueError, match="cannot be written"):
+        chat.command("/save", "a" * 300)
 
 
 def test_a_complete_answer_is_not_continued(

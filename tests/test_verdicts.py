@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +236,17 @@ def test_a_file_that_says_something_else_is_none(change: dict[str, Any], kept: P
     file.write_text(json.dumps({**data, **change}), encoding="utf-8")
     load()
     assert runs == ["quick", "quick"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_named_pipe_is_none(kept: Path) -> None:
+    kept.mkdir()
+    os.mkfifo(kept / "key.json")
+    found: list[verdicts.Verdict | None] = []
+    reader = threading.Thread(target=lambda: found.append(verdicts.read("key")), daemon=True)
+    reader.start()
+    reader.join(timeout=60)
+    assert found == [None]
 
 
 def test_a_file_that_others_can_write_is_none(kept: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
