@@ -172,8 +172,12 @@ class BuildNative(build_ext):
         torch_flags = f"-DTORCH_TARGET_VERSION=0x020a000000000000 {torch_include}"  # the stable ABI of torch 2.10
         if len(ISAS) > 1:
             torch_flags += " -DGEMMA4_X86"
-        link = "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup"
-        library = "-Wl,--no-as-needed -ltorch_cpu" if sys.platform != "darwin" else "-ltorch_cpu"
+        if sys.platform == "darwin":
+            link = "-bundle -undefined dynamic_lookup"
+            library = "-ltorch_cpu"
+        else:
+            link = "-shared -pthread"
+            library = "-Wl,--no-as-needed -ltorch_cpu -ldl"
         with (folder / "build.ninja").open("w") as file:
             n = ninja_syntax.Writer(file)
             n.variable("cxx", os.environ.get("CXX", "c++"))

@@ -31,6 +31,8 @@ class Parser(argparse.ArgumentParser):
         if hasattr(found, "words") and not any(word.startswith("-") for word in rest):
             found.words += rest
             rest = []
+        if rest:  # said here and not by the main parser, so that the help of this command is named
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
         return found, rest
 
 
@@ -39,7 +41,8 @@ def count(text: str) -> int:
     match = re.fullmatch(r"(\d+)([kKmM]?)", text)
     value = int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()] if match else 0
     if not 1 <= value < 1 << 62:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text[:40]!r}")
+        expected = "a whole number of at least 1, as in 8192 or 8K"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text[:40]!r}")
     return value
 
 

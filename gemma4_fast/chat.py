@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import secrets
 import signal
@@ -548,7 +549,7 @@ class Chat:
         """
         commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: terminal.note(HELP),
-            "/reset": lambda _: self.reset(),
+            "/reset": lambda _: self.forget(),
             "/continue": lambda _: self.resume(),
             "/save": self.save,
             "/load": self.load,
@@ -564,6 +565,11 @@ class Chat:
             raise ValueError(f"{name} takes no argument, got {argument[:40]!r}")
         commands[name](argument)
 
+    def forget(self) -> None:
+        """Start anew, and say so."""
+        self.reset()
+        terminal.note("forgot the conversation")
+
     def save(self, name: str) -> None:
         """Write the conversation to the file of that name, as JSON messages.
 
@@ -572,7 +578,7 @@ class Chat:
         file = _file("/save", name)
         if not self.conversation.turns:
             raise ValueError("there is nothing to save yet")
-        if file.exists():
+        if os.path.exists(file):  # False for a name too long, where Path.exists raises
             try:
                 check_messages(read_messages(file))
             except ValueError as e:

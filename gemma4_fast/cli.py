@@ -190,8 +190,8 @@ def settled(model: Gemma4, check: bool | str) -> tuple[Report | None, float]:
     start = time.perf_counter()
     with terminal.progress_bar("checking") as bar:
         report = verdicts.settle(model, check, progress=bar)
-    if report is None:
-        terminal.note(f"{PROGRAM}: {model.verdict}")
+    if (verdict := model.verdict) is not None and verdict.from_disk:
+        terminal.note(f"{PROGRAM}: {verdict}; --check {verdict.level} runs it again")
     return report, time.perf_counter() - start
 
 

@@ -214,7 +214,7 @@ def kernels_line(chosen: Explanation) -> str:
         for (name, why), count in passed.items():
             if name == backend:
                 scope = "" if count == len(chosen.choices) else f" ({count} of {len(chosen.choices)} ops)"
-                lines.append(f"  not {name}{scope}: it {why}")
+                lines.append(f"  not {name}{scope}: {why}")
     return "\n".join(lines)
 
 
@@ -249,13 +249,19 @@ class Demo:
             console.print("\n")
         return pieces.result
 
+    def check_at_load(self) -> str:
+        """What the self-check said when the model was loaded, or at an earlier start."""
+        if self.quick is not None:
+            return self.quick.verdict()
+        return "skipped" if self.model.verdict is None else "passed at an earlier start"
+
     def run(self) -> int:
         model, as_json, start = self.model, self.args.json, time.perf_counter()
         where = f"{str(model.dtype).removeprefix('torch.')} on {model.device}, CPU threads: {torch.get_num_threads()}"
         if not as_json:
             print(ABOUT)
-            quick = "skipped" if self.quick is None else self.quick.verdict()
-            print(f"Model: {self.args.model}, {where}. Check of each kind of layer at load: {quick}\n", flush=True)
+            print(f"Model: {self.args.model}, {where}. ", end="")
+            print(f"Self-check at load: {self.check_at_load()}\n", flush=True)
         text = self.tell()
         seen = [*text.prompt_ids, *text.token_ids]
         room = model.config.max_position_embeddings - DECODE_TOKENS

@@ -7,7 +7,7 @@ query points straight at one key: the oldest it may see, the one just before tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 NEW = 16  # tokens whose queries are pointed
 SHORT = 5  # length of a sequence whose cache is mostly empty
+HEADS = 4  # KV heads that the reference takes at once
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
@@ -63,11 +64,6 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
     def widened(*args: Any) -> list[Any]:
         return [a.to(wide) if isinstance(a, Tensor) and a.dtype == dtype else a for a in args]
 
-    def judge(op: str, phase: str, *args: Any) -> tuple[str, str, float, float]:
-        plain_op = getattr(reference, op)
-        truth, plain = plain_op(*widened(*args)), plain_op(*args)
-        return op, phase, relative_error(getattr(ops, op)(*args), truth), relative_error(plain, truth)
-
     def judge_rows(phase: str, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> tuple[str, str, float, float]:
         """A prefill of one sequence, of which the reference computes some rows alone."""
         key = torch.arange(total, device=device)
@@ -81,20 +77,43 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         got = ops.gqa_prefill(q, k, v, bounds, window)[rows]
         return "gqa_prefill", phase, relative_error(got, truth), relative_error(plain, truth)
 
+    def in_parts(plain_op: Callable[..., Tensor], wide_args: bool, *args: Any) -> Tensor:
+        """The reference on some heads after the others, so that not all of a cache is widened at once.
+
+        The arguments with more than two axes are [..., heads, D]: the queries first, then keys and values.
+        """
+        group, outs = layer.num_q_heads // layer.num_kv_heads, []
+        for first in range(0, layer.num_kv_heads, HEADS):
+            last = min(first + HEADS, layer.num_kv_heads)
+            own = []
+            for i, a in enumerate(args):
+                if isinstance(a, Tensor) and a.dim() > 2:
+                    by = group if i == 0 else 1
+                    a = a[..., first * by : last * by, :]
+                own.append(a)
+            outs.append(plain_op(*(widened(*own) if wide_args else own)))
+        return torch.cat(outs, -2)
+
+    def judge(op: str, phase: str, args: Sequence[Any], sequences: Sequence[Sequence[Any]]) -> tuple[str, str, float, float]:
+        """op(*args) beside the reference, which takes one of these sequences' arguments after the other."""
+        plain_op = getattr(reference, op)
+        truth, plain = (torch.cat([in_parts(plain_op, wide_args, *own) for own in sequences]) for wide_args in (True, False))
+        return op, phase, relative_error(getattr(ops, op)(*args), truth), relative_error(plain, truth)
+
     def judge_decode(phase: str, q: Tensor, k: Tensor | None, v: Tensor, lens: Tensor) -> tuple[str, str, float, float]:
-        """One sequence after the other for the reference, so that no more than one of their caches is widened."""
-
-        def by_reference(wide: bool) -> Tensor:
-            outs = []
-            for b in range(len(q)):
-                own = q[b : b + 1], None if k is None else k[b : b + 1], v[b : b + 1], lens[b : b + 1]
-                args = *own, window, None, *rebuild
-                outs.append(reference.gqa_decode(*widened(*args) if wide else args))
-            return torch.cat(outs)
-
-        truth, plain = by_reference(True), by_reference(False)
-        got = ops.gqa_decode(q, k, v, lens, window, None, *rebuild)
-        return "gqa_decode", phase, relative_error(got, truth), relative_error(plain, truth)
+        sequences = [
+            (
+                q[b : b + 1],
+                None if k is None else k[b : b + 1],
+                v[b : b + 1],
+                lens[b : b + 1],
+                window,
+                None,
+                *rebuild,
+            )
+            for b in range(len(q))
+        ]
+        return judge("gqa_decode", phase, (q, k, v, lens, window, None, *rebuild), sequences)
 
     v = randn(total, layer.num_kv_heads, layer.head_dim)
     k = keys(v)
@@ -112,7 +131,7 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
     yield judge_rows("prefill", q, k, v, at)
 
     # A further chunk of two sequences with different prefixes: the second has the first's tokens, but stops earlier.
-    kv = allocate(layer, 5, total, dtype, device)
+    kv = allocate(layer, 2, total, dtype, device)
     prefixes = [total - new, max(1, total - new - new // 2)]
     for b, prefix in enumerate(prefixes):
         at = torch.arange(max(0, prefix - kv.slots), prefix, device=device)
@@ -121,10 +140,19 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
     q = point(k[targets[rows]])
     bounds = torch.tensor([0, new, 2 * new], dtype=torch.int32, device=device)
     lens = torch.tensor(prefixes, dtype=torch.int32, device=device)
-    old = None if kv.k is None else kv.k[:2], kv.v[:2], lens, None, *rebuild
-    yield judge("gqa_prefill", "chunk", q, k[rows], v[rows], bounds, window, *old)
+    sequences = []
+    for b in range(2):
+        own = slice(b * new, (b + 1) * new)
+        of = rows[own]
+        k_old = None if kv.k is None else kv.k[b : b + 1]
+        old = k_old, kv.v[b : b + 1], lens[b : b + 1], None, *rebuild
+        sequences.append((q[own], k[of], v[of], bounds[:2], window, *old))
+    old = kv.k, kv.v, lens, None, *rebuild
+    yield judge("gqa_prefill", "chunk", (q, k[rows], v[rows], bounds, window, *old), sequences)
 
     # Decode: the newest key, the oldest in the window, the one before it if the ring still has it, an empty slot, an idle row.
+    del sequences, old
+    kv = allocate(layer, 5, total, dtype, device)
     everywhere = torch.arange(kv.slots, device=device)
     garbage_v = -v[everywhere % total]
     garbage_k = keys(garbage_v) if layer.k_eq_v else -k[everywhere % total]

@@ -45,9 +45,15 @@ class Explanation:
         for c in self.choices:
             own = [f"{b}: {why}" for b, why in c.passed_over.items() if (b, why) not in common]
             rows.append((c.op, c.backend, c.summary, "; ".join(own)))
-        text = render(("op", "runs on", "does", "passed over"), rows, title=f"{self.dtype} on {self.device}")
+        columns = ["op", "runs on", "does", "passed over"]
+        if not any(row[3] for row in rows):
+            columns.pop()
+        shown = [row[: len(columns)] for row in rows]
+        text = render(columns, shown, title=f"{self.dtype} on {self.device}")
         for backend in ops.AUTO_ORDER:
-            text += "".join(f"passed over everywhere: {b}, it {why}\n" for b, why in common if b == backend)
+            for name, why in common:
+                if name == backend:
+                    text += f"{name} is passed over everywhere: {why}\n"
         return text
 
 

@@ -288,7 +288,7 @@ _MEMORY_COLUMNS = ("cache", "plain_cache", "weights_and_cache")
 def _model_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     s, count = facts["shape"], facts["parameters"]
     layers, experts, checkpoint = s["layers"], s["experts"], facts["checkpoint"]
-    rows = [("published as", s["member"])] if s["member"] else []
+    rows = [("published as", s["member"])] if s["member"] not in (None, facts["model"]) else []
     shares = f"; the last {layers['sharing_kv']} share K and V" if layers["sharing_kv"] else ""
     rows += [
         ("layers", f"{layers['total']}: {layers['sliding']} sliding, {layers['full']} full{shares}"),
@@ -311,7 +311,8 @@ def _model_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if checkpoint:
         sizes = ", ".join(f"{terminal.size(b)} of {n}" for n, b in checkpoint["bytes"].items())
-        rows.append(("checkpoint", f"{checkpoint['tensors']} tensors in {checkpoint['files']} files: {sizes}"))
+        files = "1 file" if checkpoint["files"] == 1 else f"{checkpoint['files']} files"
+        rows.append(("checkpoint", f"{checkpoint['tensors']} tensors in {files}: {sizes}"))
     elif facts["path"]:
         rows.append(("checkpoint", "config.json only, no weights here"))
     if s["towers_left_out"]:

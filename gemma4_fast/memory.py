@@ -79,7 +79,9 @@ def installed_bytes() -> int | None:
 def _left_in_cgroups(root: Path) -> Iterator[int]:
     """For each limit on this process's memory, its own cgroup's or a parent's: bytes left."""
     for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if not path:
+            continue
         if controllers == "":
             top = root / "sys/fs/cgroup"
             limit, used, cached = "memory.max", "memory.current", r"^(?:in)?active_file (\d+)$"
@@ -104,7 +106,7 @@ def _left_in_cgroups(root: Path) -> Iterator[int]:
 def _text(file: Path) -> str:
     """The content of one of the system's files; empty if it is not there."""
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return ""
 
@@ -255,15 +257,21 @@ class Fit:
         return None
 
     def _smaller(self) -> Alternative | None:
-        """The largest smaller member that fits, in as many bits as it can have."""
+        """The largest smaller member that fits, in as many bits as it can have.
+
+        With a shorter context only if none fits with this one.
+        """
         sizes = {name: weights_size(config, self.load.dtype) for name, config in PRESETS.items()}
         own = weights_size(self.load.config, self.load.dtype)
-        for name in sorted(sizes, key=lambda name: -sizes[name]):
-            if sizes[name] >= own:
-                continue
-            for bits in (None, *_fewer_bits(self.load.quantize)):
-                if (found := self._try(quantize=bits, name=name)) is not None:
-                    return found
+        largest_first = sorted(sizes, key=lambda name: -sizes[name])
+        smaller = [name for name in largest_first if sizes[name] < own]
+        contexts = [c for c in (DEFAULT_CONTEXT, SHORTEST) if c < self.load.length]
+        for context in (None, *contexts):
+            for name in smaller:
+                for bits in (None, *_fewer_bits(self.load.quantize)):
+                    found = self._try(quantize=bits, context=context, name=name)
+                    if found is not None:
+                        return found
         return None
 
     def advice(self, *, command_line: bool = False) -> str:

@@ -36,7 +36,7 @@ from gemma4_fast.edges import relative_error, window_edges
 from gemma4_fast.graph import DecodeGraph, recordable
 from gemma4_fast.layers import model_ops
 from gemma4_fast.ops.moe import moe_crossover
-from gemma4_fast.quant import QuantizedWeight, WeightLike
+from gemma4_fast.quant import QuantizedWeight, WeightLike, linear_in_blocks, rounded
 from gemma4_fast.reference import model as reference
 from gemma4_fast.reference import ops as reference_ops
 from gemma4_fast.report import FLOOR, Comparison, EndToEnd, Report
@@ -794,6 +794,12 @@ class _Check:
 
     def _both_logits(self, hidden: Tensor, table: WeightLike) -> tuple[Tensor, Tensor]:
         """The truth, and what plain PyTorch makes of it."""
+        if isinstance(table, QuantizedWeight) and self.wide == torch.float32:
+            # Both multiply by the table's values in fp32, so it is dequantized once for the two.
+            rows = torch.cat((hidden.to(self.wide), rounded(hidden)))
+            truth, plain = linear_in_blocks(rows, table).chunk(2)
+            plain = plain.to(hidden.dtype)
+            return reference.softcap(truth, self.config), reference.softcap(plain, self.config)
         truth = self._reference_logits(hidden, table, wide=True)
         return truth, self._reference_logits(hidden, table, wide=False)
 

@@ -38,7 +38,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
 
 import gemma4_fast
-from gemma4_fast import UnsupportedError, accelerate, restore
+from gemma4_fast import Gemma4, UnsupportedError, accelerate, restore
 from gemma4_fast.graph import recordable
 from gemma4_fast.integrations.engine import Engine
 from gemma4_fast.integrations.kv_cache import CACHE, Gemma4Cache
@@ -1012,6 +1012,8 @@ def test_layers_of_the_cache_by_themselves(moe: tuple[Any, Any]) -> None:
 def test_what_is_refused(moe: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="no Gemma 4"):
         accelerate(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="got a Gemma4 of this package"):
+        accelerate(Gemma4.from_pretrained("tiny", check=False))
     with pytest.raises(ValueError, match="quantize"):
         accelerate(moe[0], quantize="int5")
     with pytest.raises(ValueError, match="backend"):

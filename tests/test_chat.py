@@ -212,6 +212,8 @@ def test_commands_that_cannot_be_done_say_why(model: Gemma4, tmp_path: Path) -> 
         with pytest.raises(ValueError, match="is not a saved conversation"):
             chat.command("/save", str(tmp_path / file))
     assert (tmp_path / "other.json").read_text() == "{}"
+    with pytest.raises(ValueError, match="cannot be written"):
+        chat.command("/save", "a" * 300)
 
 
 def test_a_complete_answer_is_not_continued(
@@ -235,11 +237,12 @@ def test_a_persons_mistakes_do_not_end_the_chat(
     asked: list[str] = []
     monkeypatch.setattr(Chat, "answer", lambda self, text: asked.append(text))
     chat = chat_of(model)
-    typed = ("/foo", "one", "/two\nlines\n", " /three", "/help", "", "/quit", "never")
+    typed = ("/foo", "one", "/two\nlines\n", " /three", "/help", "/reset", "", "/quit", "never")
     assert interactive(chat, monkeypatch, *typed) == 0
     err = capsys.readouterr().err
     assert asked == ["one", "/two\nlines", "/three"]
     assert "unknown command /foo" in err and "/save FILE" in err
+    assert err.endswith("forgot the conversation\n")
 
 
 def test_an_unknown_command_ends_a_script(

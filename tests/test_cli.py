@@ -273,6 +273,8 @@ def test_check_finds_a_nan_weight(run: Run, copied: Path) -> None:
 def test_info_of_tiny_and_of_presets(run: Run) -> None:
     code, out, _ = run("info")
     assert code == 0 and "SSSSSF" in out and "gqa_decode" in out
+    assert "133 tensors in 1 file:" in out and "published as" not in out
+    assert "published as" not in run("info", "--model", "26b", "--device", "cpu")[1]
     code, out, _ = run("info", "--model", "26b-a4b", "--context", "32K", "--batch", "2", "--json")
     data = json.loads(out)
     assert code == 0
@@ -301,7 +303,8 @@ def test_demo_json(run: Run) -> None:
 BAD: dict[str, tuple[list[str], str]] = {
     "no command": ([], "COMMAND"),
     "unknown command": (["tell"], "tell"),
-    "unknown option": (["generate", "x", "--colour"], "colour"),
+    "unknown option": (["generate", "x", "--colour"], "--colour (see gemma4-fast generate --help)"),
+    "unknown option first": (["--colour", "info"], "--colour (see gemma4-fast --help)"),
     "no such model": (["generate", "x", "--model", "./nowhere"], "nowhere"),
     "almost tiny": (["generate", "x", "--model", "tinny"], "did you mean tiny"),
     "a preset has no weights": (["generate", "x", "--model", "26b-a4b"], "26b-a4b"),
@@ -317,7 +320,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "empty prompt": (["generate", ""], "empty"),
     "empty stdin": (["generate"], "empty"),
     "no tokens": (["generate", "x", "--max-new-tokens", "0"], "max-new-tokens"),
-    "not a number": (["generate", "x", "--max-new-tokens", "many"], "many"),
+    "not a number": (["generate", "x", "--max-new-tokens", "many"], "or 8K, got 'many'"),
     "two prompts": (["generate", "x", "--prompt-file", "y"], "--prompt-file"),
     "context beyond the model": (["info", "--context", "1M"], "1024"),
     "unknown option after words": (["generate", "x", "--seed", "1", "y", "--colour"], "colour"),

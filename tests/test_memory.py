@@ -97,6 +97,15 @@ def test_in_a_container_the_hosts_path_is_not_there(tmp_path: Path) -> None:
     assert available_bytes(tmp_path) == 0  # above the limit
 
 
+def test_a_cgroup_with_any_name_is_read(tmp_path: Path) -> None:
+    system(tmp_path, proc__meminfo=MEMINFO)
+    groups = tmp_path / "proc/self/cgroup"
+    groups.parent.mkdir()
+    groups.write_bytes(b"no cgroup\n0::/caf\xe9\n")  # a name is bytes, and these are not UTF-8
+    write(tmp_path, "caf\udce9", memory__max=9000, memory__current=5000)
+    assert available_bytes(tmp_path) == 4000
+
+
 def test_elsewhere_psutil_is_asked_or_all_that_is_installed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -164,6 +173,13 @@ def test_the_longest_context_that_fits_is_proposed() -> None:
     assert first["context"] == 65536 and "quantize" not in first
     load = Load(MOE, BF16, context=262144)  # in bfloat16 no context fits
     assert (told(room, load)[0]["quantize"], told(room, load)[0]["context"]) == ("int4", 65536)
+
+
+def test_a_smaller_member_is_proposed_with_a_shorter_context_if_need_be() -> None:
+    load = Load(MOE, BF16, context=131072)
+    room = needed(Load(PRESETS["e2b"], BF16, "int4", context=4096)).total / GIB
+    (member,) = told(room, load)
+    assert (member["member"], member["quantize"], member["context"]) == ("e2b", "int4", 4096)
 
 
 def test_where_nothing_fits_that_is_said() -> None:

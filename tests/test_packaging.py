@@ -243,7 +243,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert "License-Expression: Apache-2.0" in metadata
     always = set(re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", metadata, re.MULTILINE))
     # transformers is optional, and PyTorch brings the triton that fits it.
-    assert always == {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "rich", "huggingface_hub"}
+    assert always == {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "rich", "huggingface_hub", "psutil"}
 
 
 @makes_wheel

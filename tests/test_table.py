@@ -177,11 +177,15 @@ def test_explain_shows_the_decision(fake_cpu: None) -> None:
     assert by_op["linear"].passed_over["cpu"] == "has no kernel for this op"
     assert by_op["moe"].backend == "composed"
     text = str(shown)
-    assert "needs a GPU" in text and "rms_norm" in text
+    assert "rms_norm" in text
+    assert "cuda is passed over everywhere: needs a GPU, and the tensors are on cpu" in text
+    assert "passed over\n" in text.splitlines(keepends=True)[2]  # `linear` has a reason of its own
     assert shown.to_dict()["ops"]["linear"]["backend"] == "torch"
     assert explain(device="cpu").choices[0].backend == "torch"  # bf16: the fake takes fp32 only
     with use_backend("reference"):
-        assert {c.backend for c in explain(device="cpu").choices} == {"reference", "composed"}
+        shown = explain(device="cpu")
+        assert {c.backend for c in shown.choices} == {"reference", "composed"}
+        assert "passed over" not in str(shown)
     model = gemma4_fast.Gemma4.from_pretrained("tiny", check=False, backend="reference")
     assert {c.backend for c in explain(model).choices} == {"reference", "composed"}
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import sys
+import threading
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 from gemma4_fast import Gemma4, SelfCheckError, ops, use_backend, verdicts, verify
+from gemma4_fast.cli import main
+from gemma4_fast.demo import Demo
 from gemma4_fast.errors import CheckpointError
 from gemma4_fast.report import Report
 from gemma4_fast.weights import tiny_path
@@ -57,18 +60,48 @@ def load(path: str | Path = "tiny", **options: Any) -> Gemma4:
     return Gemma4.from_pretrained(path, progress=False, **options)
 
 
-def test_the_second_start_takes_the_first_ones_verdict(kept: Path, runs: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_the_second_start_takes_the_first_ones_verdict_and_says_so(
+    kept: Path,
+    runs: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     first = load().verdict
     assert first is not None and not first.from_disk and runs == ["quick"]
-    with caplog.at_level(logging.INFO, "gemma4_fast"):
-        second = load().verdict
+    second = load().verdict
     assert second is not None and second.from_disk and second.time == first.time
+    assert capsys.readouterr().err == ""
+    Gemma4.from_pretrained("tiny")
     assert runs == ["quick"]
-    lines = [r.getMessage() for r in caplog.records if "self-check" in r.getMessage()]
-    assert len(lines) == 1 and lines[0].endswith('check="quick" runs it again')
-    assert "passed on 20" in lines[0] and " at " in lines[0]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f'gemma4_fast: {second}; check="quick" runs it again'
+    assert "passed on 20" in line and " at " in line
     (file,) = kept.iterdir()
     assert file.stat().st_mode & 0o777 == 0o600 and kept.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_command_line_names_its_own_option(
+    kept: Path,
+    runs: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["generate", "It", "--max-new-tokens", "1", "--device", "cpu"]
+    assert main(command) == 0
+    assert "self-check" not in capsys.readouterr().err
+    assert main(command) == 0
+    assert runs == ["quick"]
+    assert "with these weights and this build; --check quick runs it again\n" in capsys.readouterr().err
+
+
+def test_the_demo_says_what_checked_the_model(
+    kept: Path,
+    runs: list[str],
+) -> None:
+    def said(check: bool) -> str:
+        return Demo(load(check=check), Namespace(seed=0, prompt=None), None).check_at_load()
+
+    load()
+    assert said(True) == "passed at an earlier start"
+    assert said(False) == "skipped"
 
 
 def test_what_is_asked_for_by_name_always_runs(kept: Path, runs: list[str]) -> None:
@@ -171,7 +204,10 @@ def test_dummy_weights_are_told_by_their_seed(kept: Path, runs: list[str]) -> No
     assert runs == ["quick", "quick"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"key": 1}', "\0" * 99])
+DAMAGED = ["", "{", "[]", "{}", "null", '{"key": 1}', "\0" * 99, "[" * 4096]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_file_is_none(text: str, kept: Path, runs: list[str]) -> None:
     load()
     (file,) = kept.iterdir()
@@ -182,7 +218,17 @@ def test_a_damaged_file_is_none(text: str, kept: Path, runs: list[str]) -> None:
     assert json.loads(file.read_text(encoding="utf-8")).keys() == whole.keys()  # written anew
 
 
-@pytest.mark.parametrize("change", [dict(key="other"), dict(level="none"), dict(time="soon"), dict(time=None)])
+OTHERS: list[dict[str, Any]] = [
+    {"key": "other"},
+    {"level": "none"},
+    {"time": "soon"},
+    {"time": None},
+    {"time": float("nan")},
+    {"time": 1e300},
+]
+
+
+@pytest.mark.parametrize("change", OTHERS)
 def test_a_file_that_says_something_else_is_none(change: dict[str, Any], kept: Path, runs: list[str]) -> None:
     load()
     (file,) = kept.iterdir()
@@ -190,6 +236,17 @@ def test_a_file_that_says_something_else_is_none(change: dict[str, Any], kept: P
     file.write_text(json.dumps({**data, **change}), encoding="utf-8")
     load()
     assert runs == ["quick", "quick"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_named_pipe_is_none(kept: Path) -> None:
+    kept.mkdir()
+    os.mkfifo(kept / "key.json")
+    found: list[verdicts.Verdict | None] = []
+    reader = threading.Thread(target=lambda: found.append(verdicts.read("key")), daemon=True)
+    reader.start()
+    reader.join(timeout=60)
+    assert found == [None]
 
 
 def test_a_file_that_others_can_write_is_none(kept: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <initializer_list>
 #include <cstdint>
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -37,8 +38,8 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
 constexpr microseconds kSpin{20};  // before a waiting thread sleeps
-
-constexpr int kCalls = 16, kMaxWorkers = 255;
+constexpr int kCalls = 16;         // that may be under way at once; further callers work alone
+constexpr int kMaxWorkers = 255;
 
 inline void pause_thread() {
 #if defined(__x86_64__)
@@ -71,17 +72,21 @@ void wake(std::atomic<uint32_t>& word, int threads) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, threads, nullptr, nullptr, 0);
 }
 #else
-// One lock for all words: it is taken only by threads that go to sleep and by those that wake them.
-std::mutex sleepers_mutex;
-std::condition_variable sleepers;
+// One lock for all words: only threads that go to sleep take it, and those that wake them. Never freed, since
+// workers wait here until the process ends.
+struct Sleepers {
+  std::mutex mutex;
+  std::condition_variable condition;
+};
+Sleepers* sleepers = new Sleepers;
 
 void sleep_while(std::atomic<uint32_t>& word, uint32_t old) {
-  std::unique_lock<std::mutex> lock(sleepers_mutex);
-  if (word.load() == old) sleepers.wait(lock);
+  std::unique_lock<std::mutex> lock(sleepers->mutex);
+  if (word.load() == old) sleepers->condition.wait(lock);
 }
 void wake(std::atomic<uint32_t>&, int) {
-  std::lock_guard<std::mutex> lock(sleepers_mutex);
-  sleepers.notify_all();
+  std::lock_guard<std::mutex> lock(sleepers->mutex);
+  sleepers->condition.notify_all();
 }
 #endif
 
@@ -120,6 +125,7 @@ bool start_thread(void* (*run)(void*), void* argument) {
   pthread_attr_setstacksize(&attributes, size_t{4} << 20);
   sigset_t all, before;
   sigfillset(&all);
+  for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigdelset(&all, fault);
   pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the program's own threads
   pthread_t thread;
   const int failed = pthread_create(&thread, &attributes, run, argument);
@@ -131,8 +137,8 @@ bool start_thread(void* (*run)(void*), void* argument) {
 // PyTorch's own OpenMP threads spin for milliseconds after each of its parallel regions, on the cores that
 // ours need. libgomp lets them spin only briefly once it manages more threads than there are cores. So one
 // thread opens a region that is large enough for that, and keeps it. (OMP_WAIT_POLICY would do the same, but
-// it is read when PyTorch is loaded, which is before us.) Nothing happens where PyTorch uses another OpenMP,
-// or where a team of `threads` leaves most cores free.
+// it is read when PyTorch is loaded, which is before us.) With another OpenMP this changes nothing, and it is not
+// done where a team of `threads` leaves most cores free.
 void calm_openmp(int threads) {
   const auto run = [](void* team) -> void* {
     void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
@@ -195,10 +201,17 @@ struct Pool {
 // Never freed: workers look at it until the process ends. A forked process has no workers, and gets a pool of its own.
 std::atomic<Pool*> current_pool{nullptr};
 
+void forget_pool() {
+  current_pool.store(nullptr);
+#if !defined(__linux__)
+  sleepers = new Sleepers;  // the parent's may be locked by a thread that does not exist here
+#endif
+}
+
 Pool& pool(int threads) {
   Pool* found = current_pool.load(std::memory_order_acquire);
   if (found != nullptr) return *found;
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { current_pool.store(nullptr); });
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
   (void)registered;
   Pool* made = new Pool;
   if (current_pool.compare_exchange_strong(found, made)) {

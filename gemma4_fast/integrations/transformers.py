@@ -423,6 +423,8 @@ def accelerate(model: Any, *, backend: str | None = None, quantize: str | None =
         raise ValueError(f"check must be True, False, 'quick' or 'full', got {check!r}")
     parse_quantize(quantize)
     ops.parse_backend(backend)
+    if isinstance(model, Gemma4):
+        raise ValueError("expected a model of transformers, got a Gemma4 of this package, which runs on its kernels already")
     text = text_of(model) if isinstance(model, nn.Module) else None
     if text is None:
         raise ValueError(f"{type(model).__name__} holds no Gemma 4 text model of transformers, or several")
