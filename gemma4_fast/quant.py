@@ -154,11 +154,11 @@ class QuantizedWeight:
                 raise ValueError("rows are taken by a tensor of integer ids, experts by a number or a slice")
             if at.device.type == "cpu" and at.numel() and not 0 <= int(at.min()) <= int(at.max()) < len(self):
                 raise IndexError(f"ids must lie in [0, {len(self)})")  # a negative one would be a row of padding
-            return self._values(at.flatten(), self.dtype).view(*at.shape, self.shape[-1])
+            return self.rows_by_formula(at.flatten(), self.dtype).view(*at.shape, self.shape[-1])
         if not isinstance(at, (int, slice)):
             raise ValueError(f"rows and experts are taken by a number, a slice or a tensor of ids, got {type(at).__name__}")
         if isinstance(at, int) and self.dim() == 2:
-            return self._values(torch.tensor([range(self.shape[0])[at]], device=self.device), self.dtype)[0]
+            return self.rows_by_formula(torch.tensor([range(self.shape[0])[at]], device=self.device), self.dtype)[0]
         new = copy.copy(self)
         if self.dim() == 3:
             new.data, new.scale = self.data[at], self.scale[at]
@@ -211,7 +211,7 @@ class QuantizedWeight:
             return out
         if self._has_kernel():
             return self._values_by_kernel(dtype)
-        return self._values(torch.arange(self.shape[0], device=self.device), dtype)
+        return self.rows_by_formula(torch.arange(self.shape[0], device=self.device), dtype)
 
     def _has_kernel(self) -> bool:
         """Whether the CPU kernels quantize and dequantize this matrix: the same bits, many times as fast."""
@@ -233,8 +233,8 @@ class QuantizedWeight:
         else:
             out.copy_(self.dequantize(out.dtype))
 
-    def _values(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of this view of a matrix -> [n, K]."""
+    def rows_by_formula(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of this view of a matrix by their ids [n] -> [n, K], in plain PyTorch alone: what the kernels are judged by."""
         panel, lane = self._place(rows)
         q = self.data[panel, :, lane]  # [n, G * bits, 4]
         if self.bits == 4:

@@ -36,7 +36,7 @@ from gemma4_fast.edges import relative_error, window_edges
 from gemma4_fast.graph import DecodeGraph, recordable
 from gemma4_fast.layers import model_ops
 from gemma4_fast.ops.moe import moe_crossover
-from gemma4_fast.quant import QuantizedWeight, WeightLike, linear_in_blocks, rounded
+from gemma4_fast.quant import PANEL, QuantizedWeight, WeightLike, linear_in_blocks, rounded
 from gemma4_fast.reference import model as reference
 from gemma4_fast.reference import ops as reference_ops
 from gemma4_fast.report import FLOOR, Comparison, EndToEnd, Report
@@ -172,6 +172,22 @@ def _all_finite(x: WeightLike) -> bool:
     blocks = x.reshape(-1).split(1 << 24)
     sums = torch.stack([b.sum(dtype=torch.float32) for b in blocks])
     return bool(sums.isfinite().all()) or all(bool(b.isfinite().all()) for b in blocks)
+
+
+def _misread(matrix: QuantizedWeight) -> float:
+    """The relative error of dequantized rows [n, K]: around the first row of each part, and the last ones.
+
+    So many rows that they lie in two panels, of fp32 and of the matrix's own dtype, which kernels write each by code of its own.
+    """
+    n, worst = len(matrix), 0.0
+    per_part = n // matrix.parts
+    starts = [max(0, part * per_part - 1) for part in range(matrix.parts)] + [max(0, n - PANEL - 1)]
+    for start in starts:
+        ids = torch.arange(start, min(start + PANEL + 1, n), device=matrix.device)
+        for dtype in {torch.float32, matrix.dtype}:
+            got = matrix[start : start + len(ids)].dequantize(dtype)
+            worst = max(worst, relative_error(got, matrix.rows_by_formula(ids, dtype)))
+    return worst
 
 
 def _backends(model: Gemma4) -> dict[str, str]:
@@ -310,6 +326,7 @@ class _Check:
             self.progress(self.done, self.total)
 
     def run(self) -> None:
+        self._stored()
         for layer in self.kinds:
             self._window_edges(layer)
             self.step()
@@ -333,6 +350,18 @@ class _Check:
         if self.full:
             self.report.end_to_end = self._end_to_end()
             self.step()
+
+    def _stored(self) -> None:
+        """Quantized weights are read as their format says: some rows of each, dequantized as products do and by the formula.
+
+        The truth's products and the torch backend's dequantize by the same code, so a fault in it would show nowhere else.
+        """
+        checked = tuple(f"model.layers.{layer.index}." for layer in self.layers)
+        for name, weight in self.tensors.items():
+            if isinstance(weight, QuantizedWeight) and (".layers." not in name or name.startswith(checked)):
+                matrices = [weight[0], weight[len(weight) - 1]] if weight.dim() == 3 else [weight]
+                error = max(_misread(matrix) for matrix in matrices)
+                self.report.comparisons.append(Comparison("quantized weight", name, error, 0.0))
 
     def _history(self, layer: LayerConfig) -> tuple[Tensor, Tensor]:
         """Random K, V [n, Hkv, D] of the positions before the first plan's tokens, as a cache would hold them. K has the norms
@@ -560,19 +589,22 @@ class _Check:
             self._unchosen(layer, x)
 
     def _unchosen(self, layer: LayerConfig, x: Tensor) -> None:
-        """Some of the experts that the router chose for none of the tokens x [T, H]."""
+        """Some of the experts that the router chose for none of the tokens x [T, H]: up to UNCHOSEN of them, spread evenly."""
         w, top_k = self._weights(True).layer(layer.index), self.config.top_k_experts
         router = w["router.scale"], w["router.proj.weight"], w["router.per_expert_scale"]
         eps = self.config.rms_norm_eps
         _, chosen = reference_ops.route_topk(x.to(self.wide), *router, top_k, eps)
         left = sorted(set(range(self.config.num_experts)) - set(chosen.flatten().tolist()))
-        tokens = min(UNCHOSEN, len(left)) // top_k
-        if not tokens:
+        if not left:
             return
-        spread = [left[n * len(left) // (tokens * top_k)] for n in range(tokens * top_k)]
-        ids = torch.tensor(spread, dtype=torch.int32, device=x.device).view(tokens, top_k)
+        count = min(UNCHOSEN, len(left))
+        spread = [left[n * len(left) // count] for n in range(count)]
+        # The experts of a token differ. Others fill up the last token's, whose number must be top_k as well.
+        spread += [e for e in range(self.config.num_experts) if e not in spread[-(count % top_k) :]]
+        tokens = -(-count // top_k)
+        ids = torch.tensor(spread[: tokens * top_k], dtype=torch.int32, device=x.device).view(tokens, top_k)
         experts = self.text.layer(layer.index).experts
-        e = reference_ops.rms_norm(x[:tokens], None, eps)
+        e = reference_ops.rms_norm(x[torch.arange(tokens, device=x.device) % x.shape[0]], None, eps)
         weights = torch.full(ids.shape, 1 / top_k, device=x.device)
         weights = weights.to(torch.promote_types(x.dtype, torch.float32))
         plain_w = self._weights(False).layer(layer.index)

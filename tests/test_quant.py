@@ -473,7 +473,7 @@ def test_the_kernel_dequantizes_to_the_bits_that_pytorch_does(dtype: torch.dtype
             whole = QuantizedWeight.of(w, bits, parts)
             for first, end in {(0, n), (n // 3, n), (0, (n + 1) // 2), (n // 2, n // 2 + 1)}:
                 view = whole[first:end]
-                want = view._values(torch.arange(end - first), dtype)
+                want = view.rows_by_formula(torch.arange(end - first), dtype)
                 with use_backend("cpu", isa=isa):
                     assert torch.equal(view.dequantize(dtype), want)
                     out = torch.full((end - first, k), math.nan, dtype=dtype)
@@ -494,7 +494,7 @@ def test_the_kernel_dequantizes_rows_that_there_are(monkeypatch: pytest.MonkeyPa
         with pytest.raises(RuntimeError, match=why):
             op(weight.data, weight.scale, out, first, n, parts, 0)
     experts = QuantizedWeight.of(torch.randn(3, 20, 64), 4)
-    want = torch.stack([experts[e]._values(torch.arange(20), torch.float32) for e in range(3)])
+    want = torch.stack([experts[e].rows_by_formula(torch.arange(20), torch.float32) for e in range(3)])
     monkeypatch.setattr(QuantizedWeight, "_values", None)  # it is the kernel that does it
     assert torch.equal(experts.dequantize(torch.float32), want)
 
