@@ -82,7 +82,7 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         return "gqa_prefill", phase, relative_error(got, truth), relative_error(plain, truth)
 
     def judged(*args: Any) -> list[Any]:
-        """The arguments of an attention op with the judged heads alone: queries first, then keys and values, [..., heads, D]."""
+        """An attention op's arguments with the judged heads alone: queries [.., Hq, D], then keys and values [.., Hkv, D]."""
         own = list(args)
         for i, a in enumerate(args):
             if isinstance(a, Tensor) and a.dim() > 2:

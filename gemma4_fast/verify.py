@@ -50,8 +50,8 @@ ROWS = (1, 2, 5, 16)  # numbers of rows that the feed-forward block is run with:
 MANY = 65  # and one that they take their path for many rows with
 LOGIT_TOKENS = 64  # newest tokens that are compared end to end
 DRAWN = Sampling(temperature=1.0, top_k=64, top_p=0.95)  # as Gemma 4's checkpoints recommend
-CLOSE_CALL = 1e-4  # relative margin between the last expert taken and the next, below which either choice is right
-HALF_CLOSE = 0.1  # and where others' router computes in half precision
+CLOSE_CALL = 1e-4  # between the router's logits of the last expert taken and of the next: either choice is right
+HALF_CLOSE = 1 / 32  # the same, as a part of the largest logit, where others' router computes in half precision
 UNCHOSEN = 16  # experts that no token chose, which are run as well
 SAMPLED_FROM = 16384  # rows of a head above which level "quick" judges a sample of them
 RUN, RUNS = 64, 48  # the sample: so many runs of so many rows, spread over the head
@@ -230,8 +230,8 @@ def compare_layers(model: Gemma4, ids: Tensor, layers: Mapping[int, Layered], wh
             between = reference.attention_block(w, check.config, layer, x.to(wide), kv)
             ple = None if other.ple is None else other.ple.to(wide)
             truth = reference.feed_forward_block(w, check.config, layer, between, ple)
-            margin = HALF_CLOSE if model.dtype in (torch.bfloat16, torch.float16) else CLOSE_CALL
-            keep = check._clear_calls(layer, between, margin)[:, None]
+            half = model.dtype in (torch.bfloat16, torch.float16)
+            keep = check._clear_calls(layer, between, half=half)[:, None]
             ours, theirs = (relative_error(torch.where(keep, y.to(wide), truth), truth) for y in (got, other.out))
             report.comparisons.append(Comparison(f"beside {whose}", "prefill", ours, theirs, layer=i, kind=layer.label))
 
@@ -635,17 +635,23 @@ class _Check:
 
         self._add(judge(), judge)
 
-    def _clear_calls(self, layer: LayerConfig, x: Tensor, margin: float = CLOSE_CALL) -> Tensor:
-        """[T] bool: False where the router's last choice and the runner-up are too close to call: in fp32, by default."""
+    def _clear_calls(self, layer: LayerConfig, x: Tensor, *, half: bool = False) -> Tensor:
+        """[T] bool: False where the router's last choice and the runner-up are too close to call.
+
+        half: another implementation is compared, whose router computes in half precision from an x of its own.
+        """
         clear = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
         if not layer.is_moe or self.config.top_k_experts == self.config.num_experts:
             return clear
         w = self._weights(True).layer(layer.index)
-        one = torch.ones_like(w["router.per_expert_scale"])
-        args = w["router.scale"], w["router.proj.weight"], one, self.config.top_k_experts + 1
-        probs, _ = reference_ops.route_topk(x.to(self.wide), *args, self.config.rms_norm_eps)
-        clear = (probs[:, -2] - probs[:, -1]) > margin * probs[:, -2]
-        if not clear.any():  # experts that are equal everywhere have a rule (the lower id), and it is checked
+        args = w["router.scale"], w["router.proj.weight"]
+        logits = reference_ops.router_logits(x.to(self.wide), *args, self.config.rms_norm_eps)
+        best = logits.topk(self.config.top_k_experts + 1, dim=-1).values
+        margin = best[:, -2] - best[:, -1]
+        if not margin.any():  # experts that are equal everywhere have a rule (the lower id), and it is checked
+            return clear
+        clear = margin > (HALF_CLOSE * logits.abs().amax(-1) if half else CLOSE_CALL)
+        if not half and not clear.any():
             return torch.ones_like(clear)
         self.report.close_calls += int((~clear).sum())
         return clear

@@ -260,16 +260,20 @@ def route_topk(
     """Gemma 4's router, all in fp32 or wider: softmax over all experts, the top K, renormalised to 1, times a learned scale.
 
     x [T, H]: the residual stream, un-normed; scale [H]; proj [E, H]; per_expert_scale [E].
-    logits = (rms(x) * scale * H^-0.5) @ proj^T. Returns weights [T, K] fp32 (fp64 for fp64 x), in falling order of
-    probability, and ids [T, K] int32; of equal probabilities the lower expert id comes first.
+    Returns weights [T, K] fp32 (fp64 for fp64 x), in falling order of probability, and ids [T, K] int32; of equal
+    probabilities the lower expert id comes first.
     """
-    wide = _wide(x)
-    h = rms_norm(wide, None, eps) * _wide(scale) * x.shape[-1] ** -0.5
-    probs = F.linear(h, _wide(proj)).softmax(-1)
+    probs = router_logits(x, scale, proj, eps).softmax(-1)
     probs, ids = probs.sort(dim=-1, descending=True, stable=True)
     probs, ids = probs[:, :top_k], ids[:, :top_k]
     weights = probs / probs.sum(-1, keepdim=True) * _wide(per_expert_scale)[ids]
     return weights, ids.to(torch.int32)
+
+
+def router_logits(x: Tensor, scale: Tensor, proj: Tensor, eps: float = 1e-6) -> Tensor:
+    """x [T, H], scale [H], proj [E, H] -> (rms(x) * scale * H^-0.5) @ proj^T [T, E], in fp32 or wider."""
+    h = rms_norm(_wide(x), None, eps) * _wide(scale) * x.shape[-1] ** -0.5
+    return F.linear(h, _wide(proj))
 
 
 def expert_dispatch(ids: Tensor, num_experts: int, block_m: int = 64) -> tuple[Tensor, Tensor, Tensor]:
