@@ -186,7 +186,8 @@ def checked_by(loaded: Loaded) -> str | None:
 def settled(model: Gemma4, check: bool | str, tell: bool) -> tuple[Report | None, float]:
     """The report of the check, or None if an earlier one still holds, and the seconds it took.
 
-    tell: print a line to stderr if an earlier check still holds. SelfCheckError: the model is wrong.
+    tell: print a line to stderr if an earlier check still holds.
+    SelfCheckError: the model is wrong.
     """
     from gemma4_fast import verdicts
 

@@ -301,7 +301,10 @@ def test_without_a_home_no_verdict_is_kept(
         assert verdicts.folder() is None
 
 
-def test_libraries_of_other_packages_are_not_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_of_other_packages_are_not_in_the_key(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     built = tmp_path / "cache" / "gemma4_fast" / "key" / "_cuda.so"
     built.parent.mkdir(parents=True)
