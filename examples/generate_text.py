@@ -12,8 +12,9 @@ from gemma4_fast import Gemma4
 
 model = Gemma4.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "tiny")
 
-result = model.generate("It is a truth universally acknowledged", max_new_tokens=24, seed=1)
-print(result.text)
+prompt = "It is a truth universally acknowledged"
+result = model.generate(prompt, max_new_tokens=24, seed=1)
+print(f"{prompt}{result.text}")
 print(f"{len(result.token_ids)} tokens, stopped by: {result.finish_reason}")
 
 # A list of prompts gives a list of results. Temperature 0 takes the likeliest token each time.

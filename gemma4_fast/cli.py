@@ -172,7 +172,7 @@ def load(
     model._tokenizer = tokenizer  # large ones take a second to read
     loaded = Loaded(model, None, time.perf_counter() - start, 0.0)
     if check:
-        loaded.report, loaded.check_s = settled(model, check)
+        loaded.report, loaded.check_s = settled(model, check, tell=not args.json)
     return loaded
 
 
@@ -183,14 +183,18 @@ def checked_by(loaded: Loaded) -> str | None:
     return None if loaded.model.verdict is None else str(loaded.model.verdict)
 
 
-def settled(model: Gemma4, check: bool | str) -> tuple[Report | None, float]:
-    """The report of the check, None if an earlier one still holds, and its seconds. SelfCheckError if the model is wrong."""
+def settled(model: Gemma4, check: bool | str, tell: bool) -> tuple[Report | None, float]:
+    """The report of the check, or None if an earlier one still holds, and the seconds it took.
+
+    tell: print a line to stderr if an earlier check still holds.
+    SelfCheckError: the model is wrong.
+    """
     from gemma4_fast import verdicts
 
     start = time.perf_counter()
     with terminal.progress_bar("checking") as bar:
         report = verdicts.settle(model, check, progress=bar)
-    if (verdict := model.verdict) is not None and verdict.from_disk:
+    if tell and (verdict := model.verdict) is not None and verdict.from_disk:
         terminal.note(f"{PROGRAM}: {verdict}; --check {verdict.level} runs it again")
     return report, time.perf_counter() - start
 

@@ -1,4 +1,4 @@
-"""Small files of a checkpoint: paths as callers give them, JSON objects, errors told in one line."""
+"""Files: paths as callers give them, JSON objects, errors in one line, the cache folder."""
 
 from __future__ import annotations
 
@@ -17,6 +17,24 @@ def path_text(path: object, wanted: str = "a path") -> str:
     if not isinstance(path, (str, os.PathLike)) or not isinstance(text := os.fspath(path), str):
         raise ValueError(f"expected {wanted}, got {type(path).__name__}")
     return text
+
+
+def cache_folder() -> Path | None:
+    """This package's folder in the user's cache; None where the user has no home folder.
+
+    It is $XDG_CACHE_HOME/gemma4_fast, or ~/.cache/gemma4_fast if that variable is unset, empty or
+    a relative path, which the XDG specification says to ignore. The folder need not exist.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if cache.is_absolute():
+        return cache / "gemma4_fast"
+    if os.environ.get("HOME") == "":  # which Path.home() takes for the root folder
+        return None
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    return home / ".cache" / "gemma4_fast" if home.is_absolute() else None
 
 
 def read_json(file: Path) -> dict[str, Any]:

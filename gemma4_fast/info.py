@@ -269,6 +269,8 @@ def run(args: Namespace) -> int:
 
 def _page(facts: dict[str, Any], chosen: Explanation) -> str:
     parts = [
+        # The page is longer than most terminals, so the answer comes first and last.
+        f"{facts['model']}\n\n{facts['fit']['answer']}",
         render(("model", facts["model"]), _model_rows(facts)),
         render(
             ("context", "batch", "cache", "were K and V of every token kept", "weights + cache"),

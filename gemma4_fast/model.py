@@ -85,7 +85,6 @@ class Gemma4(nn.Module):
         nothing has changed since: see `verdict` and gemma4_fast/verdicts.py. load_format "dummy"
         reads config.json only and fills in seeded random weights.
         progress: on a terminal, show bars while a large checkpoint is read and while it is checked.
-        Anywhere, print one line to stderr if an earlier verdict serves in place of the check.
         check_memory: before any weights are read or downloaded, compare what the model needs with
         the memory that is free: its weights, the cache of one sequence of 4096 tokens, 0.5 GiB for
         the process, and the self-check. If the weights alone do not fit, UnsupportedError says what
@@ -133,9 +132,6 @@ class Gemma4(nn.Module):
         if check:
             with terminal.progress_bar("checking", shown=progress) as bar:
                 verdicts.settle(model, check, progress=bar)
-            if progress and model.verdict is not None and model.verdict.from_disk:
-                again = f'check="{model.verdict.level}" runs it again'
-                terminal.note(f"gemma4_fast: {model.verdict}; {again}")
         return model
 
     @classmethod

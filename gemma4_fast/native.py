@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from gemma4_fast import cuda_build
+from gemma4_fast.files import cache_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,9 +133,8 @@ def not_built(what: str, needs: str) -> str:
         )
     if (installed := _installed_elsewhere(package)) is not None:
         return (
-            f"Python was started in {source}, so it imported the sources there, for which {what} "
-            f"not built, and not the package installed in {installed}, for which they were. "
-            "Start Python in another folder"
+            f"Python was started in {source} and imported gemma4_fast from there, where {what} not "
+            f"built. The installed package in {installed} has them. Start Python in another folder"
         )
     return (
         f"{what} not built in {source}, from where gemma4_fast was imported; that needs {needs}. "
@@ -272,10 +272,12 @@ def _built_for(torch_version: str, torch_folder: Path, capabilities: set[tuple[i
     compilers = tools.version, tools.cxx, cuda_build.told([*shlex.split(tools.cxx), "--version"]).partition("\n")[0]
     recipe = [torch_version, compilers, gencode, cuda_build.FLAGS, cuda_build.TORCH_FLAGS, platform.machine()]
     key = hashlib.sha256(repr([recipe, [(f.name, f.read_bytes()) for f in files]]).encode()).hexdigest()[:16]
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()).absolute() / "gemma4_fast"
-    except RuntimeError:
-        raise cuda_build.BuildError("has no folder to build in: there is no home; name one, XDG_CACHE_HOME=...") from None
+    cache = cache_folder()
+    if cache is None:
+        raise cuda_build.BuildError(
+            "has no folder to build its kernels in, since there is no home folder: set "
+            "XDG_CACHE_HOME to the absolute path of one"
+        )
     folder = cache / key
     library = folder / "_cuda.so"
     if library.exists():

@@ -1,13 +1,19 @@
-"""Verdicts of self-checks that passed, kept on disk, so that the next start of the same need not check again.
+"""Verdicts of self-checks that passed, kept on disk so that the next start need not check again.
 
-They lie in `folder()`, one small JSON file each. A file's name is the SHA-256 of everything that could change the verdict: this
-package's sources and compiled libraries, PyTorch, Triton, Python, the processor and the instruction set in use, or the GPU and
-its driver, the number of threads, the backends that serve the model, its dtype and the bits of its weights, and the checkpoint:
-config.json, the headers of its safetensors files, their sizes and the times of their last change. What the key cannot see is a
-weight that was changed in place by someone who put the file's time back.
+Each verdict is a small JSON file in `folder()`. Its name, the key, is the SHA-256 of everything
+that could change the verdict:
 
-Reading and writing never fail: a file that is damaged, or that others could have written, counts as none, and a folder that
-cannot be written to keeps no verdicts.
+- this package's sources and compiled libraries, PyTorch, Triton and Python;
+- the processor and its instruction set, or the GPU and its driver, and the number of threads;
+- the backends that serve the model, its dtype, and the bits of its weights;
+- the checkpoint: config.json, and the headers, sizes and modification times of its safetensors
+  files.
+
+One change goes unnoticed: a weight that is edited in place by someone who then restores the
+file's modification time.
+
+Reading and writing never fail. A file that is damaged, or that another user could have written,
+is ignored. If the folder cannot be written to, no verdict is kept.
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma4_fast import native, ops
+from gemma4_fast.files import cache_folder
 from gemma4_fast.layers import model_ops
 
 if TYPE_CHECKING:
@@ -43,7 +50,8 @@ LEVELS = ("quick", "full")
 class Verdict:
     """That a model has passed its self-check.
 
-    level: "quick" or "full". time: when, in seconds since 1970. from_disk: whether an earlier start found it.
+    level: "quick" or "full". time: when it passed, in seconds since 1970. from_disk: whether the
+    verdict was read from disk, so that an earlier start ran the check.
     """
 
     level: str
@@ -51,18 +59,15 @@ class Verdict:
     from_disk: bool = False
 
     def __str__(self) -> str:
-        """One line that says when it passed."""
+        """One line that says when the model passed."""
         when = time.strftime("%Y-%m-%d at %H:%M", time.localtime(self.time))
         return f"self-check passed on {when} with these weights and this build"
 
 
 def folder() -> Path | None:
-    """$XDG_CACHE_HOME/gemma4_fast/checked, or ~/.cache/gemma4_fast/checked; None where there is no home."""
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    except RuntimeError:
-        return None
-    return cache.absolute() / "gemma4_fast" / "checked"
+    """The folder of verdicts, `checked` in the cache folder; None if there is no home folder."""
+    cache = cache_folder()
+    return None if cache is None else cache / "checked"
 
 
 def settle(
@@ -72,10 +77,11 @@ def settle(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report | None:
-    """Checks the model as `check` of `Gemma4.from_pretrained` says, and sets `model.verdict`.
+    """Check the model as the argument `check` of `Gemma4.from_pretrained` says.
 
-    True takes a verdict from disk if there is one, else it checks as "quick" does. "quick" and "full" always check. A verdict
-    is kept if the model was loaded from a checkpoint. Returns the report, None if nothing was run; SelfCheckError if the
+    True uses a verdict from disk if there is one, and otherwise checks like "quick". "quick" and
+    "full" always check. The verdict is stored in `model.verdict`, and on disk if the model was
+    loaded from a checkpoint. Returns the report, or None if no check ran. SelfCheckError: the
     model is wrong.
     """
     from gemma4_fast.verify import verify
@@ -95,10 +101,10 @@ def settle(
 
 # ---------------------------------------------------------------- the key
 def source_of(path: Path, load_format: str = "auto", seed: int = 0) -> str | None:
-    """What tells one checkpoint from another, without reading its weights: SHA-256 in hex.
+    """A SHA-256 in hex that tells one checkpoint from another without reading its weights.
 
-    For load_format "dummy" the config and the seed, from which the weights are drawn. None if a file cannot be read: why is
-    for those to say who read the weights.
+    For load_format "dummy" it covers the config and the seed, which determine the weights. None if
+    a file cannot be read; the code that reads the weights reports why.
     """
     sha = hashlib.sha256()
     with contextlib.suppress(OSError):
@@ -114,7 +120,7 @@ def source_of(path: Path, load_format: str = "auto", seed: int = 0) -> str | Non
 
 
 def _header(file: Path) -> bytes:
-    """The header of a safetensors file; of its index all."""
+    """The header of a safetensors file, or the whole of a JSON index."""
     if file.suffix == ".json":
         return file.read_bytes()
     with file.open("rb") as opened:
@@ -123,7 +129,7 @@ def _header(file: Path) -> bytes:
 
 
 def key_of(model: Gemma4) -> str:
-    """The name of the model's verdict: SHA-256 in hex of all that could change it."""
+    """The key of the model's verdict: a SHA-256 in hex of everything that could change it."""
     sha = hashlib.sha256()
     for part in parts_of(model).items():
         _add(sha, *part)
@@ -131,13 +137,13 @@ def key_of(model: Gemma4) -> str:
 
 
 def parts_of(model: Gemma4) -> dict[str, Any]:
-    """All that could change the verdict, by name."""
+    """Everything that could change the verdict, by name."""
     with model.running():
         backends = {name: ops.decide(name, model.device, model.dtype)[0] for name in model_ops(model.config)}
         isa = native.ISA.get() or native.isas()[:1]
     return {
         "package": build(),
-        "libraries": sorted((Path(p).name, hash_of(Path(p))) for p in torch.ops.loaded_libraries),
+        "libraries": _libraries(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
@@ -153,9 +159,27 @@ def parts_of(model: Gemma4) -> dict[str, Any]:
     }
 
 
+def _libraries() -> list[tuple[str, str]]:
+    """Name and SHA-256 of each library with operators that is this package's or PyTorch's.
+
+    They matter because they compute what the check compares; CUDA kernels built on this machine lie
+    in the cache folder, where `build` does not look. Libraries of other packages do not count: no
+    model calls their operators, and importing such a package must not cause a new check.
+    """
+    roots = [Path(__file__).parent.resolve(), Path(torch.__file__).parent.resolve()]
+    if (cache := cache_folder()) is not None:
+        roots.append(cache.resolve())
+    found = []
+    for name in torch.ops.loaded_libraries:
+        library = Path(name).resolve()
+        if any(library.is_relative_to(root) for root in roots):
+            found.append((library.name, hash_of(library)))
+    return sorted(found)
+
+
 @functools.cache
 def build() -> str:
-    """SHA-256 in hex of this package's sources, kernels and compiled libraries."""
+    """A SHA-256 in hex of this package's sources, kernels and compiled libraries."""
     import gemma4_fast
 
     sha = hashlib.sha256(gemma4_fast.__version__.encode())
@@ -172,7 +196,7 @@ def build() -> str:
 
 
 def hash_of(file: Path) -> str:
-    """SHA-256 in hex of a file; "" if it cannot be read."""
+    """The SHA-256 of a file in hex, or "" if it cannot be read."""
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError:
@@ -194,7 +218,7 @@ def _device(device: torch.device) -> list[Any]:
 
 @functools.cache
 def _processor() -> str:
-    """The processor's model, as the system tells it."""
+    """The processor's model, as the operating system names it."""
     names = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU part")
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -211,7 +235,7 @@ def _version(package: str) -> str | None:
 
 
 def _add(sha: Any, *values: object) -> None:
-    """Values one after the other, so that no two lists of them read alike."""
+    """Add each value with its length, so that different lists never give the same bytes."""
     for value in values:
         data = value if isinstance(value, bytes) else repr(value).encode()
         sha.update(len(data).to_bytes(8, "little") + data)
@@ -219,12 +243,12 @@ def _add(sha: Any, *values: object) -> None:
 
 # ---------------------------------------------------------------- the files
 def read(key: str) -> Verdict | None:
-    """The verdict of that key, if there is one that can be trusted."""
+    """The verdict with this key, or None if there is none that can be trusted."""
     if (place := folder()) is None:
         return None
     path = place / f"{key}.json"
     try:
-        if not path.is_file():  # to open a named pipe would wait for its writer
+        if not path.is_file():  # opening a named pipe would wait for a writer
             return None
         with path.open(encoding="utf-8") as file:
             status = os.fstat(file.fileno())
@@ -234,21 +258,24 @@ def read(key: str) -> Verdict | None:
         if data["key"] != key or data["level"] not in LEVELS:
             return None
         found = Verdict(data["level"], float(data["time"]), from_disk=True)
-        str(found)  # fails for a time that no calendar has
+        str(found)  # fails if the time is outside the calendar
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     return found
 
 
 def _foreign(found: os.stat_result) -> bool:
-    """Whether someone else could have written a file."""
+    """Whether another user could have written the file."""
     if not hasattr(os, "getuid"):
         return False
     return found.st_uid != os.getuid() or bool(found.st_mode & 0o022)
 
 
 def write(key: str, verdict: Verdict) -> None:
-    """Keeps a verdict, if the folder can be written to. It appears as a whole: nobody reads half of it."""
+    """Store a verdict if the folder can be written to.
+
+    The file is renamed into place, so no other process can read an incomplete one.
+    """
     if (place := folder()) is None:
         return
     data = {"key": key, **asdict(verdict)}

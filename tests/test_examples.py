@@ -14,7 +14,10 @@ from gemma4_fast import ops
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SHOWS = {
-    "generate_text": r"24 tokens, stopped by: length\nThe sun .+\nMy dear Mr. Bennet, .+",
+    "generate_text": (
+        r"It is a truth .+\n(.*\n)*24 tokens, stopped by: length\n"
+        r"The sun .+\nMy dear Mr. Bennet, .+"
+    ),
     "stream_and_chat": r"\w.+\n> What is your name\?\n.*\w.*\n> Where do you live\?\n.*\w",
     "accelerate_transformers": r"It is a truth universally.+\n(.*\n)*passed: \d+ comparisons",
     "quantize_weights": r"bf16: 9\.8 MB.+\nint8: 5\.2 MB.+\nint4: 3\.2 MB.+",

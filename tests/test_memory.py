@@ -333,7 +333,9 @@ def test_info_answers_the_question_in_a_sentence(
     found = answered(capsys, "--quantize", "int4", "--context", "32K")
     assert "at about 697 tokens/s" in found["answer"]
     main(["info", "--model", "26b-a4b", "--device", "cpu", "--quantize", "int4"])
-    last = capsys.readouterr().out.splitlines()[-1]
+    lines = capsys.readouterr().out.splitlines()
+    last = lines[-1]
+    assert lines[:3] == ["26b-a4b", "", last]
     assert last.startswith("26B-A4B in int4 with a context of 4K needs 14.") and "it fits" in last
 
 

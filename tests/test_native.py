@@ -122,8 +122,10 @@ def test_sources_that_hide_the_installed_package(clone: Path, tmp_path: Path) ->
     assert "Python was started" not in said_of_kernels()  # it has no libraries either
     (package / native._installed("_native").name).touch()
     said = said_of_kernels()
-    assert f"Python was started in {clone}" in said and f"package installed in {package}" in said
+    assert f"Python was started in {clone}" in said
+    assert f"installed package in {package} has them" in said
     assert "Start Python in another folder" in said and "a compiler" not in said
+    assert len(said.replace(str(clone), "").replace(str(package), "")) < 180
 
 
 def test_sources_in_which_nothing_was_built(clone: Path) -> None:

@@ -60,7 +60,7 @@ def load(path: str | Path = "tiny", **options: Any) -> Gemma4:
     return Gemma4.from_pretrained(path, progress=False, **options)
 
 
-def test_the_second_start_takes_the_first_ones_verdict_and_says_so(
+def test_the_second_start_takes_the_first_ones_verdict(
     kept: Path,
     runs: list[str],
     capsys: pytest.CaptureFixture[str],
@@ -72,9 +72,8 @@ def test_the_second_start_takes_the_first_ones_verdict_and_says_so(
     assert capsys.readouterr().err == ""
     Gemma4.from_pretrained("tiny")
     assert runs == ["quick"]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == f'gemma4_fast: {second}; check="quick" runs it again'
-    assert "passed on 20" in line and " at " in line
+    assert capsys.readouterr() == ("", "")  # the library prints nothing
+    assert "passed on 20" in str(second) and " at " in str(second)
     (file,) = kept.iterdir()
     assert file.stat().st_mode & 0o777 == 0o600 and kept.stat().st_mode & 0o777 == 0o700
 
@@ -89,7 +88,13 @@ def test_the_command_line_names_its_own_option(
     assert "self-check" not in capsys.readouterr().err
     assert main(command) == 0
     assert runs == ["quick"]
-    assert "with these weights and this build; --check quick runs it again\n" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "with these weights and this build; --check quick runs it again\n" in printed.err
+    assert "self-check" not in printed.out
+    assert main([*command, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "self-check" not in printed.err
+    assert json.loads(printed.out)["check"].startswith("self-check passed on 20")
 
 
 def test_the_demo_says_what_checked_the_model(
@@ -278,7 +283,40 @@ def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path
         assert verdicts.folder() == tmp_path / "gemma4_fast" / "checked"
         patch.delenv("XDG_CACHE_HOME")
         patch.setenv("HOME", str(tmp_path))
-        assert verdicts.folder() == tmp_path / ".cache" / "gemma4_fast" / "checked"
+        below_home = tmp_path / ".cache" / "gemma4_fast" / "checked"
+        assert verdicts.folder() == below_home
+        patch.setenv("XDG_CACHE_HOME", "relative")
+        assert verdicts.folder() == below_home
+
+
+@pytest.mark.parametrize("home", ["", "relative"])
+def test_without_a_home_no_verdict_is_kept(
+    home: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()  # of conftest.py's
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XDG_CACHE_HOME", raising=False)
+        patch.setenv("HOME", home)
+        assert verdicts.folder() is None
+
+
+def test_libraries_of_other_packages_are_not_in_the_key(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    built = tmp_path / "cache" / "gemma4_fast" / "key" / "_cuda.so"
+    built.parent.mkdir(parents=True)
+    other = tmp_path / "other.so"
+    libraries = set(torch.ops.loaded_libraries)
+    monkeypatch.setattr(torch.ops, "loaded_libraries", libraries)
+    before = verdicts._libraries()
+    for file in (built, other):
+        file.write_bytes(b"library")
+        libraries.add(str(file))
+    added = set(verdicts._libraries()) - set(before)
+    assert added == {("_cuda.so", verdicts.hash_of(built))}
 
 
 def test_a_checkpoint_that_cannot_be_read_is_the_loaders_to_tell(checkpoint: Path) -> None:
