@@ -173,20 +173,70 @@ def test_rates_of_other_dtypes_are_no_drift() -> None:
 def test_tables_and_pages_say_that_the_machine_was_busy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     disturbed = of_model(busy=True, other_load=1.2, drift=1.8)
     made = [disturbed, of_model("peer", busy=False)]
-    why = "other processes kept 1.2 of 2 processors busy and the machine's own rates drifted by 1.8x"
-    assert show.remark(disturbed) == f"busy: {why}" and show.remark(made[1]) == ""
-    all_in_all = "Busy machine: 1 of 2 rows were disturbed"
+    crowded = "busy: other processes used processors that this run needed"
+    drifted = "busy: the machine's own rates varied by more than 1.5x in this run"
+    assert show.notes(disturbed) == [crowded, drifted] and show.notes(made[1]) == []
+    all_in_all = "1 of 2 rows are marked busy. During 1 of them, other processes kept up to 1.2 processors busy."
     show.tables(made, show.console())
-    assert all_in_all in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert all_in_all in out and f"[1] {crowded}\n[2] {drifted}\n" in out
     html.write(made, tmp_path / "page.html", {})
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert all_in_all in page and "processors busy and" in page
+    assert all_in_all in page and f"<li>{crowded}</li>" in page and "<td>[1] [2]</td>" in page
     text = markdown.performance(made)
-    assert all_in_all in text and ", busy |" in text
+    assert all_in_all in text and "2. Busy: other" in text and "3. Busy: the machine" in text
+    assert " [2] [3] | 1,000 (1,000–1,000) |" in text
     quiet = made[1:]
     assert "usy" not in markdown.performance(quiet)
     show.tables(quiet, show.console())
     assert "usy" not in capsys.readouterr().out
+
+
+def test_a_drifting_machine_is_not_said_to_run_other_processes() -> None:
+    text = load.summary([of_model(busy=True, other_load=0.0, drift=1.9), of_model("peer", busy=False)])
+    assert "rates varied by up to 1.9x" in text and "also vary by themselves" in text
+    assert "processors busy" not in text
+    crowded = load.summary([of_model(busy=True, other_load=1.0, drift=1.0)])
+    assert "processors busy" in crowded and "vary" not in crowded
+    assert load.summary([of_model(busy=False, other_load=1.0, drift=1.9)]) == ""
+
+
+def test_each_note_stands_once_below_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    made = [
+        of_model("one", message="first; shared"),
+        of_model("two", message="shared"),
+        of_model("three", message="shared; last"),
+        of_model("four", status="failed", message="a reason; with a semicolon"),
+    ]
+    found = show.shown("model", made)
+    assert found.notes == ["first", "shared", "last", "a reason; with a semicolon"]
+    assert found.headings[-1] == "notes"
+    assert [line[-1] for line in found.lines] == ["[1] [2]", "[2]", "[2] [3]", "failed [4]"]
+    show.tables(made, show.console())
+    out = capsys.readouterr().out
+    assert out.count("shared") == 1 and "\n[2] shared\n" in out
+    assert "notes" not in show.shown("model", [of_model()]).headings
+
+
+def test_notes_have_their_numbers_in_order() -> None:
+    assert show.numbers(["b", "a"], ["a", "b"]) == "[1] [2]"
+
+
+def test_the_readmes_notes_stand_at_their_rows() -> None:
+    fast = of_model(us=1e4, roofline={"gb_s": 80.0, "gb_s_p20": 70.0, "gb_s_p80": 90.0})
+    peer = of_model("peer", us=1e4, roofline={"gb_s": 80.0, "gb_s_p20": 70.0, "gb_s_p80": 90.0})
+    whole = of_model(phase="prefill", params={"vocab": 262144})
+    text = markdown.performance([fast, peer, whole])
+    lines = [line for line in text.splitlines() if line.startswith("| 26b-a4b")]
+    assert "batch 1 [1] |" in lines[0] and "% [2] |" in lines[0] and lines[0].count("[") == 2
+    assert "[" not in lines[1]
+    assert "\n\n1. The vocabulary is cut to 8 of 262,144 tokens.\n2. Above 100%: the kernel" in text
+    assert text.count("brackets") == 2  # the explanation stands once
+
+
+def test_one_thread_is_no_threads() -> None:
+    assert markdown.hardware(of_model(machine={"cpu": "some", "threads": 1})) == "some, 1 thread"
+    assert markdown.hardware(of_model()) == "some, 2 threads"
 
 
 def test_compare_says_which_rows_were_disturbed() -> None:
@@ -218,12 +268,12 @@ def test_this_package_is_the_first_column() -> None:
             of_model(flops=10**10, params={"quantize": "int4"}, roofline={"gflop_s": 1000.0}),
             "8-bit products",
         ),
-        (row(bytes=10**7, roofline={"gb_s": 50.0}, cold=False), "stays in the cache"),
-        (of_model(bytes=10**7, roofline={"gb_s": 5.0}), "stays in the cache"),
+        (row(bytes=10**7, roofline={"gb_s": 50.0}, cold=False), "reads from the cache"),
+        (of_model(bytes=10**7, roofline={"gb_s": 5.0}), "reads from the cache"),
         (of_model(us=1e4, roofline={"gb_s": 80.0}), "older roofline"),
         (
             of_model(us=1e4, roofline={"gb_s": 80.0, "gb_s_p20": 60.0, "gb_s_p80": 120.0}),
-            "60 to 120 GB/s",
+            "rate varied",
         ),
         (
             of_model(us=1e4, roofline={"gb_s": 80.0, "gb_s_p20": 70.0, "gb_s_p80": 90.0}),
@@ -233,11 +283,12 @@ def test_this_package_is_the_first_column() -> None:
 )
 def test_more_than_all_of_the_roofline_is_explained(one: Row, why: str) -> None:
     assert one.percent_of_roofline is not None and one.percent_of_roofline > 100
-    assert "above 100%" in show.remark(one) and why in show.remark(one)
+    (note,) = show.notes(one)[-1:]
+    assert note.startswith("above 100%: ") and why in note
     if one.kind == "model":
         assert why in markdown.performance([one])
     one.time_us = spread(1e6)
-    assert "above" not in show.remark(one)
+    assert not any("above" in note for note in show.notes(one))
 
 
 def test_the_roofline_and_what_is_held_against_it_lie_in_the_same_pages(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,18 +119,21 @@ def allowed(machine: dict[str, Any], device: str) -> float:
 
 
 def reasons(row: Row) -> list[str]:
-    """In words, why this row counts as measured on a busy machine. Empty if it does not."""
+    """In words, why this row counts as busy. Empty if it does not. The figures are in the row."""
     found = []
     if _crowded(row):
-        every = row.machine.get("cpus", "?")
-        found.append(f"other processes kept {row.other_load:.2g} of {every} processors busy")
-    if row.drift is not None and row.drift > DRIFT:
-        found.append(f"the machine's own rates drifted by {row.drift:.2g}x")
+        found.append("other processes used processors that this run needed")
+    if _drifted(row):
+        found.append(f"the machine's own rates varied by more than {DRIFT}x in this run")
     return found
 
 
 def _crowded(row: Row) -> bool:
     return row.other_load is not None and row.other_load > allowed(row.machine, row.device)
+
+
+def _drifted(row: Row) -> bool:
+    return row.drift is not None and row.drift > DRIFT
 
 
 class Rates:
@@ -168,20 +171,20 @@ def _rates(row: Row) -> dict[str, tuple[float, float, float]]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One sentence on how many of these rows were measured on a busy machine; empty if none was."""
+    """How many of these rows are busy, and why; empty if none is."""
     busy = [row for row in rows if row.busy]
     if not busy:
         return ""
-    why = []
-    loads = max((row.other_load or 0.0 for row in busy if _crowded(row)), default=0.0)
-    drift = max(row.drift or 1.0 for row in busy)
-    if loads:
-        why.append(f"other processes kept up to {loads:.2g} processors busy")
-    if drift > DRIFT:
-        why.append(f"the machine's own rates drifted by up to {drift:.2g}x")
-    told = f" ({'; '.join(why)})" if why else ""
-    disturbed = f"{len(busy)} of {len(rows)} rows were disturbed{told}"
-    return f"Busy machine: {disturbed}. Measure them again when it is quiet."
+    sentences = [f"{len(busy)} of {len(rows)} rows are marked busy."]
+    if loads := [row.other_load or 0.0 for row in busy if _crowded(row)]:
+        sentences.append(f"During {len(loads)} of them, other processes kept up to {max(loads):.2g} processors busy.")
+    if drifts := [row.drift or 1.0 for row in busy if _drifted(row)]:
+        sentences.append(
+            f"For {len(drifts)} of them, the machine's own rates varied by up to {max(drifts):.2g}x. "
+            "Other processes may be the cause, but a virtual machine's rates also vary by themselves."
+        )
+    sentences.append("Measure these rows again to see which figures hold.")
+    return " ".join(sentences)
 
 
 # ---------------------------------------------------------------- load that we make

@@ -241,7 +241,8 @@ class ModelBench:
             return
         self.versions[process], self.notes[process] = answer["version"], answer.get("note", "")
         if not self.together:
-            self.notes[process] = "; ".join(n for n in (self.notes[process], "not loaded beside the others") if n)
+            alone = "loaded alone, since all contenders together do not fit into memory"
+            self.notes[process] = "; ".join(n for n in (self.notes[process], alone) if n)
         prompt = Workload(1, min(SCORED, plan.config.max_position_embeddings - 1), 1).ids(plan.config.vocab_size, 0)
         for c in [c for c in mine if c not in self.scores]:
             answer = worker.ask(do="score", variant=c.variant, ids=prompt, new=min(OF, plan.config.vocab_size))
