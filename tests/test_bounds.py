@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from bounds import FLOOR, SLACK, InFp64, allowed, assert_right, assert_same_in_fp64, error
-from family import assert_near_eager, exact_logits, in_fp64, prompt, relative_loss, transformers_model
+from family import (
+    assert_near_eager,
+    exact_logits,
+    in_fp64,
+    prompt,
+    relative_loss,
+    transformers_model,
+)
 from torch import Tensor
 
 

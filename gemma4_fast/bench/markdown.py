@@ -12,7 +12,7 @@ from gemma4_fast.config import PRESETS
 
 _LONG = 131072  # tokens of context at which the README tells the size of the caches
 _LEGEND = """\
-A figure is the median of tokens per second, with p20–p80 in brackets; the best of each row is bold.
+A figure is the median of tokens per second, with p20–p80 in brackets. The best of each row is bold.
 A percentage is that of the roofline, which is measured between the samples. A dash means that
 nothing was measured. The numbers in square brackets refer to the notes below each table.
 """
