@@ -51,7 +51,12 @@ def row(name: str = "linear/odd", us: float = 100.0, **fields: Any) -> Row:
     )
 
 
-def of_model(contender: str = OURS, us: float = 1000.0, phase: str = "decode", **fields: Any) -> Row:
+def of_model(
+    contender: str = OURS,
+    us: float = 1000.0,
+    phase: str = "decode",
+    **fields: Any,
+) -> Row:
     params = {
         "model": "26b-a4b",
         "layers": 2,
@@ -62,7 +67,13 @@ def of_model(contender: str = OURS, us: float = 1000.0, phase: str = "decode", *
         "phase": phase,
     }
     params |= {"depth": False, **fields.pop("params", {})}
-    common: dict[str, Any] = dict(dtype="bfloat16", device="cpu", machine=TWO, tokens=1, bytes=1 << 30)
+    common: dict[str, Any] = dict(
+        dtype="bfloat16",
+        device="cpu",
+        machine=TWO,
+        tokens=1,
+        bytes=1 << 30,
+    )
     return Row("model", phase, contender, time_us=spread(us), params=params, **{**common, **fields})
 
 
@@ -83,7 +94,10 @@ def proc(folder: Path, *, busy: int, processes: dict[int, tuple[int, int]]) -> N
         (folder / str(pid) / "stat").write_text(f"{pid} (a (strange) name) {' '.join(fields)}\n")
 
 
-def test_what_others_take_is_everything_less_our_own_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_others_take_is_everything_less_our_own_tree(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = [10.0]
     monkeypatch.setattr(load, "_PROC", tmp_path)
     monkeypatch.setattr(load.time, "perf_counter", lambda: clock[0])
@@ -114,7 +128,10 @@ def test_what_others_take_is_everything_less_our_own_tree(tmp_path: Path, monkey
     assert brief.others is None
 
 
-def test_a_system_that_does_not_tell_is_no_busy_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_does_not_tell_is_no_busy_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(load, "_PROC", tmp_path / "none")
     assert load.reading() is None
     watched = load.Load()
@@ -170,7 +187,10 @@ def test_rates_of_other_dtypes_are_no_drift() -> None:
 
 
 # ---------------------------------------------------------------- what readers see
-def test_tables_and_pages_say_that_the_machine_was_busy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_and_pages_say_that_the_machine_was_busy(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     disturbed = of_model(busy=True, other_load=1.2, drift=1.8)
     made = [disturbed, of_model("peer", busy=False)]
     crowded = "busy: other processes used processors that this run needed"
@@ -193,7 +213,9 @@ def test_tables_and_pages_say_that_the_machine_was_busy(tmp_path: Path, capsys: 
 
 
 def test_a_drifting_machine_is_not_said_to_run_other_processes() -> None:
-    text = load.summary([of_model(busy=True, other_load=0.0, drift=1.9), of_model("peer", busy=False)])
+    text = load.summary(
+        [of_model(busy=True, other_load=0.0, drift=1.9), of_model("peer", busy=False)],
+    )
     assert "rates varied by up to 1.9x" in text and "also vary by themselves" in text
     assert "processors busy" not in text
     crowded = load.summary([of_model(busy=True, other_load=1.0, drift=1.0)])
@@ -241,7 +263,10 @@ def test_one_thread_is_no_threads() -> None:
 
 def test_compare_says_which_rows_were_disturbed() -> None:
     quiet, disturbed = row(bytes=1000), row(bytes=1000, busy=True)
-    assert "busy: true): 1 of these rows" in compare.text(compare.compare([quiet], [disturbed]), 0.05)
+    assert "busy: true): 1 of these rows" in compare.text(
+        compare.compare([quiet], [disturbed]),
+        0.05,
+    )
     assert "busy" not in compare.text(compare.compare([quiet], [quiet]), 0.05)
 
 
@@ -291,10 +316,17 @@ def test_more_than_all_of_the_roofline_is_explained(one: Row, why: str) -> None:
     assert not any("above" in note for note in show.notes(one))
 
 
-def test_the_roofline_and_what_is_held_against_it_lie_in_the_same_pages(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_roofline_and_what_is_held_against_it_lie_in_the_same_pages(
+    fast: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A read through small pages is a third slower here, and would not be the limit of weights in large ones."""
     asked: list[int] = []
-    monkeypatch.setattr(timing.native, "use_huge_pages", lambda t, now=False: asked.append(t.data_ptr()))
+    monkeypatch.setattr(
+        timing.native,
+        "use_huge_pages",
+        lambda t, now=False: asked.append(t.data_ptr()),
+    )
     roofline = timing.Roofline(CPU)
     assert asked == [roofline._from.data_ptr(), roofline._to.data_ptr()]
     assert roofline._from.min() == roofline._to.max() == 1
@@ -382,7 +414,11 @@ def test_busy_processes_end_with_a_process_that_is_killed() -> None:
         "    print(*(p.pid for p in started), flush=True)\n"
         "    time.sleep(600)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
         assert parent.stdout is not None
         pids = list(map(int, parent.stdout.readline().split()))
         parent.send_signal(signal.SIGKILL)
@@ -430,7 +466,10 @@ class Peer:
 
 
 def test_busy_rows_say_beside_what_and_what_is_left(
-    fast: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fast: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     flag = tmp_path / "busy"
     counts: list[int] = []
@@ -490,12 +529,23 @@ def test_turns_that_agree_are_enough() -> None:
 class Script:
     """A ModelBench whose turns take the seconds that a list says, on a clock of the test's own."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float, together: bool, **options: Any) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        seconds: float,
+        together: bool,
+        **options: Any,
+    ) -> None:
         self.clock, self.turns, self.starts = 0.0, list[tuple[str, int]](), list[str]()
         monkeypatch.setattr(model.time, "monotonic", lambda: self.clock)
         monkeypatch.setattr(model, "process_of", lambda peer, peers: peer)
         peers = ("transformers", "llama.cpp")
-        self.bench = model.ModelBench(planned(peers=peers, **options), Roofline(CPU), lambda *_: None, "")
+        self.bench = model.ModelBench(
+            planned(peers=peers, **options),
+            Roofline(CPU),
+            lambda *_: None,
+            "",
+        )
         bench: Any = self.bench
         noise = iter(range(1, 10**6))
 
@@ -527,7 +577,11 @@ class Script:
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_a_run_ends_in_its_minutes(fast: None, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+def test_a_run_ends_in_its_minutes(
+    fast: None,
+    monkeypatch: pytest.MonkeyPatch,
+    together: bool,
+) -> None:
     at_ease = Script(monkeypatch, 0.1, together, rounds=4, minutes=6)
     assert set(at_ease.counted().values()) == {4}
     late = Script(monkeypatch, 14.0, together, rounds=4, minutes=3)
@@ -538,7 +592,10 @@ def test_a_run_ends_in_its_minutes(fast: None, monkeypatch: pytest.MonkeyPatch, 
     assert set(over.counted().values()) == {1}
 
 
-def test_contenders_that_do_not_fit_are_loaded_forth_and_back(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_that_do_not_fit_are_loaded_forth_and_back(
+    fast: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     script = Script(monkeypatch, 0.1, False, rounds=4, minutes=6)
     assert script.starts == [OURS, "transformers", "llama.cpp", "transformers", OURS]
     of_ours = [round_ for label, round_ in script.turns if label == OURS]
@@ -621,7 +678,10 @@ def test_the_crossover_is_of_weights_that_are_not_quantized() -> None:
     assert main(["bench", "scale", "--write", "--quantize", "int4"]) == 2
 
 
-def test_files_are_on_the_disk_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_on_the_disk_before_anything_is_measured(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     synced: list[int] = []
     monkeypatch.setattr(model.os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
     for name in ("a", "b"):

@@ -177,7 +177,9 @@ def summary(rows: Sequence[Row]) -> str:
         return ""
     sentences = [f"{len(busy)} of {len(rows)} rows are marked busy."]
     if loads := [row.other_load or 0.0 for row in busy if _crowded(row)]:
-        sentences.append(f"During {len(loads)} of them, other processes kept up to {max(loads):.2g} processors busy.")
+        sentences.append(
+            f"During {len(loads)} of them, other processes kept up to {max(loads):.2g} processors busy.",
+        )
     if drifts := [row.drift or 1.0 for row in busy if _drifted(row)]:
         sentences.append(
             f"For {len(drifts)} of them, the machine's own rates varied by up to {max(drifts):.2g}x. "
