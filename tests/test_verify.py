@@ -18,6 +18,7 @@ from gemma4_fast import Gemma4, SelfCheckError, ops, verify
 from gemma4_fast.cache import LayerCache
 from gemma4_fast.layers import Text
 from gemma4_fast.ops import torch_backend
+from gemma4_fast.quant import QuantizedWeight
 from gemma4_fast.reference import model as reference_model
 from gemma4_fast.reference import ops as reference
 from gemma4_fast.report import Comparison, Report
@@ -589,6 +590,65 @@ def test_an_expert_that_no_token_chose_is_run(tiny_fp32: Gemma4) -> None:
     wrongs = {c.phase for c in report.comparisons if not c.ok}
     assert wrongs == {"other experts"}
     assert all(c.op == "moe_decode [torch]" for c in report.comparisons if not c.ok)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("mlp.down_proj.weight", 0),
+        ("mlp.down_proj.weight", -1),
+        ("mlp.up_proj.weight", 0),
+        ("experts.gate_up_proj", 32),
+        ("experts.down_proj", 0),
+    ],
+)
+def test_a_quantized_weight_that_is_read_wrongly_is_found(
+    name: str,
+    row: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The truth dequantizes by the same code as the torch backend, so their products agree."""
+    model = Gemma4.dummy(fast_model("26b-a4b").config, device="cpu", quantize="int4")
+    weight = model.state_dict()[f"model.layers.0.{name}"]
+    if weight.dim() == 3:
+        weight = weight[0]
+    at = weight.first + range(len(weight))[row]
+    right = QuantizedWeight._to
+
+    def wrong(self: QuantizedWeight, out: torch.Tensor) -> None:
+        right(self, out)
+        if self.data.data_ptr() == weight.data.data_ptr() and self.first <= at < self.first + len(self):
+            out[at - self.first] *= 1.01
+
+    assert isinstance(weight, QuantizedWeight)
+    assert verify(model).ok
+    monkeypatch.setattr(QuantizedWeight, "_to", wrong)
+    report = verify(model)
+    assert not report.ok
+    assert {c.what for c in report.comparisons if not c.ok} == {"quantized weight"}
+
+
+def test_every_expert_of_a_small_model_is_run(tiny_fp32: Gemma4) -> None:
+    """Those that no token chose are fewer than a token takes, or no multiple of that."""
+    run: set[int] = set()
+    right = torch_backend.moe_decode
+
+    def noted(x: Any, weights: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        run.update(ids.flatten().tolist())
+        assert all(len(set(row)) == len(row) for row in ids.tolist())
+        return right(x, weights, ids, *rest)
+
+    for experts, top_k in ((11, 4), (9, 8), (16, 8)):
+        config = dataclasses.replace(
+            fast_model("26b-a4b").config,
+            num_experts=experts,
+            top_k_experts=top_k,
+        )
+        model = Gemma4.dummy(config, dtype="float32", device="cpu")
+        run.clear()
+        with broken("moe_decode", noted):
+            assert verify(model, input_ids=[7] * 20).ok
+        assert run == set(range(experts))
 
 
 def test_quick_projects_few_tokens_and_crosses_the_rings_end(
