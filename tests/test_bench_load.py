@@ -1,4 +1,4 @@
-"""A busy machine is noticed, rows and pages say so, and a benchmark takes no longer than it must."""
+"""A busy machine is noticed, rows and pages say so, and a benchmark is as short as it can be."""
 
 from __future__ import annotations
 
@@ -148,7 +148,8 @@ def test_a_childs_work_is_our_own() -> None:
         while load.reading().own < before.own + 0.3:  # type: ignore[union-attr]
             assert child.poll() is None, "what it takes is not counted while it runs"
     after = load.reading()
-    assert before is not None and after is not None and after.own - before.own > 0.45  # nor lost when it ends
+    assert before is not None and after is not None
+    assert after.own - before.own > 0.45, "what it took is lost when it ends"
 
 
 def test_busy_is_more_than_the_idle_processors() -> None:
@@ -320,7 +321,7 @@ def test_the_roofline_and_what_is_held_against_it_lie_in_the_same_pages(
     fast: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A read through small pages is a third slower here, and would not be the limit of weights in large ones."""
+    """Small pages are read a third slower, so they would not show the limit of huge ones."""
     asked: list[int] = []
     monkeypatch.setattr(
         timing.native,

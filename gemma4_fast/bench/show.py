@@ -55,7 +55,8 @@ def limit(row: Row) -> str:
 
 
 _QUANTIZED = re.compile(r"int[48]\b|_int[48]_")
-_CACHED = 32 << 20  # bytes that a model's step reads below which the last cache may hold them from step to step
+# A model's step that reads fewer bytes may find them in the last cache.
+_CACHED = 32 << 20
 
 
 def above(row: Row) -> str:
@@ -216,7 +217,8 @@ def shown(kind: str, rows: Sequence[Row]) -> Shown:
         status = "" if row.status == "ok" else row.status
         return f"{status} {numbers(notes(row), every)}".strip()
 
-    columns = [(heading, [cell(row) for row in rows]) for heading, cell in [*COLUMNS[kind], ("notes", last)]]
+    wanted = [*COLUMNS[kind], ("notes", last)]
+    columns = [(heading, [cell(row) for row in rows]) for heading, cell in wanted]
     columns = [(heading, cells) for heading, cells in columns if any(cells)]
     lines = [list(line) for line in zip(*(cells for _, cells in columns), strict=True)]
     return Shown([heading for heading, _ in columns], lines, every)
