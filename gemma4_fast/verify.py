@@ -189,6 +189,10 @@ def _misread(view: QuantizedWeight) -> float:
     return worst
 
 
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
+
+
 def _backends(model: Gemma4) -> dict[str, str]:
     return {name: ops.decide(name, model.device, model.dtype)[0] for name in model_ops(model.config)}
 
@@ -582,7 +586,7 @@ class _Check:
                 rows.append(compare(phase, torch.cat([outputs[n] for n in of_phase]), part))
             for count in counts:  # from the newest back, over and over
                 part = every.flip(0)[torch.arange(count, device=x.device) % x.shape[0]]
-                rows.append(compare(f"{count} rows", block_alone(part), part))
+                rows.append(compare(_rows(count), block_alone(part), part))
             return rows
 
         self._add(
@@ -688,22 +692,21 @@ class _Check:
         one = self._clearest(fast)
         h = hidden[one]
         fast_one, best_one = self.model.logits(h), self.model.logits(h, argmax=True)
-        truth_of_one = self._reference_logits(h, head, wide=True)
+        truth_of_one, plain_of_one = self._both_logits(h, head)
         ids = self._sample([fast, fast_one, truth_of_one], [best, best_one])
         table = head.index_select(0, ids)
         truth, plain = self._both_logits(hidden, table)
-        self._judge_logits(f"{most} rows", fast[:, ids], truth, plain)
+        self._judge_logits(_rows(most), fast[:, ids], truth, plain)
         there = (best >= 0) & (best < len(head))
         place = torch.searchsorted(ids, best.clamp(min=0, max=len(head) - 1))
         place = torch.where(there, place, -1)
-        self._judge_choice(f"{most} rows", place, truth, self._allowed(truth, plain))
+        self._judge_choice(_rows(most), place, truth, self._allowed(truth, plain))
         self._judge_head(hidden, table, (5,))
-        # The truth of one token is known over the whole vocabulary. What plain PyTorch loses is known of the sample.
-        errors = relative_error(fast_one, truth_of_one), relative_error(plain[one], truth[one])
-        self._note(Comparison("logits", "1 rows", *errors), "logits")
-        allowed = self._allowed(truth[one], plain[one])
-        self._judge_choice("1 rows", best_one, truth_of_one, allowed)
-        self._draws(h, truth_of_one, allowed, head, filters=False)
+        # Of one token the logits are known over the whole vocabulary, and so is how it is drawn.
+        self._judge_logits(_rows(1), fast_one, truth_of_one, plain_of_one)
+        allowed = self._allowed(truth_of_one, plain_of_one)
+        self._judge_choice(_rows(1), best_one, truth_of_one, allowed)
+        self._draws(h, truth_of_one, allowed, head, whole=True)
 
     @staticmethod
     def _clearest(logits: Tensor) -> slice:
@@ -719,7 +722,7 @@ class _Check:
         for n in counts:
             rows = self._clearest(truth) if n == 1 else slice(-n, None)
             h, t, p = hidden[rows], truth[rows], plain[rows]
-            phase, allowed = f"{h.shape[0]} rows", self._allowed(t, p)
+            phase, allowed = _rows(h.shape[0]), self._allowed(t, p)
             self._judge_logits(phase, ops.logits(h, table, softcap), t, p)
             self._judge_choice(phase, ops.logits(h, table, softcap, True), t, allowed)
             if n <= 5:  # a quarter of a million logits are sorted for each
@@ -758,10 +761,13 @@ class _Check:
         allowed: float,
         table: WeightLike,
         *,
-        filters: bool = True,
+        whole: bool = False,
     ) -> None:
-        """Tokens drawn from hidden states h [T, H] with these logits over a table, where rounding decides only between tokens
-        that are as likely within what plain PyTorch loses of a logit. filters: those by top_p and min_p, and of two, too."""
+        """Tokens drawn from hidden states h [T, H] with these logits over a table.
+
+        Rounding decides only between tokens that are as likely within what plain PyTorch loses of a logit. whole: the table is
+        the head, of which each draw reads all. Not every way of drawing is tried again there.
+        """
         rows, vocab, scale = *truth.shape, truth.abs().max().item() + 1e-30
         row, hot = torch.arange(rows, device=h.device), 1e12  # so hot that all that stay are as likely
         if vocab < 3:  # a top_k of all is none
@@ -777,12 +783,14 @@ class _Check:
         # How, the numbers drawn by, and the tokens: by their rank, or their ids.
         plan: list[tuple[str, Sampling, Tensor, Tensor]] = [
             ("of all", Sampling(hot), (any_id + 0.5) / vocab, any_id),
-            ("of the top_k", Sampling(hot, top_k=most), (most - 1 - row % most + 0.5) / most, most - 1 - row % most),
+            ("of the top k", Sampling(hot, top_k=most), (most - 1 - row % most + 0.5) / most, most - 1 - row % most),
             ("of two", Sampling(apart, top_k=2), middle, second),
             ("by top_p", Sampling(apart, top_k=2, top_p=0.4), late, torch.zeros_like(row)),
             ("by min_p", Sampling(apart, top_k=2, min_p=1.0), late, torch.zeros_like(row)),
         ]
-        for what, sampling, uniform, wanted in plan if filters else plan[:2]:
+        if whole:  # a draw made of logits and of PyTorch's top_k has been judged by its parts
+            plan = plan[:1] if self.report.backends["sample"] == "composed" else plan[:2]
+        for what, sampling, uniform, wanted in plan:
             got = ops.sample(h, table, *self.model._draw(sampling, uniform.float()))
             missed = math.inf
             if sampling.top_k == 0:
@@ -790,7 +798,7 @@ class _Check:
             elif int(got.min()) >= 0 and int(got.max()) < vocab:
                 wanted = ids.gather(-1, wanted[:, None])
                 missed = (truth.gather(-1, wanted) - truth.gather(-1, got[:, None])).abs().max().item()
-            self._note(Comparison("drawn token", f"{rows} rows, {what}", missed / scale, allowed / scale), "sample")
+            self._note(Comparison("drawn token", f"{_rows(rows)}, {what}", missed / scale, allowed / scale), "sample")
 
     def _recorded_step(self) -> None:
         """The decode step as generation replays it, beside op by op on another cache; before the last one a sequence ends. The

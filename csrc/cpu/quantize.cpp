@@ -9,6 +9,10 @@ namespace gemma4_fast {
 namespace GEMMA4_ISA {
 namespace {
 
+// Groups that are dequantized together. A row's bytes are read as vectors long after they were written one by one: a
+// processor cannot hand one load what several stores in flight hold, and would wait for all stores before them.
+// (One group at a time: up to 10 times slower while other virtual machines use the memory.)
+constexpr int64_t kTogether = 8;
 constexpr int64_t kAhead = 16;  // groups: sixteen rows are more streams than hardware prefetchers follow
 
 // What of a group there is, [count], widened and filled up with zeros.
@@ -133,13 +137,15 @@ bool quantize_rows_of(const QuantizeRows& a) {
   return finite.load(std::memory_order_relaxed);
 }
 
-// Rows `lane` .. `lane + rows` of a panel to out [rows, k]. Group by group, all rows' bytes first: what is loaded then was
-// stored long ago.
+// Rows `lane` .. `lane + rows` of a panel to out [rows, k].
 template <int Bits, class T>
 void dequantize_panel(const uint8_t* data, const uint16_t* scale, int64_t k, int64_t lane, int64_t rows, T* out) {
-  for (int64_t begin = 0; begin < k; begin += kGroup) {
-    uint32_t quads[kPanel][kGroup / 4];
-    for (int j = 0; j < Bits; ++j) {
+  constexpr int64_t kQuads = kGroup / 4;
+  for (int64_t begin = 0; begin < k; begin += kTogether * kGroup) {
+    const int64_t columns = min_of<int64_t>(kTogether * kGroup, k - begin);
+    const int64_t groups = (columns + kGroup - 1) / kGroup;
+    uint32_t quads[kPanel][kTogether * kQuads];  // of each row, its columns in order
+    for (int64_t j = 0; j < groups * Bits; ++j) {
       uint32_t stored[kPanel];
       std::memcpy(stored, data + j * 64, 64);
       for (int r = 0; r < kPanel; ++r) {
@@ -151,24 +157,26 @@ void dequantize_panel(const uint8_t* data, const uint16_t* scale, int64_t k, int
         }
       }
     }
-    const int64_t count = min_of<int64_t>(kGroup, k - begin);
     for (int64_t r = lane; r < lane + rows; ++r) {
-      uint8_t q[kGroup];
-      std::memcpy(q, quads[r], kGroup);
-      float value[kGroup];
-      for (int i = 0; i < kGroup; ++i) value[i] = static_cast<float>(static_cast<int>(q[i]) - offset_of(Bits));
-      const Vec by = set(half_to_float(scale[r]));
-      T* to = out + (r - lane) * k + begin;
-      if (count == kGroup) {
-        for (int i = 0; i < kGroup; i += kWidth) store(to + i, mul(load(value + i), by));
-      } else {
-        for_vecs(count, [&](int64_t i, int n) GEMMA4_LAMBDA_INLINE {
-          store_some(to + i, mul(load_some(value + i, n), by), n);
-        });
+      for (int64_t g = 0; g < groups; ++g) {
+        uint8_t q[kGroup];
+        std::memcpy(q, quads[r] + g * kQuads, kGroup);
+        float value[kGroup];
+        for (int i = 0; i < kGroup; ++i) value[i] = static_cast<float>(static_cast<int>(q[i]) - offset_of(Bits));
+        const Vec by = set(half_to_float(scale[g * kPanel + r]));
+        T* to = out + (r - lane) * k + begin + g * kGroup;
+        const int64_t count = min_of<int64_t>(kGroup, columns - g * kGroup);
+        if (count == kGroup) {
+          for (int i = 0; i < kGroup; i += kWidth) store(to + i, mul(load(value + i), by));
+        } else {
+          for_vecs(count, [&](int64_t i, int n) GEMMA4_LAMBDA_INLINE {
+            store_some(to + i, mul(load_some(value + i, n), by), n);
+          });
+        }
       }
     }
-    data += group_bytes(Bits);
-    scale += kPanel;
+    data += groups * group_bytes(Bits);
+    scale += groups * kPanel;
   }
 }
 
