@@ -25,7 +25,8 @@ def dummy(
 ) -> Gemma4:
     """A model as Gemma4.dummy makes it, with weights of the same scales, but made much faster.
 
-    To draw a number for every weight of a large model takes minutes. The weights follow from config, dtype, kind of device and seed, so every process has the same.
+    To draw a number for every weight of a large model takes minutes. The weights follow from config,
+    dtype, kind of device and seed, so every process has the same.
     """
     with torch.device("meta"):
         model = Gemma4(config)
