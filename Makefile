@@ -93,8 +93,9 @@ sanitize: $(SANITIZE)/threads-plain $(SANITIZE)/threads-native $(SANITIZE)/pool 
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZE)/lib GEMMA4_FAST_SANITIZE=1 \
 		$(BIN)/pytest --capture=sys -p no:cacheprovider $(SANITIZE_TESTS:%=tests/%.py) $(PYTEST_ARGS)
 
-# From a clean folder, so that nothing of an earlier build gets into it. auditwheel names the oldest Linux that the libraries run
-# on; PyTorch's own libraries stay outside. PATH: for patchelf, which auditwheel looks for there.
+# The wheel is built from a clean folder, so that nothing of an earlier build gets into it. auditwheel
+# names the oldest Linux that the libraries run on, and leaves PyTorch's own libraries outside. It looks
+# for patchelf in PATH.
 wheel: $(DEV_DONE)
 	rm -rf $(WHEEL)
 	$(BIN)/python setup.py --quiet build --build-base $(WHEEL)/build bdist_wheel --dist-dir $(WHEEL)

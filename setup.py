@@ -23,7 +23,8 @@ ISAS = {"plain": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
 
-ONCE = ("torch_ops.cpp", "pool.cpp")  # of the CPU kernels' sources: compiled with plain flags, for all instruction sets
+# Sources of the CPU kernels that are compiled once, with plain flags, for all instruction sets.
+ONCE = ("torch_ops.cpp", "pool.cpp")
 
 # By its file: importing the package would need PyTorch, which is not there when a build is isolated.
 spec = importlib.util.spec_from_file_location("cuda_build", "gemma4_fast/cuda_build.py")
@@ -33,14 +34,16 @@ spec.loader.exec_module(cuda_build)
 ninja_quoted = cuda_build.quoted
 
 
-OLDEST_TORCH = (2, 10)  # the kernels use the stable ABI of this release, so that they run with every later one
+# The kernels use the stable ABI of this release, so that they run with every later one.
+OLDEST_TORCH = (2, 10)
 
 
 def torch_folder() -> Path | None:
     """The folder of the PyTorch to compile against; None if there is none.
 
-    An isolated build, as in a plain `pip install .`, cannot import the PyTorch of the environment that it builds for. The
-    kernels use the stable ABI alone, so PyTorch's headers are all they need, and those can be found.
+    An isolated build, as in a plain `pip install .`, cannot import the PyTorch of the environment that
+    it builds for. But the kernels use the stable ABI alone, so they need only PyTorch's headers, and
+    those can be found.
     """
     found = importlib.util.find_spec("torch")
     if found is not None and found.origin is not None:
@@ -50,7 +53,7 @@ def torch_folder() -> Path | None:
 
 
 def torch_version(folder: Path) -> dict[str, object]:
-    """What torch/version.py says: `__version__`, and `cuda`, which is None for a build without CUDA."""
+    """What torch/version.py says: `__version__`, and `cuda`, None for a build without CUDA."""
     return runpy.run_path(str(folder / "version.py"))
 
 
@@ -63,7 +66,7 @@ def has_cuda() -> bool:
 
 
 def why_no_torch() -> str | None:
-    """Why the CPU kernels cannot be compiled against the PyTorch that is there; None if they can."""
+    """Why the CPU kernels cannot be compiled against this PyTorch; None if they can."""
     oldest = ".".join(map(str, OLDEST_TORCH))
     folder = torch_folder()
     if folder is None:
@@ -75,7 +78,10 @@ def why_no_torch() -> str | None:
 
 
 def progress(what: str) -> Callable[[int, int], None]:
-    """Says how far a build is: "CPU kernels: 7 of 61 files", on a terminal in one line that changes."""
+    """Shows how far a build is, on a terminal in one line that changes.
+
+    An example: "CPU kernels: 7 of 61 files".
+    """
 
     def tell(done: int, steps: int) -> None:
         end = "\r" if sys.stdout.isatty() and done < steps else "\n"
@@ -85,7 +91,7 @@ def progress(what: str) -> Callable[[int, int], None]:
 
 
 def say_aloud(message: str) -> None:
-    """Prints to stderr; where that is not a terminal, to the terminal too: pip hides what a build prints."""
+    """Prints to stderr, and to the terminal if stderr is not one: pip hides what a build prints."""
     print(message, file=sys.stderr, flush=True)
     if not sys.stderr.isatty():
         try:
@@ -201,7 +207,10 @@ class BuildNative(build_ext):
             print(said, file=sys.stderr)
 
     def left_out(self, ext: Extension, reason: str) -> CompileError:
-        """The error to raise when an extension cannot be built; `reason` is told when all the others have been."""
+        """The error to raise when an extension cannot be built.
+
+        `reason` is printed when all other extensions have been built.
+        """
         self.reasons[ext.name] = reason
         return CompileError(reason)
 

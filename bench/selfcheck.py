@@ -1,7 +1,10 @@
-"""What the self-check costs at true shapes: `python bench/selfcheck.py --config 26b-a4b --quantize int4`.
+"""What the self-check costs at true shapes.
 
-The model is a slice with one layer of each kind and the true vocabulary, with random weights. A row for each run: wall and CPU
-seconds, and the peak of memory above what the model takes. With --profile, the same for each part of the check.
+    python bench/selfcheck.py --config 26b-a4b --quantize int4
+
+The model is a slice with one layer of each kind and the true vocabulary, with random weights. Each
+run prints a row: wall and CPU seconds, and the peak of memory above what the model takes. With
+--profile the row also has the seconds of each part of the check.
 """
 
 from __future__ import annotations

@@ -42,7 +42,13 @@ def allowed(plain: Tensor, truth: Tensor, scale: float = 0.0, loss: float = 0.0)
     return SLACK * max(error(plain, truth), loss) + FLOOR * max(largest(truth), scale)
 
 
-def assert_right(got: Tensor, plain: Tensor, truth: Tensor, scale: float = 0.0, loss: float = 0.0) -> None:
+def assert_right(
+    got: Tensor,
+    plain: Tensor,
+    truth: Tensor,
+    scale: float = 0.0,
+    loss: float = 0.0,
+) -> None:
     """`got` obeys the rule. `plain` is eager PyTorch's result, `truth` the one in fp64.
 
     `scale` and `loss` are those of `allowed`.
@@ -66,7 +72,13 @@ class InFp64(TorchFunctionMode):
     a model of fp64 rounds nothing to fp32 and serves as the truth.
     """
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         def wide(x: Any) -> Any:
             return torch.float64 if x is torch.float32 else x
 

@@ -453,7 +453,8 @@ def test_all_that_needs_a_gpu_ends_in_ten_minutes(monkeypatch: pytest.MonkeyPatc
 def test_a_wrong_op_ends_with_1_and_is_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with_cpu(monkeypatch, "wrong_rms_norm")
     code, out, _ = run("ops", "--op", "rms_norm", "--case", "odd", "--seconds", "0.01", "--quiet")
-    assert code == 1 and re.search(r"rms_norm/odd +cpu +- .*wrong: output 0: error", out)
+    assert code == 1 and re.search(r"rms_norm/odd +cpu +- .*wrong \[\d\]", out)
+    assert re.search(r"^\[\d\] output 0: error", out, re.M)
 
 
 def test_ctrl_c_keeps_what_is_done(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -946,7 +947,7 @@ def test_peers_that_do_not_fit_together_run_one_at_a_time(
     assert code == 0, err
     made = [Row.from_dict(json.loads(line)) for line in out.splitlines()]
     by_name = {(r.contender, r.params["phase"]): r for r in made if r.kind == "model"}
-    assert "not loaded beside the others" in by_name["gemma4-fast", "prefill"].message
+    assert "loaded alone, since all" in by_name["gemma4-fast", "prefill"].message
     assert all(r.time_us is not None and r.time_us.samples == 2 for r in by_name.values())
 
 
@@ -960,7 +961,7 @@ def test_a_model_that_fails_its_self_check_is_not_timed(run: Run, monkeypatch: p
 
     monkeypatch.setattr(process.Worker, "ask", doubted)
     code, out, _ = run("model", "--model", "tiny", "--prompt", "8", "--decode", "2", "--rounds", "1", "--quiet")
-    assert code == 1 and "wrong: linear is wrong" in out
+    assert code == 1 and "wrong [1]" in out and "[1] linear is wrong\n" in out
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A busy machine is noticed, rows and pages say so, and a benchmark takes no longer than it must."""
+"""A busy machine is noticed, rows and pages say so, and a benchmark is as short as it can be."""
 
 from __future__ import annotations
 
@@ -51,7 +51,12 @@ def row(name: str = "linear/odd", us: float = 100.0, **fields: Any) -> Row:
     )
 
 
-def of_model(contender: str = OURS, us: float = 1000.0, phase: str = "decode", **fields: Any) -> Row:
+def of_model(
+    contender: str = OURS,
+    us: float = 1000.0,
+    phase: str = "decode",
+    **fields: Any,
+) -> Row:
     params = {
         "model": "26b-a4b",
         "layers": 2,
@@ -62,7 +67,13 @@ def of_model(contender: str = OURS, us: float = 1000.0, phase: str = "decode", *
         "phase": phase,
     }
     params |= {"depth": False, **fields.pop("params", {})}
-    common: dict[str, Any] = dict(dtype="bfloat16", device="cpu", machine=TWO, tokens=1, bytes=1 << 30)
+    common: dict[str, Any] = dict(
+        dtype="bfloat16",
+        device="cpu",
+        machine=TWO,
+        tokens=1,
+        bytes=1 << 30,
+    )
     return Row("model", phase, contender, time_us=spread(us), params=params, **{**common, **fields})
 
 
@@ -83,7 +94,10 @@ def proc(folder: Path, *, busy: int, processes: dict[int, tuple[int, int]]) -> N
         (folder / str(pid) / "stat").write_text(f"{pid} (a (strange) name) {' '.join(fields)}\n")
 
 
-def test_what_others_take_is_everything_less_our_own_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_others_take_is_everything_less_our_own_tree(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = [10.0]
     monkeypatch.setattr(load, "_PROC", tmp_path)
     monkeypatch.setattr(load.time, "perf_counter", lambda: clock[0])
@@ -114,7 +128,10 @@ def test_what_others_take_is_everything_less_our_own_tree(tmp_path: Path, monkey
     assert brief.others is None
 
 
-def test_a_system_that_does_not_tell_is_no_busy_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_does_not_tell_is_no_busy_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(load, "_PROC", tmp_path / "none")
     assert load.reading() is None
     watched = load.Load()
@@ -131,7 +148,8 @@ def test_a_childs_work_is_our_own() -> None:
         while load.reading().own < before.own + 0.3:  # type: ignore[union-attr]
             assert child.poll() is None, "what it takes is not counted while it runs"
     after = load.reading()
-    assert before is not None and after is not None and after.own - before.own > 0.45  # nor lost when it ends
+    assert before is not None and after is not None
+    assert after.own - before.own > 0.45, "what it took is lost when it ends"
 
 
 def test_busy_is_more_than_the_idle_processors() -> None:
@@ -170,28 +188,86 @@ def test_rates_of_other_dtypes_are_no_drift() -> None:
 
 
 # ---------------------------------------------------------------- what readers see
-def test_tables_and_pages_say_that_the_machine_was_busy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_and_pages_say_that_the_machine_was_busy(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     disturbed = of_model(busy=True, other_load=1.2, drift=1.8)
     made = [disturbed, of_model("peer", busy=False)]
-    why = "other processes kept 1.2 of 2 processors busy and the machine's own rates drifted by 1.8x"
-    assert show.remark(disturbed) == f"busy: {why}" and show.remark(made[1]) == ""
-    all_in_all = "Busy machine: 1 of 2 rows were disturbed"
+    crowded = "busy: other processes used processors that this run needed"
+    drifted = "busy: the machine's own rates varied by more than 1.5x in this run"
+    assert show.notes(disturbed) == [crowded, drifted] and show.notes(made[1]) == []
+    all_in_all = "1 of 2 rows are marked busy. During 1 of them, other processes kept up to 1.2 processors busy."
     show.tables(made, show.console())
-    assert all_in_all in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert all_in_all in out and f"[1] {crowded}\n[2] {drifted}\n" in out
     html.write(made, tmp_path / "page.html", {})
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert all_in_all in page and "processors busy and" in page
+    assert all_in_all in page and f"<li>{crowded}</li>" in page and "<td>[1] [2]</td>" in page
     text = markdown.performance(made)
-    assert all_in_all in text and ", busy |" in text
+    assert all_in_all in text and "2. Busy: other" in text and "3. Busy: the machine" in text
+    assert " [2] [3] | 1,000 (1,000–1,000) |" in text
     quiet = made[1:]
     assert "usy" not in markdown.performance(quiet)
     show.tables(quiet, show.console())
     assert "usy" not in capsys.readouterr().out
 
 
+def test_a_drifting_machine_is_not_said_to_run_other_processes() -> None:
+    text = load.summary(
+        [of_model(busy=True, other_load=0.0, drift=1.9), of_model("peer", busy=False)],
+    )
+    assert "rates varied by up to 1.9x" in text and "also vary by themselves" in text
+    assert "processors busy" not in text
+    crowded = load.summary([of_model(busy=True, other_load=1.0, drift=1.0)])
+    assert "processors busy" in crowded and "vary" not in crowded
+    assert load.summary([of_model(busy=False, other_load=1.0, drift=1.9)]) == ""
+
+
+def test_each_note_stands_once_below_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    made = [
+        of_model("one", message="first; shared"),
+        of_model("two", message="shared"),
+        of_model("three", message="shared; last"),
+        of_model("four", status="failed", message="a reason; with a semicolon"),
+    ]
+    found = show.shown("model", made)
+    assert found.notes == ["first", "shared", "last", "a reason; with a semicolon"]
+    assert found.headings[-1] == "notes"
+    assert [line[-1] for line in found.lines] == ["[1] [2]", "[2]", "[2] [3]", "failed [4]"]
+    show.tables(made, show.console())
+    out = capsys.readouterr().out
+    assert out.count("shared") == 1 and "\n[2] shared\n" in out
+    assert "notes" not in show.shown("model", [of_model()]).headings
+
+
+def test_notes_have_their_numbers_in_order() -> None:
+    assert show.numbers(["b", "a"], ["a", "b"]) == "[1] [2]"
+
+
+def test_the_readmes_notes_stand_at_their_rows() -> None:
+    fast = of_model(us=1e4, roofline={"gb_s": 80.0, "gb_s_p20": 70.0, "gb_s_p80": 90.0})
+    peer = of_model("peer", us=1e4, roofline={"gb_s": 80.0, "gb_s_p20": 70.0, "gb_s_p80": 90.0})
+    whole = of_model(phase="prefill", params={"vocab": 262144})
+    text = markdown.performance([fast, peer, whole])
+    lines = [line for line in text.splitlines() if line.startswith("| 26b-a4b")]
+    assert "batch 1 [1] |" in lines[0] and "% [2] |" in lines[0] and lines[0].count("[") == 2
+    assert "[" not in lines[1]
+    assert "\n\n1. The vocabulary is cut to 8 of 262,144 tokens.\n2. Above 100%: the kernel" in text
+    assert text.count("brackets") == 2  # the explanation stands once
+
+
+def test_one_thread_is_no_threads() -> None:
+    assert markdown.hardware(of_model(machine={"cpu": "some", "threads": 1})) == "some, 1 thread"
+    assert markdown.hardware(of_model()) == "some, 2 threads"
+
+
 def test_compare_says_which_rows_were_disturbed() -> None:
     quiet, disturbed = row(bytes=1000), row(bytes=1000, busy=True)
-    assert "busy: true): 1 of these rows" in compare.text(compare.compare([quiet], [disturbed]), 0.05)
+    assert "busy: true): 1 of these rows" in compare.text(
+        compare.compare([quiet], [disturbed]),
+        0.05,
+    )
     assert "busy" not in compare.text(compare.compare([quiet], [quiet]), 0.05)
 
 
@@ -218,12 +294,12 @@ def test_this_package_is_the_first_column() -> None:
             of_model(flops=10**10, params={"quantize": "int4"}, roofline={"gflop_s": 1000.0}),
             "8-bit products",
         ),
-        (row(bytes=10**7, roofline={"gb_s": 50.0}, cold=False), "stays in the cache"),
-        (of_model(bytes=10**7, roofline={"gb_s": 5.0}), "stays in the cache"),
+        (row(bytes=10**7, roofline={"gb_s": 50.0}, cold=False), "reads from the cache"),
+        (of_model(bytes=10**7, roofline={"gb_s": 5.0}), "reads from the cache"),
         (of_model(us=1e4, roofline={"gb_s": 80.0}), "older roofline"),
         (
             of_model(us=1e4, roofline={"gb_s": 80.0, "gb_s_p20": 60.0, "gb_s_p80": 120.0}),
-            "60 to 120 GB/s",
+            "rate varied",
         ),
         (
             of_model(us=1e4, roofline={"gb_s": 80.0, "gb_s_p20": 70.0, "gb_s_p80": 90.0}),
@@ -233,17 +309,25 @@ def test_this_package_is_the_first_column() -> None:
 )
 def test_more_than_all_of_the_roofline_is_explained(one: Row, why: str) -> None:
     assert one.percent_of_roofline is not None and one.percent_of_roofline > 100
-    assert "above 100%" in show.remark(one) and why in show.remark(one)
+    (note,) = show.notes(one)[-1:]
+    assert note.startswith("above 100%: ") and why in note
     if one.kind == "model":
         assert why in markdown.performance([one])
     one.time_us = spread(1e6)
-    assert "above" not in show.remark(one)
+    assert not any("above" in note for note in show.notes(one))
 
 
-def test_the_roofline_and_what_is_held_against_it_lie_in_the_same_pages(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read through small pages is a third slower here, and would not be the limit of weights in large ones."""
+def test_the_roofline_and_what_is_held_against_it_lie_in_the_same_pages(
+    fast: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Small pages are read a third slower, so they would not show the limit of huge ones."""
     asked: list[int] = []
-    monkeypatch.setattr(timing.native, "use_huge_pages", lambda t, now=False: asked.append(t.data_ptr()))
+    monkeypatch.setattr(
+        timing.native,
+        "use_huge_pages",
+        lambda t, now=False: asked.append(t.data_ptr()),
+    )
     roofline = timing.Roofline(CPU)
     assert asked == [roofline._from.data_ptr(), roofline._to.data_ptr()]
     assert roofline._from.min() == roofline._to.max() == 1
@@ -331,7 +415,11 @@ def test_busy_processes_end_with_a_process_that_is_killed() -> None:
         "    print(*(p.pid for p in started), flush=True)\n"
         "    time.sleep(600)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
         assert parent.stdout is not None
         pids = list(map(int, parent.stdout.readline().split()))
         parent.send_signal(signal.SIGKILL)
@@ -379,7 +467,10 @@ class Peer:
 
 
 def test_busy_rows_say_beside_what_and_what_is_left(
-    fast: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fast: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     flag = tmp_path / "busy"
     counts: list[int] = []
@@ -439,12 +530,23 @@ def test_turns_that_agree_are_enough() -> None:
 class Script:
     """A ModelBench whose turns take the seconds that a list says, on a clock of the test's own."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float, together: bool, **options: Any) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        seconds: float,
+        together: bool,
+        **options: Any,
+    ) -> None:
         self.clock, self.turns, self.starts = 0.0, list[tuple[str, int]](), list[str]()
         monkeypatch.setattr(model.time, "monotonic", lambda: self.clock)
         monkeypatch.setattr(model, "process_of", lambda peer, peers: peer)
         peers = ("transformers", "llama.cpp")
-        self.bench = model.ModelBench(planned(peers=peers, **options), Roofline(CPU), lambda *_: None, "")
+        self.bench = model.ModelBench(
+            planned(peers=peers, **options),
+            Roofline(CPU),
+            lambda *_: None,
+            "",
+        )
         bench: Any = self.bench
         noise = iter(range(1, 10**6))
 
@@ -476,7 +578,11 @@ class Script:
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_a_run_ends_in_its_minutes(fast: None, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+def test_a_run_ends_in_its_minutes(
+    fast: None,
+    monkeypatch: pytest.MonkeyPatch,
+    together: bool,
+) -> None:
     at_ease = Script(monkeypatch, 0.1, together, rounds=4, minutes=6)
     assert set(at_ease.counted().values()) == {4}
     late = Script(monkeypatch, 14.0, together, rounds=4, minutes=3)
@@ -487,7 +593,10 @@ def test_a_run_ends_in_its_minutes(fast: None, monkeypatch: pytest.MonkeyPatch, 
     assert set(over.counted().values()) == {1}
 
 
-def test_contenders_that_do_not_fit_are_loaded_forth_and_back(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_that_do_not_fit_are_loaded_forth_and_back(
+    fast: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     script = Script(monkeypatch, 0.1, False, rounds=4, minutes=6)
     assert script.starts == [OURS, "transformers", "llama.cpp", "transformers", OURS]
     of_ours = [round_ for label, round_ in script.turns if label == OURS]
@@ -570,7 +679,10 @@ def test_the_crossover_is_of_weights_that_are_not_quantized() -> None:
     assert main(["bench", "scale", "--write", "--quantize", "int4"]) == 2
 
 
-def test_files_are_on_the_disk_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_on_the_disk_before_anything_is_measured(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     synced: list[int] = []
     monkeypatch.setattr(model.os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
     for name in ("a", "b"):

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from bounds import FLOOR, SLACK, InFp64, allowed, assert_right, assert_same_in_fp64, error
-from family import assert_near_eager, exact_logits, in_fp64, prompt, relative_loss, transformers_model
+from family import (
+    assert_near_eager,
+    exact_logits,
+    in_fp64,
+    prompt,
+    relative_loss,
+    transformers_model,
+)
 from torch import Tensor
 
 
@@ -91,7 +98,10 @@ def test_models_are_held_to_what_eager_loses() -> None:
     with torch.no_grad():
         eager = transformers_model("e2b")(ids).logits
     truth = exact_logits("e2b", ids)
-    assert truth.dtype == torch.float64 and torch.equal(in_fp64(transformers_model("e2b"), ids).logits, truth)
+    assert truth.dtype == torch.float64 and torch.equal(
+        in_fp64(transformers_model("e2b"), ids).logits,
+        truth,
+    )
     floats = {t.dtype for t in [*transformers_model("e2b").parameters(), *transformers_model("e2b").buffers()]}
     assert floats == {torch.float32}  # the truth is computed by copies
     assert 1e-7 < relative_loss("e2b") < 1e-4

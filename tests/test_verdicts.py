@@ -165,7 +165,11 @@ CHANGES: dict[str, Callable[[pytest.MonkeyPatch, Path], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_change_checks_again(
-    what: str, kept: Path, checkpoint: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch
+    what: str,
+    kept: Path,
+    checkpoint: Path,
+    runs: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     load(checkpoint)
     load(checkpoint)
@@ -189,7 +193,10 @@ def test_threads_and_instruction_sets_are_in_the_key(kept: Path) -> None:
     assert {"python", "isa", "device", "config"} <= parts.keys()
 
 
-def test_every_file_of_the_package_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_file_of_the_package_is_in_the_key(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import gemma4_fast
 
     (tmp_path / "ops").mkdir()
@@ -234,7 +241,11 @@ OTHERS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("change", OTHERS)
-def test_a_file_that_says_something_else_is_none(change: dict[str, Any], kept: Path, runs: list[str]) -> None:
+def test_a_file_that_says_something_else_is_none(
+    change: dict[str, Any],
+    kept: Path,
+    runs: list[str],
+) -> None:
     load()
     (file,) = kept.iterdir()
     data = json.loads(file.read_text(encoding="utf-8"))
@@ -254,7 +265,11 @@ def test_a_named_pipe_is_none(kept: Path) -> None:
     assert found == [None]
 
 
-def test_a_file_that_others_can_write_is_none(kept: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_others_can_write_is_none(
+    kept: Path,
+    runs: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     load()
     (file,) = kept.iterdir()
     file.chmod(0o666)
@@ -266,7 +281,9 @@ def test_a_file_that_others_can_write_is_none(kept: Path, runs: list[str], monke
 
 
 def test_a_folder_that_cannot_be_made_or_written_to_is_no_error(
-    tmp_path: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    runs: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = tmp_path / "file"
     file.write_text("", encoding="utf-8")

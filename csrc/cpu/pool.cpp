@@ -1,15 +1,18 @@
 // See pool.h. Compiled once, with plain flags.
 //
-// What was tried (2 of 30 layers of 26B-A4B, int4, 2 threads, Zen 4; beside one busy process, of the quiet speed):
-//   OpenMP                                     decode 30%, prefill 52%; with OMP_WAIT_POLICY=passive 69%, 62%
-//   this pool                                  decode 60%, prefill 60%; one thread alone reaches 57%, 56%
-//   spinning for 100 us instead of 20          decode 53%, prefill 59%
-//   workers that call sched_yield each ms      decode 61%, prefill 54%; beside two busy ones 27% instead of 45%
-//   workers that nap 1 ms of 2 if preempted    slower than one thread: whoever waits for a worker waits for its nap
-//   workers that leave the team for a break    no better, and a quiet prefill loses 40%
-//   workers that keep off the caller's core    no difference (the scheduler often wakes them there)
-//   workers that stay away after a preemption  as one thread alone; they stay away from quiet machines too
-//   without calm_openmp                        quiet prefill 6% slower: PyTorch's spinning threads take our cores
+// What was tried, with 2 of 30 layers of 26B-A4B in int4, on 2 threads of a Zen 4. The percentages are
+// the speed beside one busy process, compared with the speed on a quiet machine.
+//   OpenMP                               decode 30%, prefill 52%
+//   OpenMP, OMP_WAIT_POLICY=passive      decode 69%, prefill 62%
+//   this pool                            decode 60%, prefill 60%
+//   one thread alone                     decode 57%, prefill 56%
+//   spinning for 100 us instead of 20    decode 53%, prefill 59%
+//   workers call sched_yield each ms     decode 61%, prefill 54%; beside two busy ones 27%, not 45%
+//   workers nap 1 ms of 2 if preempted   slower than one thread: the caller waits for their naps
+//   workers leave the team for a break   no better, and a quiet prefill loses 40%
+//   workers keep off the caller's core   no difference: the scheduler often wakes them there
+//   workers stay away once preempted     as slow as one thread alone, on quiet machines too
+//   without calm_openmp                  quiet prefill 6% slower: PyTorch's threads spin on our cores
 #include "cpu/pool.h"
 
 #include <dlfcn.h>
@@ -66,14 +69,16 @@ static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t), "a futex is a p
 
 // May return early, for no reason.
 void sleep_while(std::atomic<uint32_t>& word, uint32_t old) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
+  auto* futex = reinterpret_cast<uint32_t*>(&word);
+  syscall(SYS_futex, futex, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
 }
 void wake(std::atomic<uint32_t>& word, int threads) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, threads, nullptr, nullptr, 0);
+  auto* futex = reinterpret_cast<uint32_t*>(&word);
+  syscall(SYS_futex, futex, FUTEX_WAKE_PRIVATE, threads, nullptr, nullptr, 0);
 }
 #else
-// One lock for all words: only threads that go to sleep take it, and those that wake them. Never freed, since
-// workers wait here until the process ends.
+// One lock for all words. Only threads that go to sleep and those that wake them take it. It is never
+// freed, since workers wait here until the process ends.
 struct Sleepers {
   std::mutex mutex;
   std::condition_variable condition;
@@ -90,14 +95,15 @@ void wake(std::atomic<uint32_t>&, int) {
 }
 #endif
 
-// A call that workers may join. Calls are places in the pool, not objects on a stack, so that a worker that
-// comes late finds a closed one.
+// A call that workers may join. Calls live in the pool, not on the caller's stack, so that a worker
+// that comes late still finds one, and sees that it is closed.
 struct alignas(64) Call {
   std::atomic<bool> taken{false};
   std::atomic<int> places{0};  // workers that may still join
   void (*body)(void*) = nullptr;
   void* context = nullptr;
-  std::atomic<int> returned{0};  // workers that did; once the call is closed, less those that joined
+  // Workers that have returned. Closing the call subtracts those that joined: at 0 all are back.
+  std::atomic<int> returned{0};
   Event all_returned;
 
   bool join() {
@@ -134,11 +140,11 @@ bool start_thread(void* (*run)(void*), void* argument) {
   return failed == 0;
 }
 
-// PyTorch's own OpenMP threads spin for milliseconds after each of its parallel regions, on the cores that
-// ours need. libgomp lets them spin only briefly once it manages more threads than there are cores. So one
-// thread opens a region that is large enough for that, and keeps it. (OMP_WAIT_POLICY would do the same, but
-// it is read when PyTorch is loaded, which is before us.) With another OpenMP this changes nothing, and it is not
-// done where a team of `threads` leaves most cores free.
+// PyTorch's own OpenMP threads spin for milliseconds after each of its parallel regions, on the cores
+// that ours need. libgomp lets them spin only briefly once it manages more threads than there are
+// cores, so one thread opens a region that is large enough for that, and keeps it open.
+// OMP_WAIT_POLICY would do the same, but it is read when PyTorch is loaded, which is before us. With
+// another OpenMP this changes nothing. It is not done where a team of `threads` leaves most cores free.
 void calm_openmp(int threads) {
   const auto run = [](void* team) -> void* {
     void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
@@ -198,7 +204,8 @@ struct Pool {
   }
 };
 
-// Never freed: workers look at it until the process ends. A forked process has no workers, and gets a pool of its own.
+// Never freed: workers look at it until the process ends. A forked process has no workers, and gets a
+// pool of its own.
 std::atomic<Pool*> current_pool{nullptr};
 
 void forget_pool() {
@@ -229,11 +236,12 @@ void run_team(int threads, void (*body)(void*), void* context) {
   if (threads > 1) {
     Pool& all = pool(threads);
     all.grow(threads - 1);
-    for (Call& one : all.calls)
-      if (!one.taken.load(std::memory_order_relaxed) && !one.taken.exchange(true, std::memory_order_acquire)) {
-        call = &one;
-        break;
-      }
+    for (Call& one : all.calls) {
+      if (one.taken.load(std::memory_order_relaxed)) continue;
+      if (one.taken.exchange(true, std::memory_order_acquire)) continue;
+      call = &one;
+      break;
+    }
     if (call != nullptr) {
       call->body = body;
       call->context = context;

@@ -1,8 +1,9 @@
 // The threads of the CPU kernels: the caller, and workers that help whoever calls.
 //
-// Why not OpenMP: its threads wait for each other at the end of every parallel region, even for a thread that has done nothing
-// yet because another process has its core, and they spin while they wait. Beside one busy process on two cores, decode fell to
-// a twentieth of its speed. Here a caller waits only for work that a worker has begun, and a waiting thread soon sleeps.
+// Why not OpenMP: its threads wait for each other at the end of every parallel region, and they spin
+// while they wait. They wait even for a thread that has not begun, because another process has its
+// core. Beside one busy process on two cores, decode fell to a twentieth of its speed. Here a caller
+// waits only for work that a worker has begun, and a waiting thread soon sleeps.
 #pragma once
 
 #include <atomic>
@@ -10,9 +11,10 @@
 
 namespace gemma4_fast {
 
-// Runs body(context) on the caller and, as they come, on up to `threads` - 1 workers. A worker may start late or not at all, so
-// `body` shares out its work among those that take part (see parallel.h). Returns when the caller and every worker that took
-// part have returned. Any number of threads may call at once: they share the workers.
+// Runs body(context) on the caller and on up to `threads` - 1 workers. A worker may start late or not
+// at all, so `body` must share out its work among the threads that take part (see parallel.h).
+// Returns when the caller and every worker that took part have returned from `body`. Any number of
+// threads may call at once: they share the workers.
 void run_team(int threads, void (*body)(void*), void* context);
 
 // Something that happens once. Setting it costs a system call only if a thread sleeps until then.

@@ -161,7 +161,7 @@ def scale_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Wor
     if not cases:
         raise ValueError("no point is left: the axis of experts goes from 8 to 128")
     if args.write and args.quantize:
-        raise ValueError("--write takes the crossover of weights that are not quantized: leave --quantize out")
+        raise ValueError("--write needs weights that are not quantized: leave --quantize out")
     return _cases(op_rows.quantized(cases, args.quantize), args, device, dtype)
 
 

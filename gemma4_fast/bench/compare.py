@@ -173,7 +173,7 @@ def text(found: Comparison, threshold: float, every: bool = False) -> str:
         if rows:
             notes += f"only in {which}: {len(rows)} rows, such as {rows[0].name} ({who(rows[0])})\n"
     if disturbed := sum(bool(c.a.busy or c.b.busy) for c in found.changes):
-        notes += f"measured on a busy machine (busy: true): {disturbed} of these rows\n"
+        notes += f"disturbed, or measured at drifting rates (busy: true): {disturbed} of these rows\n"
     steady = ", ".join(f"{bound} {ratio:.2f}x" for bound, ratio in found.noise.items())
     notes += f"the machine's own rates varied by (p80 / p20 over all rows): {steady}; what lies within that is noise\n"
     return f"{table}{notes}{said} (threshold {100 * threshold:g}%)"

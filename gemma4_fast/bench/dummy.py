@@ -23,10 +23,10 @@ def dummy(
     quantize: str | None = None,
     seed: int = 0,
 ) -> Gemma4:
-    """A model as Gemma4.dummy makes it, with weights of the same scales, but much faster: drawing a
-    number of its own for every weight of a large model takes minutes.
+    """A model as Gemma4.dummy makes it, with weights of the same scales, but made much faster.
 
-    The weights follow from config, dtype, kind of device and seed, so every process has the same.
+    To draw a number for every weight of a large model takes minutes. The weights follow from config,
+    dtype, kind of device and seed, so every process has the same.
     """
     with torch.device("meta"):
         model = Gemma4(config)

@@ -92,6 +92,9 @@ below. Their times are not taken.</p>{% endif %}
 {% endfor %}
 </tbody>
 </table></div>
+{% if table.notes %}<ol class="soft">
+{% for note in table.notes %}<li>{{ note }}</li>
+{% endfor %}</ol>{% endif %}
 {% endfor %}
 </body>
 </html>
@@ -140,11 +143,16 @@ def _picture(title: str, file: Path) -> dict[str, str]:
 
 def _table(kind: str, rows: Sequence[Row]) -> dict[str, object]:
     """Of one kind; what is empty in all of its rows is left out."""
-    columns = show.shown(kind, rows)
+    made = show.shown(kind, rows)
     styles = {"ok": "", "wrong": "wrong"}
     lines = [
         {"cells": cells, "style": styles.get(row.status, "failed"), "command": row.command}
-        for row, *cells in zip(rows, *(cells for _, cells in columns), strict=True)
+        for row, cells in zip(rows, made.lines, strict=True)
     ]
     title = show.TITLES[kind]
-    return {"title": title[0].upper() + title[1:], "headings": [heading for heading, _ in columns], "lines": lines}
+    return {
+        "title": title[0].upper() + title[1:],
+        "headings": made.headings,
+        "lines": lines,
+        "notes": made.notes,
+    }

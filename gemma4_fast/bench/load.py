@@ -17,8 +17,8 @@ from typing import Any
 
 from gemma4_fast.bench.rows import Row
 
-# A row counts as disturbed if other processes keep more processors busy than this run leaves idle,
-# by more than TOLERATED, or if the machine's own rates differ in one run by more than a factor of DRIFT.
+# A row counts as busy if other processes keep more processors busy than this run leaves idle, by more
+# than TOLERATED, or if the machine's own rates differ in one run by more than a factor of DRIFT.
 TOLERATED = 0.25
 DRIFT = 1.5
 _SHORTEST = 0.2  # seconds; the kernel counts in steps of about 0.01
@@ -27,8 +27,11 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Reading:
-    """Seconds on the clock, and CPU seconds: of everything that ran on the processors that this process
-    may use, and of this process with its descendants."""
+    """Seconds on the clock, and the CPU seconds spent until then.
+
+    everything: on the processors that this process may use, by whatever ran there.
+    own: by this process and its descendants.
+    """
 
     at: float
     everything: float
@@ -47,8 +50,10 @@ def reading() -> Reading | None:
 
 
 def _everything() -> int:
-    """Clock ticks in which the processors that this process may use were not idle. What the hypervisor
-    gave to others counts too."""
+    """Clock ticks in which the processors that this process may use were not idle.
+
+    What the hypervisor gave to others counts too.
+    """
     processors = {f"cpu{index}" for index in os.sched_getaffinity(0)}
     total = 0
     for line in (_PROC / "stat").read_text().splitlines():
@@ -113,24 +118,27 @@ class Load:
 
 # ---------------------------------------------------------------- what it means for a row
 def allowed(machine: dict[str, Any], device: str) -> float:
-    """Processors that others may keep busy: those that this run's threads leave idle, and TOLERATED."""
+    """Processors that others may keep busy: those that this run leaves idle, and TOLERATED."""
     threads = machine.get("threads", 1) if device.startswith("cpu") else 1
     return max(0, machine.get("cpus", threads) - threads) + TOLERATED
 
 
 def reasons(row: Row) -> list[str]:
-    """In words, why this row counts as measured on a busy machine. Empty if it does not."""
+    """In words, why this row counts as busy. Empty if it does not. The figures are in the row."""
     found = []
     if _crowded(row):
-        every = row.machine.get("cpus", "?")
-        found.append(f"other processes kept {row.other_load:.2g} of {every} processors busy")
-    if row.drift is not None and row.drift > DRIFT:
-        found.append(f"the machine's own rates drifted by {row.drift:.2g}x")
+        found.append("other processes used processors that this run needed")
+    if _drifted(row):
+        found.append(f"the machine's own rates varied by more than {DRIFT}x in this run")
     return found
 
 
 def _crowded(row: Row) -> bool:
     return row.other_load is not None and row.other_load > allowed(row.machine, row.device)
+
+
+def _drifted(row: Row) -> bool:
+    return row.drift is not None and row.drift > DRIFT
 
 
 class Rates:
@@ -140,8 +148,11 @@ class Rates:
         self._extremes: dict[str, tuple[float, float]] = {}
 
     def drift(self, row: Row) -> float | None:
-        """The largest factor between one of this row's rates and the same rate earlier in the run, or
-        between the row's own samples of it (p80 / p20). None for a row that has no rates."""
+        """The largest factor between the machine's rates up to this row.
+
+        A rate of this row is compared with the same rate of earlier rows, and the p80 of its samples
+        with their p20. None for a row that has no rates.
+        """
         factors = []
         for name, (low, rate, high) in _rates(row).items():
             least, most = self._extremes.get(name, (rate, rate))
@@ -168,20 +179,22 @@ def _rates(row: Row) -> dict[str, tuple[float, float, float]]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One sentence on how many of these rows were measured on a busy machine; empty if none was."""
+    """How many of these rows are busy, and why; empty if none is."""
     busy = [row for row in rows if row.busy]
     if not busy:
         return ""
-    why = []
-    loads = max((row.other_load or 0.0 for row in busy if _crowded(row)), default=0.0)
-    drift = max(row.drift or 1.0 for row in busy)
-    if loads:
-        why.append(f"other processes kept up to {loads:.2g} processors busy")
-    if drift > DRIFT:
-        why.append(f"the machine's own rates drifted by up to {drift:.2g}x")
-    told = f" ({'; '.join(why)})" if why else ""
-    disturbed = f"{len(busy)} of {len(rows)} rows were disturbed{told}"
-    return f"Busy machine: {disturbed}. Measure them again when it is quiet."
+    sentences = [f"{len(busy)} of {len(rows)} rows are marked busy."]
+    if loads := [row.other_load or 0.0 for row in busy if _crowded(row)]:
+        most = f"{max(loads):.2g} processors"
+        sentences.append(f"During {len(loads)} of them, other processes kept up to {most} busy.")
+    if drifts := [row.drift or 1.0 for row in busy if _drifted(row)]:
+        factor = f"{max(drifts):.2g}x"
+        sentences += [
+            f"For {len(drifts)} of them, the machine's own rates varied by up to {factor}.",
+            "Other processes may be the cause, but a virtual machine's rates also vary by themselves.",
+        ]
+    sentences.append("Measure these rows again to see which figures hold.")
+    return " ".join(sentences)
 
 
 # ---------------------------------------------------------------- load that we make

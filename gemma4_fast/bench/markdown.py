@@ -7,10 +7,15 @@ from collections.abc import Iterable, Sequence
 from gemma4_fast.bench.load import summary
 from gemma4_fast.bench.machine import label
 from gemma4_fast.bench.rows import OURS, Row
-from gemma4_fast.bench.show import above, memory, number, who
+from gemma4_fast.bench.show import above, memory, notes, number, numbers, who
 from gemma4_fast.config import PRESETS
 
 _LONG = 131072  # tokens of context at which the README tells the size of the caches
+_LEGEND = """\
+A figure is the median of tokens per second, with p20–p80 in brackets. The best of each row is bold.
+A percentage is that of the roofline, which is measured between the samples. A dash means that
+nothing was measured. The numbers in square brackets refer to the notes below each table.
+"""
 _PROGRAMS = {"gemma4_fast": OURS, "python": "Python", "torch": "PyTorch"}
 
 
@@ -26,7 +31,10 @@ def by_machine(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def hardware(row: Row) -> str:
     """ "NVIDIA H200", "AMD EPYC, 2 threads"."""
     found = row.machine
-    return str(found.get("gpu") or f"{found.get('cpu', 'unknown machine')}, {found.get('threads', '?')} threads")
+    if gpu := found.get("gpu"):
+        return str(gpu)
+    threads = found.get("threads", "?")
+    return f"{found.get('cpu', 'unknown machine')}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 def versions(rows: Iterable[Row]) -> str:
@@ -73,7 +81,7 @@ def best(rows: Iterable[Row]) -> Row | None:
 # ---------------------------------------------------------------- the tables
 def performance(rows: Sequence[Row]) -> str:
     """GitHub Markdown: a table of the whole model for each machine, and one of the caches. Its numbers are the rows' alone."""
-    sections = []
+    sections = [_LEGEND] if any(row.kind == "model" for row in rows) else []
     for of_one in by_machine(rows).values():
         if models := [row for row in of_one if row.kind == "model"]:
             sections.append(f"#### {hardware(models[0])}\n\n{_speeds(models)}")
@@ -85,24 +93,38 @@ def performance(rows: Sequence[Row]) -> str:
 
 
 def _speeds(rows: list[Row]) -> str:
+    """One machine's table, with what was measured and the notes below it."""
     contenders = ours_first(rows)
     lines: dict[str, dict[str, Row]] = {}
     for row in rows:
         lines.setdefault(f"{subject(row)}: {workload(row)}", {})[who(row)] = row
-    table = _table(
-        ["tokens/s", *contenders],
-        [[name, *(_speed(found.get(c), best(found.values())) for c in contenders)] for name, found in lines.items()],
-    )
+    every = list(dict.fromkeys(note for row in rows for note in (_cut(row), *_notes(row)) if note))
+    cells = []
+    for name, found in lines.items():
+        cut = {note: None for row in found.values() if (note := _cut(row))}
+        fastest = best(found.values())
+        speeds = [_marked(_speed(found.get(c), fastest), _notes(found.get(c)), every) for c in contenders]
+        cells.append([_marked(name, cut, every), *speeds])
     facts = [hardware(rows[0])]
     if total := rows[0].machine.get("memory_bytes"):
         facts.append(f"{memory(total)} of memory")
-    cut = dict.fromkeys(_vocabulary(row) for row in rows)
-    under = [", ".join(facts), versions(rows), commits(rows), *cut]
-    notes = ["Median (p20–p80); the best of each line is bold; % is of the roofline, measured between the samples."]
-    notes += sorted({f"{text[0].upper()}{text[1:]}." for row in rows if _told(row) and (text := above(row))})
-    if text := summary(rows):
-        notes.append(text)
-    return f"{table}\n{'; '.join(filter(None, under))}. {' '.join(notes)}\n"
+    under = [", ".join(facts), versions(rows), commits(rows)]
+    listed = "".join(f"{i}. {note[0].upper()}{note[1:]}.\n" for i, note in enumerate(every, 1))
+    table = _table(["tokens/s", *contenders], cells)
+    told = f"{'; '.join(filter(None, under))}. {summary(rows)}".rstrip()
+    return f"{table}\n{told}\n" + (f"\n{listed}" if listed else "")
+
+
+def _marked(cell: str, of_cell: Iterable[str], every: Sequence[str]) -> str:
+    return f"{cell} {numbers(list(of_cell), every)}".strip()
+
+
+def _notes(row: Row | None) -> list[str]:
+    """Those of a row's notes that bear on how its figure compares with the others."""
+    if row is None or row.status != "ok":
+        return []
+    reason = above(row) if _told(row) else ""
+    return [note for note in notes(row) if note == reason or note.startswith("busy: ")]
 
 
 def _speed(row: Row | None, fastest: Row | None) -> str:
@@ -119,7 +141,7 @@ def _speed(row: Row | None, fastest: Row | None) -> str:
         text = f"{text}, {share:.0f}%"
     if row.of_quiet is not None:
         text = f"{text}, {100 * row.of_quiet:.0f}% of quiet"
-    return f"{text}, busy" if row.busy else text
+    return text
 
 
 def _told(row: Row) -> bool:
@@ -127,11 +149,12 @@ def _told(row: Row) -> bool:
     return row.contender.startswith(OURS)
 
 
-def _vocabulary(row: Row) -> str:
-    """Of a model that was cut, what is left of the vocabulary."""
-    name, vocab = row.params["model"], row.params["vocab"]
+def _cut(row: Row) -> str:
+    """Of a model whose vocabulary was cut, what is left of it; empty for others."""
+    name = row.params["model"]
+    vocab = row.params["vocab"]
     whole = PRESETS[name].vocab_size if name in PRESETS else vocab
-    return "" if vocab == whole else f"{name} with {vocab:,} of its {whole:,} tokens"
+    return "" if vocab == whole else f"the vocabulary is cut to {vocab:,} of {whole:,} tokens"
 
 
 def _caches(rows: list[Row]) -> str:

@@ -142,7 +142,7 @@ class ModelBench:
         return process_of(c.peer, self.plan.peers)
 
     def _checkpoint(self) -> Path | None:
-        """The folder with the weights; written if they are dummies and a peer loads nothing else."""
+        """The folder with the weights. Dummies are written if a peer needs a folder."""
         plan = self.plan
         readers = tuple(p for p in FROM_FILES if p not in GGUF)
         if plan.path is not None or not set(self._peers()) & set(readers):
@@ -241,7 +241,8 @@ class ModelBench:
             return
         self.versions[process], self.notes[process] = answer["version"], answer.get("note", "")
         if not self.together:
-            self.notes[process] = "; ".join(n for n in (self.notes[process], "not loaded beside the others") if n)
+            alone = "loaded alone, since all contenders together do not fit into memory"
+            self.notes[process] = "; ".join(n for n in (self.notes[process], alone) if n)
         prompt = Workload(1, min(SCORED, plan.config.max_position_embeddings - 1), 1).ids(plan.config.vocab_size, 0)
         for c in [c for c in mine if c not in self.scores]:
             answer = worker.ask(do="score", variant=c.variant, ids=prompt, new=min(OF, plan.config.vocab_size))
@@ -295,8 +296,10 @@ class ModelBench:
         self.progress(f"{what} (about {_minutes(self._remaining())} left)")
 
     def _remaining(self) -> float:
-        """Seconds that the rest will take, as the turns so far tell. They exceed the minutes that are
-        left only if some contender has not had its one turn."""
+        """Seconds that the rest will take, judged by the turns so far.
+
+        They exceed the minutes that are left only if some contender has not had its one turn.
+        """
         left = max(0.0, self.deadline - time.monotonic())
         known = [r.latest_s for r in self.results.values() if r.latest_s]
         if not known:
@@ -315,7 +318,7 @@ class ModelBench:
         return max(needed, min(wanted, left))
 
     def _share(self, parts: int) -> float:
-        """When the first of so many parts that are left has had its share of the time."""
+        """When the first of the `parts` that are left has used its share of the time."""
         now = time.monotonic()
         return now + max(0.0, self.deadline - now) / parts
 
@@ -339,7 +342,7 @@ class ModelBench:
                 self._write(w)
 
     def _groups(self) -> list[list[Workload]]:
-        """Workloads that take turns: the same one on the quiet machine and beside busy processes."""
+        """Workloads that take turns: the same one by itself and beside busy processes."""
         found: dict[Workload, list[Workload]] = {}
         for w in self.plan.workloads:
             found.setdefault(_quiet(w), []).append(w)
@@ -373,7 +376,10 @@ class ModelBench:
                 self._stop(process)
 
     def _visit(self, process: str, until: float, second: bool) -> None:
-        """The turns that the contenders of one process have while it is loaded; until: when they should be done."""
+        """The turns that the contenders of one process have while it is loaded.
+
+        until: when they should be done, in seconds of `time.monotonic`.
+        """
         mine = [c for c in self.contenders if self._process_of(c) == process]
         groups = self._groups()
         for i, group in enumerate(groups):
@@ -399,8 +405,10 @@ class ModelBench:
         time.sleep(REST)
 
     def _is_over(self, w: Workload, c: Contender, may_settle: bool = True) -> bool:
-        """Whether a contender has had its turns with this workload: it failed, its turns agree, or
-        another one would take more time than there is."""
+        """Whether a contender gets no more turns with this workload.
+
+        It has failed or has had all of them, its turns agree, or one more would take too long.
+        """
         if c in self.faults:
             self.results.setdefault((w, c), Result(fault=self.faults[c]))
         result = self.results.get((w, c), Result())
@@ -563,8 +571,10 @@ class ModelBench:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or the files of a folder, are on the disk. Pages that wait for that would
-    hold up whoever asks for memory next, for a minute or more."""
+    """Waits until a file, or the files of a folder, are on the disk.
+
+    Otherwise the next large allocation would wait for that, for a minute or more.
+    """
     for file in path.iterdir() if path.is_dir() else [path]:
         with open(file, "rb") as f:
             os.fsync(f.fileno())

@@ -28,9 +28,10 @@ BASELINE = "torch"
 
 
 class BlockMaker(Maker):
-    """Fills large tensors with one block of noise over and over: a layer's experts in a second instead of a minute.
+    """Fills large tensors with one block of noise over and over.
 
-    bits: of weights that the case itself does not quantize; 0 leaves them as they are.
+    A layer's experts take a second that way instead of a minute.
+    bits: those of weights that the case does not quantize by itself; 0 leaves them as they are.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0, bits: int = 0) -> None:
@@ -96,9 +97,10 @@ _QUANTIZED = re.compile(r"int[48]")
 
 
 def quantized(found: Sequence[Case], how: str | None) -> list[Case]:
-    """Those of the cases that hold weights, with the weights in 8 or 4 bits; as they are without `how`.
+    """The cases that hold weights, with the weights in 8 or 4 bits.
 
-    ValueError if none of them does.
+    how: "int8" or "int4"; None returns all cases as they are.
+    ValueError if none of the cases holds weights.
     """
     if how is None:
         return list(found)

@@ -38,8 +38,11 @@ _SPARE = 1 << 30  # bytes that a process needs beside its weights
 
 @dataclass(frozen=True)
 class Workload:
-    """A batch of prompts and the tokens after them. depth: only the tokens count, after a context of `length`.
-    busy: processes that keep a processor busy each meanwhile."""
+    """A batch of prompts and the tokens after them.
+
+    depth: only the tokens count, after a context of `length`.
+    busy: processes that keep a processor busy each meanwhile.
+    """
 
     batch: int
     length: int
@@ -73,10 +76,13 @@ class Contender:
 
 @dataclass
 class Plan:
-    """One run. `path`: a checkpoint; None for dummy weights. `pythons`: interpreters of peers that have one of their own.
+    """One run.
 
-    rounds: counted turns of each contender at most; fewer if they agree, or if the minutes are over. every: the slow
-    contenders too.
+    path: a checkpoint; None for dummy weights.
+    pythons: interpreters of peers that have one of their own.
+    rounds: counted turns that each contender has at most. It has fewer if they agree or if the
+        minutes are over.
+    every: whether the slow contenders take part too.
     """
 
     config: Gemma4Config
@@ -96,10 +102,11 @@ class Plan:
     minutes: int = MINUTES
 
     def contenders(self) -> list[Contender]:
-        """This package first. A backend that is the automatic choice anyway is no contender of its own."""
+        """This package first. The backend that is the automatic choice is not listed twice."""
         chosen = {ops.decide(name, self.device, self.dtype)[0] for name in model_ops(self.config)} - {"composed"}
         variants = self.backends or ("",)
-        if self.every and not self.backends and not self.quantize:  # quantized weights are dequantized at each call there
+        # The torch backend dequantizes quantized weights at each call, so it is left out for them.
+        if self.every and not self.backends and not self.quantize:
             variants = ("", "torch")
         found = [Contender(OURS, "" if {v} == chosen else v) for v in variants]
         for peer in self.peers:
@@ -141,7 +148,10 @@ def fitting(config: Gemma4Config, dtype: torch.dtype, room: int) -> Gemma4Config
 def workloads(
     prompts: Sequence[int], depths: Sequence[int], batches: Sequence[int], new: int, busy: int = 0
 ) -> Iterator[Workload]:
-    """Every prompt and depth at every batch. busy: each of them once more, beside so many busy processes."""
+    """Every prompt and depth at every batch.
+
+    busy: if not 0, each of them once more, beside so many busy processes.
+    """
     for batch in batches:
         for length, depth in [*((length, False) for length in prompts), *((length, True) for length in depths)]:
             quiet = Workload(batch, length, new, depth)

@@ -56,7 +56,7 @@ class Row:
     tokens: int | None = None  # that this time makes or reads
     bytes: int | None = None  # the floor: what must cross memory once
     flops: int | None = None
-    # gb_s, gflop_s: measured between the samples of this very row. With _p20 and _p80: the ends of those samples.
+    # gb_s, gflop_s: medians, measured between the samples of this row. With _p20, _p80: their spread.
     roofline: dict[str, float] | None = None
     cold: bool | None = None  # the inputs were rotated through more memory than the last cache holds
     error: dict[str, float] | None = None  # against the reference: max, and what was allowed
@@ -144,8 +144,11 @@ class Row:
 
 
 def _one_name(own: Mapping[str, Any]) -> Any:
-    """The row's contender. Older files call this package "gemma4-fast cpu" where that backend was named on a CPU, which is
-    what the automatic choice is there."""
+    """The row's contender.
+
+    Older files say "gemma4-fast cpu" where that backend was named on a CPU. The automatic choice is
+    the same there, so the row gets its name.
+    """
     on_cpu = str(own.get("device", "")).startswith("cpu")
     if own["contender"] == f"{OURS} cpu" and on_cpu and own.get("status") != "unsupported":
         return OURS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gemma4_fast import terminal
@@ -54,7 +55,8 @@ def limit(row: Row) -> str:
 
 
 _QUANTIZED = re.compile(r"int[48]\b|_int[48]_")
-_CACHED = 32 << 20  # bytes that a model's step reads below which the last cache may hold them from step to step
+# A model's step that reads fewer bytes may find them in the last cache.
+_CACHED = 32 << 20
 
 
 def above(row: Row) -> str:
@@ -62,32 +64,43 @@ def above(row: Row) -> str:
     share = row.percent_of_roofline
     if share is None or round(share) <= 100:
         return ""
-    roof = row.roofline or {}
+    return f"above 100%: {_why_above(row)}"
+
+
+def _why_above(row: Row) -> str:
     if row.bound == "compute":
         if row.params.get("quantize") or _QUANTIZED.search(row.name):
-            return f"above 100%: 8-bit products are faster than the {row.dtype} ones that the roofline is made of"
-        return f"above 100%: this shape multiplies faster than the square {row.dtype} product of the roofline"
+            return f"8-bit products are faster than the {row.dtype} products of the roofline"
+        return f"this shape multiplies faster than the square {row.dtype} matrices of the roofline"
     if row.cold is False or (row.kind in ("model", "step") and (row.bytes or 0) < _CACHED):
-        return "above 100%: what it reads stays in the cache, and the roofline is memory's"
-    low, high = roof.get("gb_s_p20"), roof.get("gb_s_p80")
-    if low is None or high is None:  # as in rows from before the roofline had huge pages
-        return "above 100%: this older roofline was read through small pages, and weights lie in huge ones"
+        return "this row reads from the cache, and the roofline is the rate of the memory"
+    roof = row.roofline or {}
+    high = roof.get("gb_s_p80")
+    if high is None:  # as in rows from before the roofline had huge pages
+        return "this older roofline was measured on small pages, which are slower than huge ones"
     if row.gb_s is not None and row.gb_s <= high:
-        return f"above 100%: memory read {number(low)} to {number(high)} GB/s meanwhile; the percentage is of the median"
-    return "above 100%: it read faster than PyTorch's sum, which measures the roofline between the samples"
+        return "the memory's rate varied, and the percentage refers to its median"
+    return "the kernel reads faster than PyTorch's sum, which measures the roofline"
 
 
-def remark(row: Row) -> str:
-    notes = [row.message] if row.message else []
+def notes(row: Row) -> list[str]:
+    """All that is to be said about a row beside its figures, each as a short text of its own."""
     if row.status != "ok":
-        return f"{row.status}: {row.message}".rstrip(": ")
+        return [row.message] if row.message else []
+    found = row.message.split("; ") if row.message else []
     if row.cold is False:
-        notes.append("warm: too small to rotate out of the cache")
+        found.append("warm: too small to rotate out of the cache")
     if text := above(row):
-        notes.append(text)
+        found.append(text)
     if row.busy:
-        notes.append(f"busy: {' and '.join(load.reasons(row)) or 'other work disturbed it'}")
-    return "; ".join(notes)
+        found += [f"busy: {why}" for why in load.reasons(row) or ["the row does not say why"]]
+    return found
+
+
+def numbers(of_row: Sequence[str], every: Sequence[str]) -> str:
+    """ "[1] [3]": the places of a row's notes among the table's, from 1."""
+    places = sorted(every.index(note) + 1 for note in of_row)
+    return " ".join(f"[{place}]" for place in places)
 
 
 def who(row: Row) -> str:
@@ -106,7 +119,6 @@ _OP: list[tuple[str, Callable[[Row], str]]] = [
     ("GB/s", lambda r: number(r.gb_s)),
     ("GFLOP/s", lambda r: number(r.gflop_s)),
     ("of the roofline", limit),
-    ("", remark),
 ]
 
 
@@ -122,7 +134,6 @@ COLUMNS: dict[str, list[tuple[str, Callable[[Row], str]]]] = {
         ("time", lambda r: spread(r.time_us)),
         ("GB/s", lambda r: number(r.gb_s)),
         ("GFLOP/s", lambda r: number(r.gflop_s)),
-        ("", remark),
     ],
     "op": _OP,
     "scale": _OP,
@@ -134,21 +145,18 @@ COLUMNS: dict[str, list[tuple[str, Callable[[Row], str]]]] = {
         ("of the quiet speed", quiet_share),
         ("of the roofline", limit),
         ("peak memory", lambda r: memory(r.peak_bytes)),
-        ("", remark),
     ],
     "step": [
         _NAME,
         ("runs on", who),
         ("step", lambda r: spread(r.time_us)),
         ("of which", lambda r: ", ".join(f"{op} {microseconds(us)}" for op, us in (r.parts or {}).items())),
-        ("", remark),
     ],
     "cache": [
         _NAME,
         ("layout", lambda r: r.contender),
         ("allocated", lambda r: memory(r.cache_bytes)),
         ("read per decoded token", lambda r: memory(r.read_bytes)),
-        ("", remark),
     ],
 }
 
@@ -176,19 +184,41 @@ def tables(rows: Sequence[Row], on: Console) -> None:
         if not of_kind:
             continue
         on.print(Text(TITLES[kind], style="bold"))
+        made = shown(kind, of_kind)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        columns = shown(kind, of_kind)
-        for heading, _ in columns:
+        for heading in made.headings:
             table.add_column(heading, overflow="fold")
-        for i, row in enumerate(of_kind):
+        for row, cells in zip(of_kind, made.lines, strict=True):
             style = {"ok": "", "wrong": "bold red"}.get(row.status, "dim")
-            table.add_row(*(Text(cells[i], style=style) for _, cells in columns))
+            table.add_row(*(Text(cell, style=style) for cell in cells))
         on.print(table)
+        for i, note in enumerate(made.notes, 1):
+            on.print(Text(f"[{i}] {note}"))
+        if made.notes:
+            on.print()
     if text := load.summary(rows):
         on.print(Text(text, style="bold yellow"))
 
 
-def shown(kind: str, rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
-    """Heading and cells of each column of this kind's table. A column that is empty in all rows is left out."""
-    columns = [(heading, [cell(row) for row in rows]) for heading, cell in COLUMNS[kind]]
-    return [(heading, cells) for heading, cells in columns if any(cells)]
+@dataclass(frozen=True)
+class Shown:
+    """A table: the cells of each line, and the notes that its last column numbers from 1."""
+
+    headings: list[str]
+    lines: list[list[str]]
+    notes: list[str]
+
+
+def shown(kind: str, rows: Sequence[Row]) -> Shown:
+    """The table of these rows, all of one kind. A column that is empty in all rows is left out."""
+    every = list(dict.fromkeys(note for row in rows for note in notes(row)))
+
+    def last(row: Row) -> str:
+        status = "" if row.status == "ok" else row.status
+        return f"{status} {numbers(notes(row), every)}".strip()
+
+    wanted = [*COLUMNS[kind], ("notes", last)]
+    columns = [(heading, [cell(row) for row in rows]) for heading, cell in wanted]
+    columns = [(heading, cells) for heading, cells in columns if any(cells)]
+    lines = [list(line) for line in zip(*(cells for _, cells in columns), strict=True)]
+    return Shown([heading for heading, _ in columns], lines, every)

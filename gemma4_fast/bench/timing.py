@@ -104,7 +104,7 @@ class Rotation:
 
 
 def _copied(value: Any) -> Any:
-    """A tensor's copy has huge pages, as the memory of weights and caches has."""
+    """A copy. A tensor's lies in huge pages, as weights and caches do."""
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)  # a quantized weight, or a number
     new = torch.empty_like(value)
@@ -113,7 +113,7 @@ def _copied(value: Any) -> Any:
 
 
 def _roomy(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """So many elements, not yet written, in huge pages where the system has them."""
+    """`count` elements, not yet written, in huge pages where the system has them."""
     new = torch.empty(count, dtype=dtype, device=device)
     native.use_huge_pages(new)
     return new
@@ -245,7 +245,10 @@ class Roofline:
         return chosen
 
     def of_samples(self, samples: Mapping[str, list[float]], dtype: torch.dtype) -> dict[str, float]:
-        """The rates that the probes' samples say: gb_s and gflop_s, their medians; with _p20 and _p80 the ends."""
+        """The rates of the probes' samples.
+
+        gb_s and gflop_s are medians; with _p20 and _p80 at the end, the spread.
+        """
         found = {}
         for probe, name, digits in (("read", "gb_s", 2), ("product", "gflop_s", 1)):
             if not samples.get(probe):

@@ -97,7 +97,7 @@ double cpu_seconds() {
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
 }
 
-// One thread has work, asleep; those that wait for it must sleep too. Processor time, not elapsed time.
+// One thread has work, and sleeps; those that wait for it must sleep too. This counts processor time.
 void waiting_threads_sleep() {
   const double before = cpu_seconds();
   Phase slow(1, [](int64_t) { std::this_thread::sleep_for(std::chrono::milliseconds(500)); });

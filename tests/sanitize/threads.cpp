@@ -1,4 +1,5 @@
-// Every CPU kernel on 1, 2 and 5 threads of the pool, for ThreadSanitizer; and calls from several threads at once.
+// Every CPU kernel on 1, 2 and 5 threads of the pool, and calls from several threads at once, for
+// ThreadSanitizer.
 //
 // Data is made up; what a kernel computes is judged by tests/test_cpu.py. Here outputs must be finite, and the same bits for
 // every number of threads. Sizes are large enough that kernels fork (kWorthAFork in parallel.h), and divide nothing.
