@@ -86,7 +86,7 @@ def settle(
     """
     from gemma4_fast.verify import verify
 
-    key = None if model.source is None else key_of(model)
+    key = key_of(model)
     model.verdict = read(key) if check is True and key is not None else None
     if not check or model.verdict is not None:
         return None
@@ -128,8 +128,14 @@ def _header(file: Path) -> bytes:
         return opened.read(min(size, 100_000_000))
 
 
-def key_of(model: Gemma4) -> str:
-    """The key of the model's verdict: a SHA-256 in hex of everything that could change it."""
+def key_of(model: Gemma4) -> str | None:
+    """The key of the model's verdict: a SHA-256 in hex of everything that could change it.
+
+    None if no key can cover that: the model was not loaded from a checkpoint, or an op runs on a
+    backend that another package has added.
+    """
+    if model.source is None or _uses_foreign_code(model):
+        return None
     sha = hashlib.sha256()
     for part in parts_of(model).items():
         _add(sha, *part)
@@ -159,12 +165,24 @@ def parts_of(model: Gemma4) -> dict[str, Any]:
     }
 
 
+def _uses_foreign_code(model: Gemma4) -> bool:
+    """Whether the function that serves one of the model's ops lies outside this package."""
+    with model.running():
+        for name in model_ops(model.config):
+            backend, _ = ops.decide(name, model.device, model.dtype)
+            impl = ops.TABLE[name].impls.get(backend)
+            if impl is not None and not impl.path.startswith("gemma4_fast."):
+                return True
+    return False
+
+
 def _libraries() -> list[tuple[str, str]]:
     """Name and SHA-256 of each library with operators that is this package's or PyTorch's.
 
     They matter because they compute what the check compares; CUDA kernels built on this machine lie
-    in the cache folder, where `build` does not look. Libraries of other packages do not count: no
-    model calls their operators, and importing such a package must not cause a new check.
+    in the cache folder, where `build` does not look. Libraries of other packages do not count:
+    importing such a package must not cause a new check, and if an op runs on one of them, no
+    verdict is kept at all.
     """
     roots = [Path(__file__).parent.resolve(), Path(torch.__file__).parent.resolve()]
     if (cache := cache_folder()) is not None:

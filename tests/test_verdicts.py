@@ -19,6 +19,7 @@ from gemma4_fast import Gemma4, SelfCheckError, ops, use_backend, verdicts, veri
 from gemma4_fast.cli import main
 from gemma4_fast.demo import Demo
 from gemma4_fast.errors import CheckpointError
+from gemma4_fast.ops import torch_backend
 from gemma4_fast.report import Report
 from gemma4_fast.weights import tiny_path
 
@@ -178,6 +179,26 @@ def test_a_change_checks_again(
     options = CHANGES[what](monkeypatch, checkpoint)
     load(checkpoint, **options)
     assert runs == ["quick", "quick"]
+
+
+def outside_rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    return torch_backend.rms_norm(x, weight, eps)
+
+
+def test_no_verdict_is_kept_for_code_from_outside(
+    kept: Path,
+    checkpoint: Path,
+    runs: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such code may change, and no part of the key would."""
+    outside = ops.Impl(f"{__name__}:outside_rms_norm")
+    for backend in ("torch", "cpu"):
+        monkeypatch.setitem(ops.TABLE["rms_norm"].impls, backend, outside)
+    load(checkpoint)
+    load(checkpoint)
+    assert runs == ["quick", "quick"]
+    assert not kept.exists()
 
 
 def test_threads_and_instruction_sets_are_in_the_key(kept: Path) -> None:
