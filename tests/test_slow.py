@@ -10,7 +10,7 @@ import family
 import pytest
 import torch
 
-from gemma4_fast import Gemma4, accelerate, cli, native, ops
+from gemma4_fast import Gemma4, UnsupportedError, accelerate, cli, native, ops
 from gemma4_fast.ops import table
 
 REASON = "the CPU kernels were not built. Type `make`"
@@ -46,6 +46,18 @@ def test_a_model_without_the_cpu_kernels(no_kernels: None, warned: Warned) -> No
         model.generate("It is", max_new_tokens=2)
     said = "gemma4_fast: without the CPU kernels a model runs many times slower: "
     assert warned() == [said + REASON]
+
+
+def test_a_backend_that_runs_no_op_is_refused_without_a_list_of_ops(no_kernels: None) -> None:
+    with pytest.raises(UnsupportedError) as error:
+        Gemma4.from_pretrained("tiny", device="cpu", backend="cpu", check=False)
+    assert str(error.value) == f"cannot run on cpu in bfloat16: cpu: {REASON}"
+
+
+def test_ops_are_named_if_others_run(no_kernels: None) -> None:
+    with ops.use_backend("cpu", ops=["linear"]), pytest.raises(UnsupportedError) as error:
+        ops.require(torch.device("cpu"), torch.float32, ("linear", "rms_norm"))
+    assert str(error.value) == f"cannot run on cpu in float32: cpu: {REASON} (linear)"
 
 
 def test_a_backend_that_was_chosen_is_no_surprise(no_kernels: None, warned: Warned) -> None:

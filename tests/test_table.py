@@ -114,7 +114,8 @@ def test_a_named_backend_never_falls_back(fake_cpu: None) -> None:
 def test_a_backend_that_cannot_run_here_says_so(backend: str) -> None:
     with use_backend(backend), pytest.raises(UnsupportedError, match=f"{backend}: needs a GPU"):
         ops.rms_norm(X)
-    with pytest.raises(UnsupportedError, match=r"needs a GPU.*rms_norm.*grouped_gemm"):
+    why = f"{backend}: needs a GPU, and the tensors are on cpu$"
+    with pytest.raises(UnsupportedError, match=why):
         gemma4_fast.Gemma4.from_pretrained("tiny", backend=backend)
 
 

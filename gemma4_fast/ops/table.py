@@ -401,18 +401,26 @@ def bound(op: Op, backend: str | Iterable[str]) -> Callable[..., Any]:
 
 
 def require(device: torch.device, dtype: torch.dtype, ops: Iterable[str]) -> None:
-    """Raise UnsupportedError, naming every op at fault, if the selection in force cannot serve these ops here.
+    """Raise UnsupportedError if the selection in force cannot serve these ops here.
 
-    Warns, once, if it can serve them only with PyTorch's kernels.
+    A reason names the ops that it is for, unless it is for all of them; `explain` lists every op.
+    Warns, once, if the ops can be served only with PyTorch's kernels.
     """
+    any_served = False
     faults: dict[str, list[str]] = {}
     for name in ops:
         backend, reasons = decide(name, device, dtype)
         if backend == "none":
-            faults.setdefault("; ".join(f"{b}: {why}" for b, why in reasons.items()), []).append(name)
+            why = "; ".join(f"{b}: {reason}" for b, reason in reasons.items())
+            faults.setdefault(why, []).append(name)
+        elif backend != "composed":
+            any_served = True
     if faults:
-        lines = "; ".join(f"{why} ({', '.join(names)})" for why, names in faults.items())
-        raise UnsupportedError(f"cannot run on {device} in {str(dtype).removeprefix('torch.')}: {lines}")
+        lines = list(faults)
+        if any_served or len(faults) > 1:
+            lines = [f"{why} ({', '.join(names)})" for why, names in faults.items()]
+        where = f"{device} in {str(dtype).removeprefix('torch.')}"
+        raise UnsupportedError(f"cannot run on {where}: {'; '.join(lines)}")
     warn_if_slow(device, dtype)
 
 
