@@ -22,6 +22,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import stat
@@ -42,6 +43,8 @@ from gemma4_fast.layers import model_ops
 if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
     from gemma4_fast.report import Report
+
+log = logging.getLogger("gemma4_fast")
 
 LEVELS = ("quick", "full")
 
@@ -79,16 +82,19 @@ def settle(
 ) -> Report | None:
     """Check the model as the argument `check` of `Gemma4.from_pretrained` says.
 
-    True uses a verdict from disk if there is one, and otherwise checks like "quick". "quick" and
-    "full" always check. The verdict is stored in `model.verdict`, and on disk if the model was
-    loaded from a checkpoint. Returns the report, or None if no check ran. SelfCheckError: the
-    model is wrong.
+    True uses a verdict from disk if there is one, and logs that at level INFO. Otherwise True
+    checks like "quick". "quick" and "full" always check. The verdict is stored in
+    `model.verdict`, and on disk if the model was loaded from a checkpoint. Returns the report, or
+    None if no check ran. SelfCheckError: the model is wrong.
     """
     from gemma4_fast.verify import verify
 
     key = key_of(model)
     model.verdict = read(key) if check is True and key is not None else None
-    if not check or model.verdict is not None:
+    if model.verdict is not None:
+        log.info('gemma4_fast: %s; check="%s" runs it again', model.verdict, model.verdict.level)
+        return None
+    if not check:
         return None
     level = "full" if check == "full" else "quick"
     report = verify(model, level=level, seed=seed, progress=progress)

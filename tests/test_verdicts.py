@@ -79,6 +79,18 @@ def test_the_second_start_takes_the_first_ones_verdict(
     assert file.stat().st_mode & 0o777 == 0o600 and kept.stat().st_mode & 0o777 == 0o700
 
 
+def test_the_logger_tells_when_the_model_passed(
+    kept: Path,
+    runs: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="gemma4_fast")
+    load()
+    assert caplog.messages == []
+    found = load().verdict
+    assert caplog.messages == [f'gemma4_fast: {found}; check="quick" runs it again']
+
+
 def test_the_command_line_names_its_own_option(
     kept: Path,
     runs: list[str],
