@@ -26,12 +26,12 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Takes words of the prompt that follow an option too: `generate It --seed 3 is so`."""
+        """Also accept words of the prompt after an option: `generate It --seed 3 is so`."""
         found, rest = super().parse_known_args(args, namespace)
         if hasattr(found, "words") and not any(word.startswith("-") for word in rest):
             found.words += rest
             rest = []
-        if rest:  # said here and not by the main parser, so that the help of this command is named
+        if rest:  # reported here, since the main parser would not name this command's help
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         return found, rest
 
@@ -139,25 +139,25 @@ def parser(commands: Mapping[str, Command]) -> Parser:
     command("demo", "text, speed, kernels and the self-check in half a minute", _model, _load, _sample)
     p = command(
         "generate", "continue a text", _model, _load, _sample,
-        description="Continue a text. The prompt is taken as it is; `chat` puts it into "
+        description="Continue a text. The prompt is used as it is; `chat` puts it into "
         "the model's chat template.",
     )  # fmt: skip
     p.add_argument(
         "words",
         nargs="*",
         metavar="PROMPT",
-        help="the text: several words form one prompt; - or none: standard input is read",
+        help="the text; several words form one prompt (- or no word: read standard input)",
     )
     p.add_argument(
         "--prompt-file",
         metavar="FILE",
-        help="read the prompt from a file (a last line break is cut off)",
+        help="read the prompt from a file, without its last line break",
     )
     p = command(
         "chat", "talk with the model", _model, _load, _sample,
-        description="Talk with the model, by the checkpoint's chat template. Standard input "
-        "that is no terminal is taken a line a turn.",
-        epilog="In the conversation: /continue goes on with an answer that was cut off, "
+        description="Talk with the model, using the checkpoint's chat template. If standard "
+        "input is not a terminal, each of its lines is one turn.",
+        epilog="In the conversation: /continue resumes an answer that was cut off, "
         "/reset forgets the conversation, /save FILE and /load FILE keep it, /think on|off, "
         "/help, /quit. Without --max-new-tokens only the model's context limits an answer.",
     )  # fmt: skip
@@ -195,7 +195,11 @@ def _bench(command: Callable[..., Parser]) -> None:
     _where(p)
     _cases(p)
     _peers(p)
-    p.add_argument("--quantize", choices=("int8", "int4"), help="the model's weights in 8 or 4 bits")
+    p.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="store the model's weights in 8 or 4 bits",
+    )
     p.add_argument("--config", metavar="M", default="26b-a4b", help="member for the model benchmark (default 26b-a4b)")
     _memory(p)
     p.add_argument("--minutes", metavar="M", type=count, default=10, help="after which nothing more is begun (default 10)")
@@ -225,19 +229,39 @@ def _bench(command: Callable[..., Parser]) -> None:
     p.add_argument("--quantize", choices=("int8", "int4"), help="weights in 8 or 4 bits")
     p.add_argument("--prompt", metavar="P", type=counts, action=Several, default=[],
                    help="prompt lengths (default 128,512; none if --depth is given)")  # fmt: skip
-    p.add_argument("--decode", metavar="N", type=count, default=32, help="tokens after each (default 32)")
+    p.add_argument(
+        "--decode",
+        metavar="N",
+        type=count,
+        default=32,
+        help="tokens to decode after each prompt (default 32)",
+    )
     p.add_argument(
         "--batch", metavar="B", type=counts, action=Several, default=[1], help="sequences at a time, as in 1,4,16 (default 1)"
     )
     p.add_argument(
         "--depth", metavar="D", type=counts, action=Several, default=[], help="also decode after so many tokens, as in 8K,32K"
     )
-    p.add_argument("--rounds", metavar="R", type=count, default=5,
-                   help="turns of each contender at most; fewer if they agree (default 5)")  # fmt: skip
-    p.add_argument("--minutes", metavar="M", type=count, default=6,
-                   help="after which each contender gets one turn and no more (default 6)")  # fmt: skip
-    p.add_argument("--busy", metavar="N", type=count,
-                   help="measure once more beside N processes that keep a processor busy each")  # fmt: skip
+    p.add_argument(
+        "--rounds",
+        metavar="R",
+        type=count,
+        default=5,
+        help="at most R turns of each contender; fewer if their timings agree (default 5)",
+    )
+    p.add_argument(
+        "--minutes",
+        metavar="M",
+        type=count,
+        default=6,
+        help="after M minutes, no contender gets more than one turn (default 6)",
+    )
+    p.add_argument(
+        "--busy",
+        metavar="N",
+        type=count,
+        help="measure again while N other processes each keep one processor busy",
+    )
     p.add_argument("--check", choices=("quick", "off"), default="quick", help="self-check before anything is timed")
     _memory(p)
     _where(p)
@@ -261,8 +285,9 @@ def _bench(command: Callable[..., Parser]) -> None:
     p = kind("cache", "bytes of KV cache, and of it what one decoded token reads, for every member")
     p.add_argument("--config", metavar="M", type=names, action=Several, default=[], help="only these members, or gemma3-27b")
     p.add_argument("--context", metavar="N", type=counts, action=Several, help="tokens (default 1K to 256K)")
-    p.add_argument("--backend", metavar="B", help="accepted as by every command; no cache depends on it")
-    p.add_argument("--quantize", choices=("int8", "int4"), help="accepted, and no cache depends on it")
+    unused = "accepted, but no cache depends on it"
+    p.add_argument("--backend", metavar="B", help=unused)
+    p.add_argument("--quantize", choices=("int8", "int4"), help=unused)
     _where(p)
     _targets(p)
 
@@ -303,14 +328,19 @@ def _cases(p: Parser) -> None:
 
 
 def _weights(p: Parser) -> None:
-    p.add_argument("--quantize", choices=("int8", "int4"), help="only ops with weights, in 8 or 4 bits")
+    p.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="measure only ops with weights, which are stored in 8 or 4 bits",
+    )
 
 
 def _peers(p: Parser) -> None:
     p.add_argument(
         "--peers", metavar="P", type=names, action=Several, default=[],
-        help="what runs beside this package: transformers, torch.compile, accelerate, vllm, llama.cpp, "
-        "llama-bench; all: each of them, and what takes long (transformers' batched_mm, our torch backend)",
+        help="what to compare with: transformers, torch.compile, accelerate, vllm, llama.cpp, "
+        "llama-bench; all: each of them, and what takes long (transformers' batched_mm, our torch "
+        "backend)",
     )  # fmt: skip
     p.add_argument("--peer-python", metavar="PEER=PROGRAM", action="append", default=[],
                    help="the interpreter that has a peer, if it is not this one; may be repeated")  # fmt: skip
@@ -376,7 +406,7 @@ def _sample(p: Parser) -> None:
         "--max-new-tokens",
         metavar="N",
         type=count,
-        help="end after so many tokens, at most what the context leaves",
+        help="end after N tokens, or where the model's context ends",
     )
     g.add_argument("--temperature", metavar="T", type=float, help="0: always the likeliest token")
     g.add_argument("--top-k", metavar="K", type=int, help="only the K likeliest tokens (0: all)")

@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 ANSWER_ROOM = 256  # tokens of the context that are kept free for an answer by forgetting old turns
 BANNER = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the conversation"
 HELP = """\
-/continue      go on with an answer that was cut off or stopped
+/continue      resume an answer that was cut off or stopped
 /reset         forget the conversation
 /save FILE     write the conversation to a file, as JSON messages
-/load FILE     go on with the conversation in a file
+/load FILE     resume the conversation in a file
 /think on|off  let the model think before it answers, if its chat template can ask for that
-/help          this list
-/quit, /exit   end; so does Ctrl-D
+/help          show this list
+/quit, /exit   end the conversation, as Ctrl-D does
 Ctrl-C stops an answer. A pasted block of lines is one message. Put a space before a message that
 begins with "/"."""
 
@@ -129,7 +129,7 @@ class Turn:
 class Conversation:
     """The turns so far, and the prompt for the next answer.
 
-    `variables` go to the chat template: {"enable_thinking": True}.
+    `variables` are passed to the chat template, such as {"enable_thinking": True}.
     """
 
     def __init__(self, tokenizer: Tokenizer, system: str | None = None) -> None:
@@ -139,7 +139,7 @@ class Conversation:
         self._system = system
         self.variables: dict[str, Any] = {}
         self.turns: list[Turn] = []
-        # The ids that ran up to the last answer's end, where they can be continued.
+        # The token ids that ran up to the end of the last answer; None if they cannot be continued.
         self._ran: list[int] | None = None
 
     def reset(self) -> None:
@@ -147,7 +147,7 @@ class Conversation:
         self._ran = None
 
     def think(self, wanted: bool) -> None:
-        """Ask the template for thinking, or not, from the next answer on."""
+        """Set whether the template asks for thinking from the next answer on."""
         self.variables["enable_thinking"] = wanted
         self._ran = None
 
@@ -157,7 +157,7 @@ class Conversation:
         return self._continued() or self._whole()
 
     def resume(self) -> list[int]:
-        """The prompt that the newest answer, which was cut off, continues: it ends with it."""
+        """The prompt that resumes the newest answer, which was cut off and ends this prompt."""
         return self._ran or [*self._whole(), *self.turns[-1].answer]
 
     def withdraw(self) -> None:
@@ -165,9 +165,9 @@ class Conversation:
         self.turns.pop()
 
     def drop_oldest(self) -> list[int] | None:
-        """Forget the oldest turn -> the shorter prompt for the newest turn's answer, or its rest.
+        """Forget the oldest turn and return the shorter prompt for the newest turn's answer.
 
-        None if only the newest turn is left.
+        If part of that answer exists, the prompt ends with it. None if only one turn is left.
         """
         if len(self.turns) < 2:
             return None
@@ -176,7 +176,7 @@ class Conversation:
         return [*self._whole(), *self.turns[-1].answer]
 
     def answered(self, result: Generation, stop_ids: frozenset[int]) -> None:
-        """Note the answer to the newest turn, whole or as far as it has come."""
+        """Record the answer to the newest turn, which may be incomplete."""
         ids = list(result.token_ids)
         if isinstance(result.stopped_by, str):  # tokens beyond the stop string are not part of the answer
             ids = self._tokenizer.encode(result.text or "", add_bos=False, allow_special=False)
@@ -188,7 +188,7 @@ class Conversation:
         self._ran = [*result.prompt_ids, *ids] if plain else None
 
     def messages(self) -> list[dict[str, str]]:
-        """The conversation as chat messages, answers without thoughts."""
+        """The conversation as chat messages. The answers leave out the model's thoughts."""
         messages = [] if self._system is None else [{"role": "system", "content": self._system}]
         for turn in self.turns:
             messages.append({"role": "user", "content": turn.user})
@@ -207,9 +207,9 @@ class Conversation:
         return self._tokenizer.decode(said)
 
     def replaced(self, messages: Sequence[dict[str, Any]]) -> Conversation:
-        """A conversation with these messages, of the same tokenizer and variables.
+        """A conversation that has these messages, and this one's tokenizer and variables.
 
-        ValueError for messages that are no conversation, or that the template refuses.
+        ValueError if the messages are not a conversation, or if the template rejects them.
         """
         check_messages(messages)
         texts = [(m["role"], _text(m["content"])) for m in messages]
@@ -330,8 +330,8 @@ class Chat:
         self.chosen = explain(model)
         self.answers, self.interactive = 0, sys.stdin.isatty()
         self.limit = model.config.max_position_embeddings
-        self.cut = False  # whether the newest answer can be continued,
-        self.paused: Reply | None = None  # and what makes it, if that can simply go on
+        self.cut = False  # whether the newest answer can be resumed
+        self.paused: Reply | None = None  # what generates that answer, if it is still there
         if args.max_new_tokens is not None and args.max_new_tokens > self.limit:
             terminal.note(
                 f"gemma4-fast: --max-new-tokens {args.max_new_tokens} exceeds the model's context "
@@ -344,12 +344,12 @@ class Chat:
         self._leave()
 
     def _leave(self) -> None:
-        """The newest answer stays as it is."""
+        """Note that the newest answer can no longer be resumed."""
         self.cut = False
         self.paused = None
 
     def _fit(self, ids: list[int]) -> list[int]:
-        """The prompt `ids`, without the oldest turns if they leave no room for an answer."""
+        """The prompt, from which the oldest turns are dropped until there is room to answer."""
         wanted = self.args.max_new_tokens or ANSWER_ROOM
         reserve = min(wanted, ANSWER_ROOM, self.limit // 4)
         dropped = 0
@@ -370,7 +370,7 @@ class Chat:
         return ids
 
     def answer(self, text: str) -> None:
-        """One turn: prints the answer as it comes, or one line of JSON.
+        """Run one turn: print the answer as it is generated, or one line of JSON.
 
         ValueError for a message that does not fit into the context.
         """
@@ -383,7 +383,7 @@ class Chat:
         self._go_on(self._reply(ids))
 
     def resume(self) -> None:
-        """Go on with the newest answer, from its last token, as if it had not been cut off.
+        """Resume the newest answer after its last token, as if it had not been cut off.
 
         ValueError if there is none, if it is complete, or if it fills the context.
         """
@@ -414,7 +414,7 @@ class Chat:
         return Reply(session, self.args.stop, seed, list(before))
 
     def _go_on(self, reply: Reply) -> None:
-        """Run `reply` until it ends, is long enough or is interrupted; print what comes."""
+        """Run `reply` until it ends, is long enough or is interrupted, and print its text."""
         result = reply.begin()
         as_json = self.args.json
         new = len(result.prompt_ids) - len(self.prefix.ids)
@@ -453,7 +453,7 @@ class Chat:
         self._report(reply, interrupted)
 
     def _report(self, reply: Reply, interrupted: bool) -> None:
-        """What was made since `begin`: a line of JSON, or the figures, and whether it was cut."""
+        """Report the part since `begin`: as JSON, or its timings and whether it was cut off."""
         result = reply.stream.result
         part = reply.part()
         prefilled = 0 if reply.start else reply.session.prefilled
@@ -543,9 +543,9 @@ class Chat:
         )
 
     def command(self, name: str, argument: str) -> None:
-        """Run one command, which is neither /quit nor /exit.
+        """Run one command other than /quit and /exit.
 
-        ValueError for an unknown one, for a wrong argument, and if it cannot be done.
+        ValueError if the command is unknown, has a wrong argument, or cannot be done.
         """
         commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: terminal.note(HELP),
@@ -566,14 +566,15 @@ class Chat:
         commands[name](argument)
 
     def forget(self) -> None:
-        """Start anew, and say so."""
+        """Forget the conversation and say so."""
         self.reset()
         terminal.note("forgot the conversation")
 
     def save(self, name: str) -> None:
         """Write the conversation to the file of that name, as JSON messages.
 
-        ValueError if there is none, or if the file exists and holds something else.
+        ValueError if there is no conversation yet, if the file exists and holds something else,
+        or if it cannot be written.
         """
         file = _file("/save", name)
         if not self.conversation.turns:
@@ -594,9 +595,9 @@ class Chat:
         terminal.note(f"saved {count} turn{'s' * (count > 1)} to {file}")
 
     def load(self, name: str) -> None:
-        """Go on with the conversation in the file of that name, in place of this one.
+        """Replace this conversation with the one in the file of that name.
 
-        ValueError, and nothing has changed, if it holds none.
+        ValueError if the file holds no conversation; then nothing has changed.
         """
         file = _file("/load", name)
         messages = read_messages(file)
@@ -611,7 +612,10 @@ class Chat:
         terminal.note(f"loaded {count} turn{'s' * (count > 1)} from {file}")
 
     def think(self, argument: str) -> None:
-        """ "on" or "off". ValueError for anything else, and for a template without the switch."""
+        """Turn thinking "on" or "off".
+
+        ValueError for any other argument, and if the chat template cannot ask for thinking.
+        """
         if argument not in ("on", "off"):
             raise ValueError(f"expected /think on or /think off, got {argument[:40]!r}")
         if "enable_thinking" not in (self.model.tokenizer.chat_template or ""):
@@ -622,9 +626,9 @@ class Chat:
 
 
 class Reply:
-    """An answer under way, which may pause after any of its tokens and go on later.
+    """An answer that is being generated. It can pause after any token and resume later.
 
-    before: the tokens of the answer that are in the prompt, as it was cut off.
+    before: tokens of the answer that are already in the prompt, if it was cut off before.
     """
 
     def __init__(self, session: Session, stop: list[str], seed: int, before: list[int]) -> None:
@@ -637,14 +641,14 @@ class Reply:
         self.steps = self.stream.steps
 
     def _on_prefill(self, done: int, total: int) -> None:
-        """The cache and its record agree when this is called."""
+        """Called after each chunk of the prompt, when the cache is consistent."""
         if self.bar is not None:
             self.bar(done, total)
         if self.interrupt is not None and self.interrupt.hit:
             raise Stopped
 
     def begin(self) -> Generation:
-        """A part of the answer begins here. Returns the reply so far, which will grow."""
+        """Begin a part of the answer. Returns the Generation so far, which will grow."""
         result = self.stream.result
         self.start = len(result.token_ids)
         self.text = ""
@@ -657,7 +661,7 @@ class Reply:
         return len(self.stream.result.token_ids) - self.start
 
     def part(self) -> Generation:
-        """What has been made since `begin`."""
+        """The part of the answer since `begin`."""
         result = self.stream.result
         return Generation(
             result.prompt_ids,
@@ -668,7 +672,7 @@ class Reply:
         )
 
     def whole(self) -> Generation:
-        """The answer from its first token on."""
+        """The whole answer, from its first token."""
         result = self.stream.result
         if not self.before:
             return result

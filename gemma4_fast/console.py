@@ -1,8 +1,9 @@
 """Messages that a person types or pastes at a terminal. A pasted block of lines is one message.
 
-Two mechanisms see to that. With GNU readline 8.1 and a terminal that marks pasted text (bracketed
-paste), a pasted block is shown, can be edited, and is sent by Enter. Anywhere else the block's
-first line break acts like Enter; the lines that have arrived by then belong to the same message.
+Two mechanisms make it one message. With GNU readline 8.1 and a terminal that marks pasted text
+(bracketed paste), a pasted block is shown, can be edited, and is sent by Enter. Anywhere else the
+block's first line break acts like Enter; the lines that have arrived by then belong to the same
+message.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ def _message(prompt: str) -> str:
 
 
 def waiting(terminal: int) -> str:
-    """Text that has arrived at the terminal with this file descriptor and that nobody has read.
+    """Text that has arrived at a terminal, given by its file descriptor, and is still unread.
 
-    Line breaks come as "\\n". Where terminals cannot be asked (Windows), always "".
+    Line breaks are returned as "\\n". On Windows, where there is no termios, the text is "".
     """
     try:
         import termios

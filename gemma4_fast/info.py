@@ -153,9 +153,9 @@ PROBE_SECONDS = 0.3
 
 
 def read_rate(device: torch.device, free: int | None) -> float:
-    """Bytes per second that this device reads from its memory, measured for a moment.
+    """Measure how many bytes per second this device reads from its memory.
 
-    That takes at most a quarter of the `free` bytes.
+    The measurement takes a moment, and memory of at most a quarter of the `free` bytes.
     """
     stopwatch = Stopwatch(device)
     size = max(PROBE_BYTES[device.type], 2 * cache_bytes(device))
@@ -183,9 +183,9 @@ class Speed:
 
 
 def speed(found: Fit, device: torch.device) -> Speed:
-    """The decode speed by the bytes that a step reads and the rate at which memory is read.
+    """Estimate the decode speed from the bytes that a step reads and the memory's read rate.
 
-    A step reads the experts that its tokens are sent to, and the cache of a full context.
+    A step reads the weights that its tokens use, and the cache of a full context.
     """
     load = found.load
     step = floor(load.config, load.dtype, load.quantize, load.batch, 1, load.length - 1).bytes
@@ -194,7 +194,10 @@ def speed(found: Fit, device: torch.device) -> Speed:
 
 
 def answer(found: Fit, estimate: Speed) -> str:
-    """Will it fit, and how fast will it be? In one sentence, and one more on what would fit."""
+    """Say in one sentence whether the model fits and how fast it is.
+
+    If it does not fit, a second sentence says what would.
+    """
     if found.free is None:
         return f"{found}."
     if not found.fits:

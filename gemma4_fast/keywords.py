@@ -1,4 +1,4 @@
-"""Keywords that a function does not have: a TypeError that names the one to use instead."""
+"""Unknown keyword arguments raise a TypeError that names the argument to use instead."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SEVERAL = "pass a list that holds the prompt several times"
 _STOP = "use stop for strings"
 _TOP = "use logprobs=n for the n likeliest tokens of each step"
 
-# Keywords of other libraries, and what does the same here.
+# Keywords of other libraries, and what to use here instead.
 FOREIGN = {
     "attention_mask": _MASK,
     "attn_implementation": _KERNELS,
@@ -64,7 +64,7 @@ FOREIGN = {
 
 
 def explicit(function: Callable[P, T]) -> Callable[P, T]:
-    """The same function, whose TypeError for an unknown keyword says which one to use instead."""
+    """Decorate a function so that its TypeError for an unknown keyword says what to use instead."""
     parameters = inspect.signature(function).parameters
     known = [name for name in parameters if name not in ("self", "cls")]
 

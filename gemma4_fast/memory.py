@@ -91,12 +91,12 @@ def _left_in_cgroups(root: Path) -> Iterator[int]:
             cached = r"^total_(?:in)?active_file (\d+)$"
         else:
             continue
-        # In a container the path may be the host's, which is not there: then the top is its own.
+        # In a container the path may be the host's and not exist here. Then only the top counts.
         own = top.joinpath(*[part for part in PurePosixPath(path).parts if part not in ("/", "..")])
         for folder in (own, *own.parents):
             most, now = _text(folder / limit).strip(), _text(folder / used).strip()
             if most.isdecimal() and now.isdecimal():  # an unlimited cgroup of v2 says "max"
-                # Cached file pages count as used, and are given up when memory runs short.
+                # Cached file pages count as used, but the system frees them when memory runs short.
                 pages = re.findall(cached, _text(folder / "memory.stat"), re.M)
                 yield int(most) - int(now) + sum(map(int, pages))
             if folder == top:
@@ -114,10 +114,11 @@ def _text(file: Path) -> str:
 # ---------------------------------------------------------------- what is needed
 @dataclass(frozen=True)
 class Load:
-    """A model as it would be loaded, and used.
+    """How a model would be loaded and used.
 
-    dtype: what it computes in, and its cache holds. quantize: None, "int8" or "int4".
-    context: tokens of each of `batch` sequences; None: 4096, or what the model has positions for.
+    dtype: the dtype of its computations and its cache. quantize: None, "int8" or "int4".
+    context: tokens of each of `batch` sequences. None: 4096, or all of the model's positions if
+    those are fewer.
     check: False, True or "quick", or "full".
     """
 
@@ -137,13 +138,13 @@ class Load:
 
     @property
     def format(self) -> str:
-        """What its weights are stored in: "bfloat16", "int4"."""
+        """The format of its weights, such as "bfloat16" or "int4"."""
         return self.quantize or str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a Load takes."""
+    """The bytes that a Load needs."""
 
     weights: int
     cache: int
@@ -156,7 +157,7 @@ class Need:
 
 
 def needed(load: Load) -> Need:
-    """What a Load takes. ValueError for a context beyond the model's positions."""
+    """The memory that a Load needs. ValueError for a context beyond the model's positions."""
     return Need(
         weights=weights_size(load.config, load.dtype, load.quantize),
         cache=KVCache(load.config, load.batch, load.length, load.dtype, device="meta").nbytes,
@@ -185,7 +186,10 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Fit:
-    """A Load's need beside the bytes that are free (None: unknown). `name` is the model's."""
+    """The memory a Load needs, and the bytes that are free (None: unknown).
+
+    name: what messages call the model.
+    """
 
     load: Load
     name: str
@@ -194,7 +198,7 @@ class Fit:
 
     @property
     def fits(self) -> bool | None:
-        """Whether there is room for all of it; None if it is unknown what is free."""
+        """Whether there is enough free memory; None if the free memory is unknown."""
         return None if self.free is None else self.need.total <= self.free
 
     @property
@@ -213,7 +217,7 @@ class Fit:
         return f"{what} needs {gib(self.need.total)}; {free}"
 
     def alternatives(self) -> list[Alternative]:
-        """What would fit: fewer bits, a shorter context, both, the largest smaller member."""
+        """What would fit: fewer bits, a shorter context, both, or a smaller member."""
         if self.free is None:
             return []
         fewer = _fewer_bits(self.load.quantize)
@@ -231,7 +235,7 @@ class Fit:
         context: int | None = None,
         name: str | None = None,
     ) -> Alternative | None:
-        """This change, if it fits."""
+        """The Load with these changes, if it fits; else None."""
         config = self.load.config if name is None else PRESETS[name]
         longest = self.load.length if context is None else context
         load = Load(
@@ -257,9 +261,9 @@ class Fit:
         return None
 
     def _smaller(self) -> Alternative | None:
-        """The largest smaller member that fits, in as many bits as it can have.
+        """The largest smaller member that fits, with as many bits as possible.
 
-        With a shorter context only if none fits with this one.
+        The context becomes shorter only if no member fits with this one.
         """
         sizes = {name: weights_size(config, self.load.dtype) for name, config in PRESETS.items()}
         own = weights_size(self.load.config, self.load.dtype)
@@ -275,7 +279,7 @@ class Fit:
         return None
 
     def advice(self, *, command_line: bool = False) -> str:
-        """The alternatives in one sentence, in Python's words or the command line's."""
+        """One sentence that lists the alternatives as Python arguments or command-line options."""
         found = [_phrase(one, command_line) for one in self.alternatives()]
         if not found:
             return "No member of the family fits."
@@ -320,7 +324,10 @@ def _phrase(one: Alternative, command_line: bool) -> str:
 
 # ---------------------------------------------------------------- the question
 def fit(load: Load, device: torch.device, name: str | None = None) -> Fit:
-    """A Load beside what is free on the device. `name` is for a model that is no published one."""
+    """Compare a Load with the free memory of the device.
+
+    name: what to call a model that is not a published one.
+    """
     published = member(load.config)
     called = name or "the model" if published is None else published.upper()
     return Fit(load, called, needed(load), free_bytes(device))
@@ -333,9 +340,9 @@ def require(
     *,
     command_line: bool = False,
 ) -> None:
-    """UnsupportedError if the weights alone exceed what is free; a warning if all together does.
+    """UnsupportedError if the weights alone exceed the free memory; a warning if the total does.
 
-    Both say what would fit. command_line: in the words of the command line, not of Python.
+    Both say what would fit. command_line: as command-line options, not as Python arguments.
     """
     found = fit(load, device, name)
     if found.fits is not False:
@@ -353,7 +360,7 @@ def require(
 
 
 def warn_to_quantize(model: nn.Module, bits: int) -> None:
-    """A warning if a loaded model may run out of memory while it is quantized in place.
+    """Warn if memory may run out while a loaded model is quantized in place.
 
     Each weight is freed once its quantized copy is complete, so there must be room for the largest
     copy.
