@@ -74,15 +74,19 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         mask = key[None] <= rows[:, None]
         if window is not None:
             mask &= key[None] > rows[:, None] - window
-        own = judged(q[rows], k, v)
-        truth = reference.attend(*widened(*own), mask, 1.0)
-        plain = reference.attend(*own, mask, 1.0)
+        own_q, own_k, own_v = judged(q[rows], k, v)
+        wide_q, wide_k, wide_v = widened(own_q, own_k, own_v)
+        truth = reference.attend(wide_q, wide_k, wide_v, mask, 1.0)
+        plain = reference.attend(own_q, own_k, own_v, mask, 1.0)
         bounds = torch.tensor([0, total], dtype=torch.int32, device=device)
         got = ops.gqa_prefill(q, k, v, bounds, window)[rows][:, q_heads]
         return "gqa_prefill", phase, relative_error(got, truth), relative_error(plain, truth)
 
     def judged(*args: Any) -> list[Any]:
-        """An attention op's arguments with the judged heads alone: queries [.., Hq, D], then keys and values [.., Hkv, D]."""
+        """An attention op's arguments with the judged heads alone.
+
+        Tensors with heads are queries [.., Hq, D] first, then keys and values [.., Hkv, D].
+        """
         own = list(args)
         for i, a in enumerate(args):
             if isinstance(a, Tensor) and a.dim() > 2:

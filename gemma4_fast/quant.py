@@ -178,7 +178,7 @@ class QuantizedWeight:
         return [self[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
     def index_select(self, dim: int, ids: Tensor) -> QuantizedWeight:
-        """A new matrix of the rows `ids` [n] int64 of this one, copied as they are stored. dim: 0."""
+        """A new matrix of the rows `ids` [n] int64, copied as they are stored. dim must be 0."""
         if dim != 0 or self.dim() != 2:
             raise ValueError(f"rows are taken from a matrix along axis 0, got {self.dim()} axes, {dim}")
         shape = len(ids), self.shape[1]
@@ -234,7 +234,10 @@ class QuantizedWeight:
             out.copy_(self.dequantize(out.dtype))
 
     def rows_by_formula(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of this view of a matrix by their ids [n] -> [n, K], in plain PyTorch alone: what the kernels are judged by."""
+        """Rows of this view of a matrix by their ids [n] -> [n, K], in plain PyTorch.
+
+        The kernels are judged by this.
+        """
         panel, lane = self._place(rows)
         q = self.data[panel, :, lane]  # [n, G * bits, 4]
         if self.bits == 4:

@@ -1,20 +1,22 @@
 """The self-check: does the fast path give the reference's answer, with these weights, on this machine?
 
-Layer by layer, the fast path and the reference get the *same* input, so that an error shows where it is made and cannot grow.
-Truth is the reference in a wider dtype, each matrix widened block by block; the yardstick is what plain PyTorch (the reference
-in the model's own dtype) loses. A comparison passes if its error is at most SLACK x the yardstick + FLOOR. Where a block fails,
-each op is replaced by the reference in turn: the op whose replacement mends it is named.
+Each layer of the fast path and of the reference gets the same input, so an error shows in the layer
+that makes it and cannot grow. The truth is the reference in a wider dtype; its matrices are widened
+block by block. The yardstick is what plain PyTorch loses: the reference in the model's own dtype. A
+comparison passes if its error is at most SLACK x the yardstick + FLOOR. If a block fails, the check
+replaces one op after the other by the reference and names the op whose replacement mends the block.
 
-Level "full" runs a prompt longer than the window's ring, a further chunk, decode steps; and a ragged batch with an idle row.
-Where generation replays a recorded decode step, that is held to the same step op by op.
+Level "full" runs a prompt that is longer than the window's ring, a second chunk, decode steps, and
+a ragged batch with an idle row. Where generation replays a recorded decode step, that step is
+compared with the same one run op by op.
 
-Level "quick" is made to cost little more than reading the weights a few times:
-- The cache is filled with random earlier keys and values up to shortly before the ring's end, so that some 20 tokens are enough
-  to cross it. The ragged batch starts from nothing.
-- The feed-forward block runs on few distinct tokens, repeated where many rows are needed, so that few experts are hit. Some
-  experts that no token chose are run as well.
-- The head's truth is computed for the newest token over the whole vocabulary, and for others over a sample of it and the tokens
-  that the fast path finds likeliest.
+Level "quick" costs little more than reading the weights a few times:
+- The cache starts with random keys and values that end shortly before the ring does. Some 20 tokens
+  then suffice to cross its end. The ragged batch starts with an empty cache.
+- The feed-forward block runs on few distinct tokens, so few experts are hit. They are repeated
+  where many rows are needed. Some experts that no token chose run as well.
+- The head's truth covers the whole vocabulary for one token. For the others it covers a sample of
+  the vocabulary and the tokens that the fast path finds likeliest.
 """
 
 from __future__ import annotations
@@ -46,12 +48,13 @@ if TYPE_CHECKING:
     from gemma4_fast.layers import Step
     from gemma4_fast.model import Gemma4
 
-ROWS = (1, 2, 5, 16)  # numbers of rows that the feed-forward block is run with: kernels differ by them
+ROWS = (1, 2, 5, 16)  # rows that the feed-forward block runs with: each may take another kernel
 MANY = 65  # and one that they take their path for many rows with
 LOGIT_TOKENS = 64  # newest tokens that are compared end to end
 DRAWN = Sampling(temperature=1.0, top_k=64, top_p=0.95)  # as Gemma 4's checkpoints recommend
-CLOSE_CALL = 1e-4  # between the router's logits of the last expert taken and of the next: either choice is right
-HALF_CLOSE = 1 / 32  # the same, as a part of the largest logit, where others' router computes in half precision
+# If the router's logits of the last expert taken and of the next differ by less, either is right.
+CLOSE_CALL = 1e-4
+HALF_CLOSE = 1 / 32  # of the largest logit: for another implementation's router in half precision
 UNCHOSEN = 16  # experts that no token chose, which are run as well
 SAMPLED_FROM = 16384  # rows of a head above which level "quick" judges a sample of them
 RUN, RUNS = 64, 48  # the sample: so many runs of so many rows, spread over the head
@@ -159,10 +162,11 @@ def _tokens(model: Gemma4, given: Sequence[int] | Tensor | None, seed: int, leve
 
 
 def _all_finite(x: WeightLike) -> bool:
-    """Whether a weight holds neither NaN nor infinity: at memory speed by the CPU kernel, else by sums.
+    """Whether a weight holds neither NaN nor infinity.
 
-    A sum is finite only if every term is, or, rarely, it overflows: then the terms are looked at. In blocks, since PyTorch
-    would widen a whole tensor.
+    The CPU kernel tells at memory speed. Elsewhere sums do: a finite sum has finite terms. If a sum
+    is not finite, it may have overflowed, and each term is tested. The sums are of blocks, because
+    PyTorch would widen a whole tensor.
     """
     if isinstance(x, QuantizedWeight):
         return _all_finite(x.scale)
@@ -175,9 +179,11 @@ def _all_finite(x: WeightLike) -> bool:
 
 
 def _misread(view: QuantizedWeight) -> float:
-    """The relative error of dequantized rows of a view of a matrix [n, K]: its first and last ones, and each part's first ones.
+    """The relative error of some dequantized rows of a matrix [n, K].
 
-    So many that they lie in two panels; in fp32 and in the view's dtype, which kernels write by code of their own each.
+    They are the first and the last rows, and those where a part begins: each time so many that they
+    span two panels. They are read in fp32 and in the matrix's dtype, since the kernel has separate
+    code for each.
     """
     n, per_part, worst = len(view), view.rows // view.parts, 0.0
     borders = [part * per_part - 1 - view.first for part in range(1, view.parts)]
@@ -218,8 +224,12 @@ def kinds_of(config: Gemma4Config) -> list[LayerConfig]:
 
 @torch.inference_mode()
 def compare_layers(model: Gemma4, ids: Tensor, layers: Mapping[int, Layered], whose: str, report: Report) -> None:
-    """Layers by their index, with the donors of those that share KV, on what `whose` layers were given for one prompt ids [T]:
-    their outputs' errors against the wider reference. It is `whose` error that decides how large ours may be."""
+    """Compare our layers with another implementation's, on the inputs that its layers were given.
+
+    ids [T]: the prompt. layers: what each layer was given and gave, by index, with the donors of
+    layers that share KV. whose: the other implementation's name. Its error against the wider
+    reference decides how large ours may be.
+    """
     with model.running():
         check = _Check(model, model.state_dict(), _Tokens(ids), report)
         step, kv = model.model.step([len(ids)], None), cast(reference.KV, {})
@@ -356,9 +366,10 @@ class _Check:
             self.step()
 
     def _stored(self) -> None:
-        """Quantized weights are read as their format says: some rows of each, dequantized as products do and by the formula.
+        """Compare some rows of each quantized weight, as products dequantize them, with the formula.
 
-        The truth's products and the torch backend's dequantize by the same code, so a fault in it would show nowhere else.
+        The truth and the torch backend dequantize by the same code, so their products cannot show
+        a fault in it.
         """
         checked = tuple(f"model.layers.{layer.index}." for layer in self.layers)
         for name, weight in self.tensors.items():
@@ -368,8 +379,10 @@ class _Check:
                 self.report.comparisons.append(Comparison("quantized weight", name, error, 0.0))
 
     def _history(self, layer: LayerConfig) -> tuple[Tensor, Tensor]:
-        """Random K, V [n, Hkv, D] of the positions before the first plan's tokens, as a cache would hold them. K has the norms
-        of the layer's own keys; where K is rebuilt from V, it is what plain PyTorch rebuilds."""
+        """Random K, V [n, Hkv, D] of the positions before the first plan's tokens, as cached.
+
+        K has the norms of the layer's own keys. Where K is rebuilt from V, plain PyTorch rebuilds it.
+        """
         if layer.index not in self.past:
             n, generator = self.plans[0].history, torch.Generator().manual_seed(layer.index)
             v = torch.randn(n, layer.num_kv_heads, layer.head_dim, generator=generator)
@@ -523,7 +536,8 @@ class _Check:
         """What the runs gave on some of their tokens, and the block alone on different numbers of rows."""
         i, block = layer.index, self.text.layer(layer.index)
         first, newest = self.extent.first, self.extent.newest
-        # Input, output, PLE [n, .] and phase. At level "quick" most pieces have no output: the first gives tokens.
+        # Input, output, PLE [n, .] and phase. At level "quick" most pieces have no output; of those,
+        # only the first gives tokens.
         picked: list[tuple[Tensor, Tensor | None, Tensor | None, str]] = []
         spare = DISTINCT - len(self.plans[0].sequences) - len(self.plans[1].sequences)
         for run in runs:
@@ -563,7 +577,8 @@ class _Check:
         crossover = moe_crossover(x.device, x.dtype) if layer.is_moe else math.inf
         many = MANY if crossover == math.inf else max(MANY, 1 + int(crossover))
         form = layer.intermediate_size, layer.is_moe
-        # At level "quick" the first layer of each form alone runs them; the others run the same code at the same shapes.
+        # At level "quick" only the first layer of each form runs them. The others would run the same
+        # code at the same shapes.
         counts = () if form in self.tried and not self.full else (*ROWS, many)
         self.tried.add(form)
 
@@ -597,7 +612,7 @@ class _Check:
             self._unchosen(layer, x)
 
     def _unchosen(self, layer: LayerConfig, x: Tensor) -> None:
-        """Some of the experts that the router chose for none of the tokens x [T, H]: up to UNCHOSEN of them, spread evenly."""
+        """Run up to UNCHOSEN experts, evenly spread, that the router chose for none of x [T, H]."""
         w, top_k = self._weights(True).layer(layer.index), self.config.top_k_experts
         router = w["router.scale"], w["router.proj.weight"], w["router.per_expert_scale"]
         eps = self.config.rms_norm_eps
@@ -607,7 +622,7 @@ class _Check:
             return
         count = min(UNCHOSEN, len(left))
         spread = [left[n * len(left) // count] for n in range(count)]
-        # The experts of a token differ. Others fill up the last token's, whose number must be top_k as well.
+        # Each token needs top_k different experts: others fill up the last token's.
         spread += [e for e in range(self.config.num_experts) if e not in spread[-(count % top_k) :]]
         tokens = -(-count // top_k)
         ids = torch.tensor(spread[: tokens * top_k], dtype=torch.int32, device=x.device).view(tokens, top_k)
@@ -638,7 +653,8 @@ class _Check:
     def _clear_calls(self, layer: LayerConfig, x: Tensor, *, half: bool = False) -> Tensor:
         """[T] bool: False where the router's last choice and the runner-up are too close to call.
 
-        half: another implementation is compared, whose router computes in half precision from an x of its own.
+        half: another implementation is compared. Its router computes in half precision, and its x
+        differs a little from this one.
         """
         clear = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
         if not layer.is_moe or self.config.top_k_experts == self.config.num_experts:
@@ -648,7 +664,7 @@ class _Check:
         logits = reference_ops.router_logits(x.to(self.wide), *args, self.config.rms_norm_eps)
         best = logits.topk(self.config.top_k_experts + 1, dim=-1).values
         margin = best[:, -2] - best[:, -1]
-        if not margin.any():  # experts that are equal everywhere have a rule (the lower id), and it is checked
+        if not margin.any():  # of equal experts the lower id is the right choice: the rule is checked
             return clear
         clear = margin > (HALF_CLOSE * logits.abs().amax(-1) if half else CLOSE_CALL)
         if not half and not clear.any():
@@ -685,9 +701,10 @@ class _Check:
             return all(r.ok for r in again())
 
     def _head(self, hidden: Tensor) -> None:
-        """Logits of given hidden states [T, H], the argmax form, and draws, for different numbers of rows.
+        """Logits, argmax and drawn tokens from hidden states [T, H], for different numbers of rows.
 
-        The one that runs alone is the one whose choice is clearest: a wrong one cannot pass for rounding.
+        The row that runs alone is the one whose likeliest token is furthest ahead, so that a wrong
+        choice cannot pass for rounding.
         """
         head, most = self.model.head, min(self.extent.logits, hidden.shape[0])
         hidden = hidden[-most:]
@@ -735,7 +752,11 @@ class _Check:
                 self._draws(h, t, allowed, table)
 
     def _sample(self, logits: Sequence[Tensor], ids: Sequence[Tensor]) -> Tensor:
-        """Ids of some rows of the head, in order: runs spread over it, what these logits [T, V] say is likeliest, these ids."""
+        """Ids of some rows of the head, in order.
+
+        They are runs of rows spread over the head, the likeliest tokens by these logits [T, V], and
+        the given ids.
+        """
         vocab = len(self.model.head)
         starts = torch.linspace(0, vocab - RUN, RUNS, dtype=torch.float64).long()
         runs = (starts[:, None] + torch.arange(RUN)).to(self.ids.device)
@@ -771,8 +792,9 @@ class _Check:
     ) -> None:
         """Tokens drawn from hidden states h [T, H] with these logits over a table.
 
-        Rounding decides only between tokens that are as likely within what plain PyTorch loses of a logit. whole: the table is
-        the head, of which each draw reads all. Not every way of drawing is tried again there.
+        A drawn token may differ from the right one only if their logits differ by no more than
+        plain PyTorch loses. whole: the table is the whole head. Each draw reads all of it, so only
+        some ways of drawing are tried.
         """
         rows, vocab, scale = *truth.shape, truth.abs().max().item() + 1e-30
         row, hot = torch.arange(rows, device=h.device), 1e12  # so hot that all that stay are as likely

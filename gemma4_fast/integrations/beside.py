@@ -17,7 +17,9 @@ from gemma4_fast.report import Comparison, Report
 from gemma4_fast.verify import Layered, compare_layers, kinds_of
 
 WHOSE = "transformers"
-TOKENS, STEPS = 64, 4  # at level "quick" the tokens compared; and those that are decoded one by one
+TOKENS = 8  # compared at level "quick", where each costs time in fp32
+LOGITS = 64  # newest tokens whose logits are compared at level "full"
+STEPS = 4  # of those, decoded one by one
 
 
 def native_of(model: nn.Module) -> Gemma4:
@@ -48,7 +50,7 @@ def compare(model: nn.Module, report: Report, ids: Tensor) -> None:
     experts = native.config.enable_moe_block and wide == torch.float32  # where routing differs now and then
     if report.level != "full" or experts or engine_of(text).head is None:
         return
-    n, steps = min(TOKENS, len(ids)), min(STEPS, len(ids) // 3)
+    n, steps = min(LOGITS, len(ids)), min(STEPS, len(ids) // 3)
     truth = reference.forward(native.state_dict(), native.config, ids, dtype=wide, last=n)
     ours, theirs = (_logits(text, ids, steps, fast).to(wide)[-n:] for fast in (True, False))
     for phase, part in (("prefill", slice(0, n - steps)), ("decode", slice(n - steps, n))):

@@ -22,9 +22,10 @@ SMALL = 1 << 20  # values of a matrix that is widened whole
 
 
 class Widened:
-    """A matrix [N, K], or one for each expert [E, N, K], that is widened to `dtype` where it is multiplied by.
+    """A matrix [N, K], or one for each expert [E, N, K], that is widened block by block in products.
 
-    It offers what this page asks of a weight: `shape`, `dtype`, `to`, an expert by its number, and `F.linear`.
+    It offers what this page needs of a weight: `shape`, `dtype`, `to`, indexing by an expert's
+    number, and `F.linear`.
     """
 
     def __init__(self, weight: Any, dtype: torch.dtype) -> None:
@@ -64,9 +65,10 @@ class Weights(Mapping[str, Tensor]):
         return w if self._dtype is None else w.to(self._dtype)
 
     def matrix(self, w: Tensor) -> Tensor:
-        """w as these weights are read, widened where it is multiplied by if it is large.
+        """w in the dtype of these weights. A large one is widened block by block, in its products.
 
-        A large one that stays as it is is multiplied by in blocks too: PyTorch may copy a whole one.
+        A large one that keeps its dtype is also multiplied in blocks, since PyTorch may copy a whole
+        matrix before a product.
         """
         if w.numel() <= SMALL or (self._dtype is None and not isinstance(w, Tensor)):
             return self.widened(w)
