@@ -1,9 +1,10 @@
 """The compiled libraries: `gemma4_fast._native`, what this machine can do, `gemma4_fast._cpu`, the CPU kernels, and
 `gemma4_fast._cuda`, those of NVIDIA's GPUs.
 
-All are optional: where one was not built, these functions return None and `missing_reason()`, `kernels_missing()` or
-`cuda_kernels_missing()` says why, and what to do. Nothing is loaded before the first call. The CUDA
-kernels are also built then, if the installation has none for these GPUs: for those alone, into a folder of the user's cache.
+All are optional. Where one was not built, these functions return None, and `missing_reason()`,
+`kernels_missing()` or `cuda_kernels_missing()` says why and what to do. Nothing is loaded before
+the first call. That call also builds the CUDA kernels if the installation has none for these GPUs:
+it builds for these GPUs only, into the user's cache folder.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def not_built(what: str, needs: str) -> str:
 
 
 def _installed_elsewhere(package: Path) -> Path | None:
-    """The folder of another copy of this package on sys.path whose libraries were built; None if there is none."""
+    """The folder of another copy of this package on sys.path that has its libraries, or None."""
     for entry in sys.path:
         folder = Path(entry, package.name)
         if (folder / _installed("_native").name).is_file() and not folder.samefile(package):
