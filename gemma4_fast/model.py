@@ -84,7 +84,9 @@ class Gemma4(nn.Module):
         does neither. True is "quick", unless the same model has passed on this machine before and
         nothing has changed since: see `verdict` and gemma4_fast/verdicts.py. load_format "dummy"
         reads config.json only and fills in seeded random weights.
-        progress: on a terminal, show bars while a large checkpoint is read and while it is checked.
+        progress: on a terminal, show bars while a large checkpoint is read and while it is checked,
+        and a line if an earlier verdict serves in place of the check. (Elsewhere that line is
+        logged at level INFO.)
         check_memory: before any weights are read or downloaded, compare what the model needs with
         the memory that is free: its weights, the cache of one sequence of 4096 tokens, 0.5 GiB for
         the process, and the self-check. If the weights alone do not fit, UnsupportedError says what
@@ -132,6 +134,12 @@ class Gemma4(nn.Module):
         if check:
             with terminal.progress_bar("checking", shown=progress) as bar:
                 verdicts.settle(model, check, progress=bar)
+            if model.verdict is not None and model.verdict.from_disk:
+                line = f'gemma4_fast: {model.verdict}; check="{model.verdict.level}" runs it again'
+                if bar is None:
+                    log.info("%s", line)
+                else:
+                    terminal.note(line)
         return model
 
     @classmethod

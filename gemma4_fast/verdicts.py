@@ -22,7 +22,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import logging
 import os
 import platform
 import stat
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
     from gemma4_fast.report import Report
 
-log = logging.getLogger("gemma4_fast")
 
 LEVELS = ("quick", "full")
 
@@ -82,8 +80,7 @@ def settle(
 ) -> Report | None:
     """Check the model as the argument `check` of `Gemma4.from_pretrained` says.
 
-    True uses a verdict from disk if there is one, and logs that at level INFO. Otherwise True
-    checks like "quick". "quick" and "full" always check. The verdict is stored in
+    True uses a verdict from disk if there is one, and otherwise checks like "quick". "quick" and "full" always check. The verdict is stored in
     `model.verdict`, and on disk if the model was loaded from a checkpoint. Returns the report, or
     None if no check ran. SelfCheckError: the model is wrong.
     """
@@ -91,10 +88,7 @@ def settle(
 
     key = key_of(model)
     model.verdict = read(key) if check is True and key is not None else None
-    if model.verdict is not None:
-        log.info('gemma4_fast: %s; check="%s" runs it again', model.verdict, model.verdict.level)
-        return None
-    if not check:
+    if not check or model.verdict is not None:
         return None
     level = "full" if check == "full" else "quick"
     report = verify(model, level=level, seed=seed, progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -57,6 +58,11 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def load(path: str | Path = "tiny", **options: Any) -> Gemma4:
     return Gemma4.from_pretrained(path, progress=False, **options)
 
@@ -89,6 +95,26 @@ def test_the_logger_tells_when_the_model_passed(
     assert caplog.messages == []
     found = load().verdict
     assert caplog.messages == [f'gemma4_fast: {found}; check="quick" runs it again']
+
+
+def test_a_terminal_tells_when_the_model_passed(
+    kept: Path,
+    runs: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="gemma4_fast")
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    Gemma4.from_pretrained("tiny")
+    before = len(shown.getvalue())
+    found = Gemma4.from_pretrained("tiny").verdict
+    line = f'gemma4_fast: {found}; check="quick" runs it again'
+    assert line in shown.getvalue()[before:]
+    assert caplog.messages == []
+    before = len(shown.getvalue())
+    load()
+    assert line not in shown.getvalue()[before:]
 
 
 def test_the_command_line_names_its_own_option(
