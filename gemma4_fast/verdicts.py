@@ -80,9 +80,10 @@ def settle(
 ) -> Report | None:
     """Check the model as the argument `check` of `Gemma4.from_pretrained` says.
 
-    True uses a verdict from disk if there is one, and otherwise checks like "quick". "quick" and "full" always check. The verdict is stored in
-    `model.verdict`, and on disk if the model was loaded from a checkpoint. Returns the report, or
-    None if no check ran. SelfCheckError: the model is wrong.
+    True uses a verdict from disk if there is one, and otherwise checks like "quick". "quick" and
+    "full" always check. The verdict is stored in `model.verdict`, and on disk if the model was
+    loaded from a checkpoint. Returns the report, or None if no check ran. SelfCheckError: the
+    model is wrong.
     """
     from gemma4_fast.verify import verify
 
