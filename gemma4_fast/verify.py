@@ -667,8 +667,6 @@ class _Check:
         if not margin.any():  # of equal experts the lower id is the right choice: the rule is checked
             return clear
         clear = margin > (HALF_CLOSE * logits.abs().amax(-1) if half else CLOSE_CALL)
-        if not half and not clear.any():
-            return torch.ones_like(clear)
         self.report.close_calls += int((~clear).sum())
         return clear
 

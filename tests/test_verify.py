@@ -496,6 +496,22 @@ def test_equal_experts_do_not_blind_the_check(tiny_fp32: Gemma4) -> None:
         assert not verify(model).ok
 
 
+def test_experts_that_are_almost_equal_may_be_chosen_otherwise(tiny_fp32: Gemma4) -> None:
+    """Their logits differ by less than rounding may, for every token."""
+    model = copy.deepcopy(tiny_fp32)
+    for i in range(len(model.model.layers)):
+        weight = model.model.layer(i).router.proj.weight
+        weight.copy_(weight[0] * (1 + 1e-6 * torch.arange(len(weight))[:, None] / len(weight)))
+
+    def lowest(x: Any, scale: Any, proj: Any, per_expert: Any, top_k: int, eps: float) -> Any:
+        weights, ids = reference.route_topk(x, scale, proj, per_expert, top_k, eps)
+        return weights, proj.shape[0] - 1 - ids
+
+    with broken("route_topk", lowest):
+        report = verify(model)
+    assert report.ok and report.close_calls
+
+
 @pytest.mark.parametrize(("within", "ok"), [(1 / 64, True), (1.0, False)])
 def test_a_toss_up_of_a_flat_router_is_no_alarm(within: float, ok: bool) -> None:
     """Two implementations in half precision may choose differently, however small all margins are."""
