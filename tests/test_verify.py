@@ -501,7 +501,7 @@ def test_experts_that_are_almost_equal_may_be_chosen_otherwise(tiny_fp32: Gemma4
     model = copy.deepcopy(tiny_fp32)
     for i in range(len(model.model.layers)):
         weight = model.model.layer(i).router.proj.weight
-        weight.copy_(weight[0] * (1 + 1e-6 * torch.arange(len(weight))[:, None] / len(weight)))
+        weight.copy_(weight[0] * (1 + 1e-5 * torch.arange(len(weight))[:, None] / len(weight)))
 
     def lowest(x: Any, scale: Any, proj: Any, per_expert: Any, top_k: int, eps: float) -> Any:
         weights, ids = reference.route_topk(x, scale, proj, per_expert, top_k, eps)
@@ -509,7 +509,8 @@ def test_experts_that_are_almost_equal_may_be_chosen_otherwise(tiny_fp32: Gemma4
 
     with broken("route_topk", lowest):
         report = verify(model)
-    assert report.ok and report.close_calls
+    assert report.ok, report.verdict()
+    assert report.close_calls
 
 
 @pytest.mark.parametrize(("within", "ok"), [(1 / 64, True), (1.0, False)])
