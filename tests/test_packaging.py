@@ -327,7 +327,7 @@ from gemma4_fast import native
 print(native.kernels_missing())
 """
     said = run(sys.executable, "-c", code, installed, cwd=tree)
-    assert f"Python was started in {tree}" in said and f"installed in {installed}" in said
+    assert f"Python was started in {tree}" in said and f"installed package in {installed}" in said
     assert "compiler" not in said
 
 

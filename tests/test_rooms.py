@@ -14,7 +14,8 @@ PACKAGE = Path(gemma4_fast.__file__).parent
 LOW = {"errors", "files", "tables", "config", "native"}
 ALLOWED: dict[str, set[str]] = {
     "cuda_build": set(),
-    "native": {"cuda_build"},
+    "files": {"errors"},
+    "native": {"cuda_build", "files"},
     "quant": {"native"},
     "reference": {"reference", "config", "quant"},
     "ops": {"ops", "reference", "errors", "native", "quant"},
@@ -35,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"bench", "reference", "ops", "cache", "layers", "memory", "model", "terminal", "explain"}
     | {"weights", "quant"},
     "verify": {"ops", "cache", "config", "graph", "layers", "edges", "report", "reference"} | {"native", "quant", "sampling"},
-    "verdicts": {"native", "ops", "layers"},
+    "verdicts": {"files", "native", "ops", "layers"},
     "integrations": {
         "integrations",
         "ops",
