@@ -7,7 +7,7 @@ query points straight at one key: the oldest it may see, the one just before tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NEW = 16  # tokens whose queries are pointed
 SHORT = 5  # length of a sequence whose cache is mostly empty
-HEADS = 4  # KV heads that are judged: the first, the last, and some between
+HEADS = 4  # KV heads that the reference takes at once
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
@@ -43,10 +43,6 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
     freq = model.model.inv_freq(layer.is_sliding, device)
     k_weight = owner.k_norm.weight
     rebuild: tuple[Any, ...] = (freq, k_weight) if layer.k_eq_v else (None, None)
-    group = layer.num_q_heads // layer.num_kv_heads
-    count = min(HEADS, layer.num_kv_heads)
-    kv_heads = torch.linspace(0, layer.num_kv_heads - 1, count).round().long().to(device)
-    q_heads = (kv_heads[:, None] * group + torch.arange(group, device=device)).flatten()
     generator = torch.Generator().manual_seed(layer.index)
 
     def randn(*shape: int) -> Tensor:
@@ -63,7 +59,7 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         """Queries [..., Hq, D] whose score with key [..., Hkv, D] outweighs all other keys together a hundredfold."""
         score = math.log(total) + 5
         q = key.float() * score / key.float().square().sum(-1, keepdim=True)
-        return q.to(dtype).repeat_interleave(group, -2)
+        return q.to(dtype).repeat_interleave(layer.num_q_heads // layer.num_kv_heads, -2)
 
     def widened(*args: Any) -> list[Any]:
         return [a.to(wide) if isinstance(a, Tensor) and a.dtype == dtype else a for a in args]
@@ -74,33 +70,35 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         mask = key[None] <= rows[:, None]
         if window is not None:
             mask &= key[None] > rows[:, None] - window
-        own_q, own_k, own_v = judged(q[rows], k, v)
-        wide_q, wide_k, wide_v = widened(own_q, own_k, own_v)
+        wide_q, wide_k, wide_v = widened(q[rows], k, v)
         truth = reference.attend(wide_q, wide_k, wide_v, mask, 1.0)
-        plain = reference.attend(own_q, own_k, own_v, mask, 1.0)
+        plain = reference.attend(q[rows], k, v, mask, 1.0)
         bounds = torch.tensor([0, total], dtype=torch.int32, device=device)
-        got = ops.gqa_prefill(q, k, v, bounds, window)[rows][:, q_heads]
+        got = ops.gqa_prefill(q, k, v, bounds, window)[rows]
         return "gqa_prefill", phase, relative_error(got, truth), relative_error(plain, truth)
 
-    def judged(*args: Any) -> list[Any]:
-        """An attention op's arguments with the judged heads alone.
+    def in_parts(plain_op: Callable[..., Tensor], wide_args: bool, *args: Any) -> Tensor:
+        """The reference on some heads after the others, so that not all of a cache is widened at once.
 
-        Tensors with heads are queries [.., Hq, D] first, then keys and values [.., Hkv, D].
+        The arguments with more than two axes are [..., heads, D]: the queries first, then keys and values.
         """
-        own = list(args)
-        for i, a in enumerate(args):
-            if isinstance(a, Tensor) and a.dim() > 2:
-                own[i] = a.index_select(-2, q_heads if i == 0 else kv_heads)
-        return own
+        group, outs = layer.num_q_heads // layer.num_kv_heads, []
+        for first in range(0, layer.num_kv_heads, HEADS):
+            last = min(first + HEADS, layer.num_kv_heads)
+            own = []
+            for i, a in enumerate(args):
+                if isinstance(a, Tensor) and a.dim() > 2:
+                    by = group if i == 0 else 1
+                    a = a[..., first * by : last * by, :]
+                own.append(a)
+            outs.append(plain_op(*(widened(*own) if wide_args else own)))
+        return torch.cat(outs, -2)
 
     def judge(op: str, phase: str, args: Sequence[Any], sequences: Sequence[Sequence[Any]]) -> tuple[str, str, float, float]:
         """op(*args) beside the reference, which takes one of these sequences' arguments after the other."""
         plain_op = getattr(reference, op)
-        parts = [judged(*own) for own in sequences]
-        truth = torch.cat([plain_op(*widened(*own)) for own in parts])
-        plain = torch.cat([plain_op(*own) for own in parts])
-        got = getattr(ops, op)(*args)[:, q_heads]
-        return op, phase, relative_error(got, truth), relative_error(plain, truth)
+        truth, plain = (torch.cat([in_parts(plain_op, wide_args, *own) for own in sequences]) for wide_args in (True, False))
+        return op, phase, relative_error(getattr(ops, op)(*args), truth), relative_error(plain, truth)
 
     def judge_decode(phase: str, q: Tensor, k: Tensor | None, v: Tensor, lens: Tensor) -> tuple[str, str, float, float]:
         sequences = [
@@ -126,8 +124,8 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         picked.append(target if 0 <= target < total else t)
     targets = torch.tensor(picked, device=device)
     # The first rows, some of each stretch, and all from where the window begins to leave something out.
-    some = [t for t in range(total) if t < NEW or t % 97 < 4 or t >= total - 3 * NEW]
-    at = torch.tensor(some, device=device)
+    judged = [t for t in range(total) if t < NEW or t % 97 < 4 or t >= total - 3 * NEW]
+    at = torch.tensor(judged, device=device)
     q = v.new_zeros(total, layer.num_q_heads, layer.head_dim)
     q[at] = point(k[targets[at]])
     yield judge_rows("prefill", q, k, v, at)

@@ -191,7 +191,9 @@ def _misread(view: QuantizedWeight) -> float:
         ids = torch.arange(start, min(start + PANEL + 1, n), device=view.device)
         for dtype in {torch.float32, view.dtype}:
             got = view[start : start + len(ids)].dequantize(dtype)
-            worst = max(worst, relative_error(got, view.rows_by_formula(ids, dtype)))
+            want = view.rows_by_formula(ids, dtype)
+            if not torch.equal(got, want):  # equal infinities are right, and fp16 has no room for norms
+                worst = max(worst, relative_error(got.float(), want.float()))
     return worst
 
 
@@ -814,9 +816,7 @@ class _Check:
             ("by top_p", Sampling(apart, top_k=2, top_p=0.4), late, torch.zeros_like(row)),
             ("by min_p", Sampling(apart, top_k=2, min_p=1.0), late, torch.zeros_like(row)),
         ]
-        if whole:  # a draw made of logits and of PyTorch's top_k has been judged by its parts
-            plan = plan[:1] if self.report.backends["sample"] == "composed" else plan[:2]
-        for what, sampling, uniform, wanted in plan:
+        for what, sampling, uniform, wanted in plan[:2] if whole else plan:
             got = ops.sample(h, table, *self.model._draw(sampling, uniform.float()))
             missed = math.inf
             if sampling.top_k == 0:

@@ -674,6 +674,30 @@ def test_a_quantized_weight_that_is_read_wrongly_is_found(
     assert {c.what for c in report.comparisons if not c.ok} == {"quantized weight"}
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_zero_rows_in_half_precision_are_no_alarm(quantize: str) -> None:
+    """A padded vocabulary has such rows, and in fp16 their norm has no smallest value to divide by."""
+    model = Gemma4.from_pretrained("tiny", dtype="float16", quantize=quantize, check=False)
+    assert isinstance(model.head, QuantizedWeight)
+    model.head[-20:].copy_(torch.zeros(20, model.head.shape[1]))
+    assert verify(model).ok
+
+
+def test_a_wrong_top_k_over_a_large_head_is_found(
+    large_head: Gemma4,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = torch_backend.draw
+
+    def wrong(logits: torch.Tensor, uniform: Any, temperature: Any, top_k: int, *rest: Any) -> Any:
+        few = 2 if top_k and logits.shape[1] > 16384 else top_k
+        return right(logits, uniform, temperature, few, *rest)
+
+    monkeypatch.setattr("gemma4_fast.ops.linear.draw", wrong)
+    report = verify(large_head)
+    assert {c.phase for c in report.comparisons if not c.ok} == {"1 row, of the top k"}
+
+
 def test_every_expert_of_a_small_model_is_run(tiny_fp32: Gemma4) -> None:
     """Those that no token chose are fewer than a token takes, or no multiple of that."""
     run: set[int] = set()
