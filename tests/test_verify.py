@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -693,7 +694,8 @@ def test_a_wrong_top_k_over_a_large_head_is_found(
         few = 2 if top_k and logits.shape[1] > 16384 else top_k
         return right(logits, uniform, temperature, few, *rest)
 
-    monkeypatch.setattr("gemma4_fast.ops.linear.draw", wrong)
+    # The package exports an op by the module's name.
+    monkeypatch.setattr(sys.modules["gemma4_fast.ops.linear"], "draw", wrong)
     report = verify(large_head)
     assert {c.phase for c in report.comparisons if not c.ok} == {"1 row, of the top k"}
 
