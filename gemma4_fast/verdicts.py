@@ -135,10 +135,13 @@ def key_of(model: Gemma4) -> str | None:
     None if no key can cover that: the model was not loaded from a checkpoint, or an op runs on a
     backend that another package has added.
     """
-    if model.source is None or _uses_foreign_code(model):
+    if model.source is None:
+        return None
+    parts = parts_of(model)
+    if any(_from_outside(op, backend) for op, backend in parts["backends"].items()):
         return None
     sha = hashlib.sha256()
-    for part in parts_of(model).items():
+    for part in parts.items():
         _add(sha, *part)
     return sha.hexdigest()
 
@@ -166,15 +169,10 @@ def parts_of(model: Gemma4) -> dict[str, Any]:
     }
 
 
-def _uses_foreign_code(model: Gemma4) -> bool:
-    """Whether the function that serves one of the model's ops lies outside this package."""
-    with model.running():
-        for name in model_ops(model.config):
-            backend, _ = ops.decide(name, model.device, model.dtype)
-            impl = ops.TABLE[name].impls.get(backend)
-            if impl is not None and not impl.path.startswith("gemma4_fast."):
-                return True
-    return False
+def _from_outside(op: str, backend: str) -> bool:
+    """Whether the function by which a backend serves an op lies outside this package."""
+    impl = ops.TABLE[op].impls.get(backend)
+    return impl is not None and not impl.path.startswith("gemma4_fast.")
 
 
 def _libraries() -> list[tuple[str, str]]:

@@ -664,10 +664,10 @@ class _Check:
         w = self._weights(True).layer(layer.index)
         args = w["router.scale"], w["router.proj.weight"]
         logits = reference_ops.router_logits(x.to(self.wide), *args, self.config.rms_norm_eps)
-        best = logits.topk(self.config.top_k_experts + 1, dim=-1).values
-        margin = best[:, -2] - best[:, -1]
         if not logits.any():  # all experts are equal: then the lower ids are right, which is checked
             return clear
+        best = logits.topk(self.config.top_k_experts + 1, dim=-1).values
+        margin = best[:, -2] - best[:, -1]
         clear = margin > (HALF_CLOSE * logits.abs().amax(-1) if half else CLOSE_CALL)
         self.report.close_calls += int((~clear).sum())
         return clear

@@ -17,6 +17,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from streams import Terminal
 
 from gemma4_fast import Gemma4, Gemma4Config, __version__, cli, demo, ops, terminal
 from gemma4_fast.arguments import CHECKS
@@ -447,11 +448,6 @@ def test_a_kept_cache_answers_as_none_does(run: Run, monkeypatch: pytest.MonkeyP
     fresh = [json.loads(line) for line in run(*options, stdin=script)[1].splitlines()]
     assert [t["tokens"] for t in kept] == [t["tokens"] for t in fresh]
     assert all(t["prompt_tokens"] == t["prefilled_tokens"] for t in fresh)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from streams import Terminal
 
 from gemma4_fast import Gemma4, SelfCheckError, ops, use_backend, verdicts, verify
 from gemma4_fast.cli import main
@@ -56,11 +56,6 @@ def checkpoint(tmp_path: Path) -> Path:
     for name in names:
         shutil.copy2(tiny_path() / name, folder / name)
     return folder
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def load(path: str | Path = "tiny", **options: Any) -> Gemma4:

@@ -482,6 +482,12 @@ def test_input_ids_may_be_given(tiny: Gemma4) -> None:
         verify(tiny, level="thorough")
 
 
+def _highest_ids(x: Any, scale: Any, proj: Any, per_expert: Any, top_k: int, eps: float) -> Any:
+    """The router of experts that are equal, but with the highest ids in the place of the lowest."""
+    weights, ids = reference.route_topk(x, scale, proj, per_expert, top_k, eps)
+    return weights, proj.shape[0] - 1 - ids
+
+
 def test_equal_experts_do_not_blind_the_check(tiny_fp32: Gemma4) -> None:
     """Where all experts are equally likely the lower ids win: a rule, so a router that breaks it is wrong."""
     model = copy.deepcopy(tiny_fp32)
@@ -489,11 +495,7 @@ def test_equal_experts_do_not_blind_the_check(tiny_fp32: Gemma4) -> None:
         model.model.layer(i).router.proj.weight.zero_()
     assert verify(model).ok
 
-    def highest(x: Any, scale: Any, proj: Any, per_expert: Any, top_k: int, eps: float) -> Any:
-        weights, ids = reference.route_topk(x, scale, proj, per_expert, top_k, eps)
-        return weights, proj.shape[0] - 1 - ids
-
-    with broken("route_topk", highest):
+    with broken("route_topk", _highest_ids):
         assert not verify(model).ok
 
 
@@ -504,11 +506,7 @@ def test_experts_that_are_almost_equal_may_be_chosen_otherwise(tiny_fp32: Gemma4
         weight = model.model.layer(i).router.proj.weight
         weight.copy_(weight[0] * (1 + 1e-5 * torch.arange(len(weight))[:, None] / len(weight)))
 
-    def lowest(x: Any, scale: Any, proj: Any, per_expert: Any, top_k: int, eps: float) -> Any:
-        weights, ids = reference.route_topk(x, scale, proj, per_expert, top_k, eps)
-        return weights, proj.shape[0] - 1 - ids
-
-    with broken("route_topk", lowest):
+    with broken("route_topk", _highest_ids):
         report = verify(model)
     assert report.ok, report.verdict()
     assert report.close_calls

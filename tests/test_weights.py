@@ -20,6 +20,7 @@ from bounds import allowed, error
 from family import in_fp64
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
+from streams import Terminal
 from test_native import require_native
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
@@ -497,11 +498,6 @@ def test_a_checkpoint_larger_than_the_model_streams_through(tmp_path: Path) -> N
         assert result < share * file
         assert result * 0.9 < anonymous <= result + largest  # a peak below the result would be one that was not seen
         assert mapped <= 1.5 * largest  # with what the code itself needs of libraries
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_progress_goes_to_a_terminal_on_stderr_only(

@@ -9,9 +9,9 @@ namespace gemma4_fast {
 namespace GEMMA4_ISA {
 namespace {
 
-// Groups that are dequantized together. A row's bytes are read as vectors long after they were written one by one: a
-// processor cannot hand one load what several stores in flight hold, and would wait for all stores before them.
-// (One group at a time: up to 10 times slower while other virtual machines use the memory.)
+// Groups that are dequantized together, so that a row's bytes are read as vectors long after they were
+// written one by one. A load that needs the bytes of several recent stores has to wait until these have
+// reached the cache. One group at a time was up to 10 times slower while the host was busy.
 constexpr int64_t kTogether = 8;
 constexpr int64_t kAhead = 16;  // groups: sixteen rows are more streams than hardware prefetchers follow
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from gemma4_fast.bench.load import summary
 from gemma4_fast.bench.machine import label
 from gemma4_fast.bench.rows import OURS, Row
-from gemma4_fast.bench.show import above, memory, notes, number, numbers, who
+from gemma4_fast.bench.show import above, busy, memory, number, numbers, who
 from gemma4_fast.config import PRESETS
 
 _LONG = 131072  # tokens of context at which the README tells the size of the caches
@@ -124,7 +124,7 @@ def _notes(row: Row | None) -> list[str]:
     if row is None or row.status != "ok":
         return []
     reason = above(row) if _told(row) else ""
-    return [note for note in notes(row) if note == reason or note.startswith("busy: ")]
+    return [reason, *busy(row)] if reason else busy(row)
 
 
 def _speed(row: Row | None, fastest: Row | None) -> str:

@@ -92,9 +92,14 @@ def notes(row: Row) -> list[str]:
         found.append("warm: too small to rotate out of the cache")
     if text := above(row):
         found.append(text)
-    if row.busy:
-        found += [f"busy: {why}" for why in load.reasons(row) or ["the row does not say why"]]
-    return found
+    return found + busy(row)
+
+
+def busy(row: Row) -> list[str]:
+    """The notes on why a row counts as busy; none if it does not."""
+    if not row.busy:
+        return []
+    return [f"busy: {why}" for why in load.reasons(row) or ["the row does not say why"]]
 
 
 def numbers(of_row: Sequence[str], every: Sequence[str]) -> str:
