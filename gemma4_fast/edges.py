@@ -7,7 +7,7 @@ query points straight at one key: the oldest it may see, the one just before tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
 
 NEW = 16  # tokens whose queries are pointed
+HEADS = 4  # KV heads that the reference takes at once
 SHORT = 5  # length of a sequence whose cache is mostly empty
+
+
+Edge = tuple[str, str, float, float]  # op, phase, relative error, what plain PyTorch loses
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
@@ -33,8 +37,8 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
     return worst.max().item() if worst.isfinite().all() else math.inf
 
 
-def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterator[tuple[str, str, float, float]]:
-    """Yields (op, phase, relative error, what plain PyTorch loses) for this kind of layer at its true shapes."""
+def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterator[Edge]:
+    """Compare this kind of layer's attention at its true shapes."""
     dtype, device, window = model.dtype, model.device, layer.window
     total = min((window or 2 * NEW) + 2 * NEW, model.config.max_position_embeddings)
     new, short = min(NEW, total // 2), min(SHORT, total - 1)
@@ -63,26 +67,31 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
     def widened(*args: Any) -> list[Any]:
         return [a.to(wide) if isinstance(a, Tensor) and a.dtype == dtype else a for a in args]
 
-    def judge_rows(phase: str, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> tuple[str, str, float, float]:
-        """A prefill of one sequence, of which the reference computes some rows alone."""
-        key = torch.arange(total, device=device)
-        mask = key[None] <= rows[:, None]
-        if window is not None:
-            mask &= key[None] > rows[:, None] - window
-        wide_q, wide_k, wide_v = widened(q[rows], k, v)
-        truth = reference.attend(wide_q, wide_k, wide_v, mask, 1.0)
-        plain = reference.attend(q[rows], k, v, mask, 1.0)
-        bounds = torch.tensor([0, total], dtype=torch.int32, device=device)
-        got = ops.gqa_prefill(q, k, v, bounds, window)[rows]
-        return row("gqa_prefill", phase, got, truth, plain)
+    def heads(args: Sequence[Any], first: int) -> list[Any]:
+        """The arguments for HEADS KV heads. Those with more than two axes are [..., heads, D], the queries first."""
+        group = layer.num_q_heads // layer.num_kv_heads
+        own = []
+        for i, a in enumerate(args):
+            if isinstance(a, Tensor) and a.dim() > 2:
+                by = group if i == 0 else 1
+                a = a[..., first * by : (first + HEADS) * by, :]
+            own.append(a)
+        return own
 
-    def references(op: str, sequences: Sequence[Sequence[Any]]) -> tuple[Tensor, Tensor]:
-        """The truth, and what plain PyTorch gives, for one of these sequences' arguments after the other."""
-        plain_op = getattr(reference, op)
-        truth = torch.cat([plain_op(*widened(*own)) for own in sequences])
-        return truth, torch.cat([plain_op(*own) for own in sequences])
+    def references(plain_op: Callable[..., Tensor], sequences: Sequence[Sequence[Any]]) -> tuple[Tensor, Tensor]:
+        """The truth, and what plain PyTorch gives, for one of these sequences' arguments after the other.
 
-    def row(op: str, phase: str, got: Tensor, truth: Tensor, plain: Tensor) -> tuple[str, str, float, float]:
+        They take a few heads at a time, so that not all of a cache is widened at once.
+        """
+        blocks = range(0, layer.num_kv_heads, HEADS)
+        truth, plain = [], []
+        for args in sequences:
+            parts = [heads(args, first) for first in blocks]
+            truth.append(torch.cat([plain_op(*widened(*own)) for own in parts], -2))
+            plain.append(torch.cat([plain_op(*own) for own in parts], -2))
+        return torch.cat(truth), torch.cat(plain)
+
+    def row(op: str, phase: str, got: Tensor, truth: Tensor, plain: Tensor) -> Edge:
         return op, phase, relative_error(got, truth), relative_error(plain, truth)
 
     def fill(kv: LayerCache, lens: Sequence[int]) -> None:
@@ -98,6 +107,25 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         k_own = None if kv.k is None else kv.k[own]
         return q[own], k_own, kv.v[own], lens[own], window, None, *rebuild
 
+    def decode(
+        kv: LayerCache,
+        phase: str,
+        host_lens: Sequence[int],
+        pointed: Sequence[Tensor],
+        alone: Sequence[int] = (),
+    ) -> Iterator[Edge]:
+        """One step of sequences of these lengths, whose queries point at these keys; of some also alone."""
+        fill(kv, host_lens)
+        q, lens = point(torch.stack(tuple(pointed))), torch.tensor(host_lens, dtype=torch.int32, device=device)
+        parts = [slice(b, b + 1) for b in range(len(host_lens))]
+        args = [decode_args(kv, q, lens, own) for own in parts]
+        truth, plain = references(reference.gqa_decode, args)
+        got = ops.gqa_decode(*decode_args(kv, q, lens, slice(None)))
+        yield row("gqa_decode", phase, got, truth, plain)
+        for b in alone:  # kernels split the work by the size of the batch
+            got = ops.gqa_decode(*args[b])
+            yield row("gqa_decode", "decode, batch 1", got, truth[parts[b]], plain[parts[b]])
+
     v = randn(total, layer.num_kv_heads, layer.head_dim)
     k = keys(v)
     picked = []
@@ -111,14 +139,22 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
     at = torch.tensor(judged, device=device)
     q = v.new_zeros(total, layer.num_q_heads, layer.head_dim)
     q[at] = point(k[targets[at]])
-    yield judge_rows("prefill", q, k, v, at)
+    key = torch.arange(total, device=device)
+    mask = key[None] <= at[:, None]
+    if window is not None:
+        mask &= key[None] > at[:, None] - window
+    expected = references(reference.attend, [(q[at], k, v, mask, 1.0)])
+    bounds = torch.tensor([0, total], dtype=torch.int32, device=device)
+    got = ops.gqa_prefill(q, k, v, bounds, window)[at]
+    yield row("gqa_prefill", "prefill", got, *expected)
 
     # A further chunk of two sequences with different prefixes: the second has the first's tokens, but stops earlier.
     kv = allocate(layer, 2, total, dtype, device)
     prefixes = [total - new, max(1, total - new - new // 2)]
-    for b, prefix in enumerate(prefixes):
-        at = torch.arange(max(0, prefix - kv.slots), prefix, device=device)
-        kv.write(k[at], v[at], kv.rows(torch.full_like(at, b), at))
+    everywhere = torch.arange(kv.slots, device=device)
+    garbage_v = -v[everywhere % total]
+    garbage_k = keys(garbage_v) if layer.k_eq_v else -k[everywhere % total]
+    fill(kv, prefixes)
     rows = torch.cat([torch.arange(prefix, prefix + new, device=device) for prefix in prefixes])
     q = point(k[targets[rows]])
     bounds = torch.tensor([0, new, 2 * new], dtype=torch.int32, device=device)
@@ -132,30 +168,16 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         sequences.append((q[own], k[of], v[of], bounds[:2], window, *old))
     old = kv.k, kv.v, lens, None, *rebuild
     got = ops.gqa_prefill(q, k[rows], v[rows], bounds, window, *old)
-    yield row("gqa_prefill", "chunk", got, *references("gqa_prefill", sequences))
+    yield row("gqa_prefill", "chunk", got, *references(reference.gqa_prefill, sequences))
 
     # Decode: the newest key, beside an idle row, in the cache that the chunk has left. Then the
     # oldest key in the window, the one before it if the ring still has it, and an empty slot.
-    everywhere = torch.arange(kv.slots, device=device)
-    garbage_v = -v[everywhere % total]
-    garbage_k = keys(garbage_v) if layer.k_eq_v else -k[everywhere % total]
     last = total - 1
     oldest = max(0, last - window + 1) if window is not None else 0
     before = oldest - 1 if oldest - 1 > last - kv.slots and oldest > 0 else last
-    batches = [
-        ("decode beside an idle row", [total, 0], (k[last], k[last]), []),
-        ("decode", [total, total, short], (k[oldest], k[before], garbage_k[short]), [0, 2]),
-    ]
-    for phase, host, pointed, alone in batches:
-        if len(host) != len(kv.v):
-            kv = allocate(layer, len(host), total, dtype, device)
-        fill(kv, host)
-        q, lens = point(torch.stack(pointed)), torch.tensor(host, dtype=torch.int32, device=device)
-        parts = [slice(b, b + 1) for b in range(len(host))]
-        of = [decode_args(kv, q, lens, own) for own in parts]
-        truth, plain = references("gqa_decode", of)
-        got = ops.gqa_decode(*decode_args(kv, q, lens, slice(None)))
-        yield row("gqa_decode", phase, got, truth, plain)
-        for b in alone:  # kernels split the work by the size of the batch
-            got = ops.gqa_decode(*of[b])
-            yield row("gqa_decode", "decode, batch 1", got, truth[parts[b]], plain[parts[b]])
+    del sequences, old
+    yield from decode(kv, "decode beside an idle row", [total, 0], [k[last], k[last]])
+    del kv
+    kv = allocate(layer, 3, total, dtype, device)
+    pointed = [k[oldest], k[before], garbage_k[short]]
+    yield from decode(kv, "decode", [total, total, short], pointed, alone=(0, 2))

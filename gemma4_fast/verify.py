@@ -194,10 +194,11 @@ def _misread(view: WeightLike, wide: torch.dtype) -> float:
     x = x.to(view.device, wide)
     for start in (0, *(at for at in borders if 0 <= at < n), max(0, n - PANEL - 1)):
         ids = torch.arange(start, min(start + PANEL + 1, n), device=view.device)
-        rows = view[start : start + len(ids)]
+        rows: WeightLike = view[start : start + len(ids)]
         if isinstance(view, QuantizedWeight):
             for dtype in {torch.float32, view.dtype}:
-                got, want = rows.dequantize(dtype), view.rows_by_formula(ids, dtype)
+                got = view[start : start + len(ids)].dequantize(dtype)
+                want = view.rows_by_formula(ids, dtype)
                 if not torch.equal(got, want):  # equal infinities are right, and fp16 has no room for norms
                     worst = max(worst, relative_error(got.float(), want.float()))
             plain = view.rows_by_formula(ids, wide)
