@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gemma4_fast import __version__
+from gemma4_fast.spelling import did_you_mean
 
 PROGRAM = "gemma4-fast"
 SEEDS = 2**63  # below this
@@ -20,19 +21,28 @@ Command = Callable[[Namespace], int]
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line, like all others."""
+    """Reports errors in one line, with the name that was probably meant."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            hint = did_you_mean(str(value), known)
+            expected = f"expected {', '.join(known)}"
+            raise argparse.ArgumentError(action, f"{expected}, got {value!r}{hint}")
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Also accept words of the prompt after an option: `generate It --seed 3 is so`."""
         found, rest = super().parse_known_args(args, namespace)
-        if hasattr(found, "words") and not any(word.startswith("-") for word in rest):
+        if hasattr(found, "words") and not any(re.match("-.", word) for word in rest):
             found.words += rest
             rest = []
         if rest:  # reported here, since the main parser would not name this command's help
-            self.error(f"unrecognized arguments: {' '.join(rest)}")
+            option = next((word for word in rest if word.startswith("--")), "")
+            hint = did_you_mean(option.partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         return found, rest
 
 

@@ -6,7 +6,6 @@ one line, 130 Ctrl-C. Only errors that a caller can cause are told so; any other
 
 from __future__ import annotations
 
-import difflib
 import errno
 import logging
 import os
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 from gemma4_fast import terminal
 from gemma4_fast.arguments import CHECKS, PROGRAM, parser
 from gemma4_fast.errors import CheckpointError, SelfCheckError, UnsupportedError, out_of_memory
+from gemma4_fast.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
@@ -126,12 +126,7 @@ def locate(name: str) -> Path:
         preset = preset_name(name)
         if preset is not None:
             raise CheckpointError(f"{e}. `{PROGRAM} info --model {preset}` has its numbers") from e
-        raise CheckpointError(f"{e}{hint(name, ['tiny'])}") from e
-
-
-def hint(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)
-    return f"; did you mean {close[0]}?" if close else ""
+        raise CheckpointError(f"{e}{did_you_mean(name, ['tiny'])}") from e
 
 
 def prepare(args: Namespace) -> None:
@@ -386,7 +381,7 @@ def info(args: Namespace) -> int:
     except CheckpointError as e:
         if "/" in args.model or Path(args.model).exists():
             raise
-        close = hint(args.model, ["tiny", *PRESETS])
+        close = did_you_mean(args.model, ["tiny", *PRESETS])
         raise CheckpointError(f"{e}; the published models are {', '.join(PRESETS)}{close}") from e
 
 

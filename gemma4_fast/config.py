@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 
 from gemma4_fast.errors import CheckpointError
 from gemma4_fast.files import FEWER_BITS, ORIGINAL, foreign, path_text, read_json
+from gemma4_fast.spelling import did_you_mean
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 _MAX_SIZE = 2**31 - 1  # positions and lengths are int32 on the device; a larger size is a mistake in the file
@@ -229,7 +230,8 @@ class Gemma4Config:
         """
         found = preset_name(name)
         if found is None:
-            raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+            hint = did_you_mean(name, PRESETS)
+            raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}{hint}")
         return PRESETS[found]
 
     @classmethod

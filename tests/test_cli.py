@@ -304,6 +304,9 @@ def test_demo_json(run: Run) -> None:
 BAD: dict[str, tuple[list[str], str]] = {
     "no command": ([], "COMMAND"),
     "unknown command": (["tell"], "tell"),
+    "misspelled command": (["generat", "x"], "did you mean generate?"),
+    "misspelled choice": (["check", "--level", "quik"], "got 'quik'; did you mean quick?"),
+    "misspelled option": (["generate", "x", "--temprature=1"], "did you mean --temperature?"),
     "unknown option": (["generate", "x", "--colour"], "--colour (see gemma4-fast generate --help)"),
     "unknown option first": (["--colour", "info"], "--colour (see gemma4-fast --help)"),
     "no such model": (["generate", "x", "--model", "./nowhere"], "nowhere"),

@@ -113,7 +113,7 @@ def test_options_of_stream_reach_the_generation(tiny: Gemma4) -> None:
 )
 @pytest.mark.parametrize("name", ["generate", "stream"])
 def test_keywords_of_generation(name: str, keyword: str, ours: str, tiny: Gemma4) -> None:
-    with pytest.raises(TypeError, match=rf"^{name}\(\) has no argument '{keyword}': .*{ours}"):
+    with pytest.raises(TypeError, match=rf"^{name}\(\) has no argument '{keyword}'[:;] .*{ours}"):
         getattr(tiny, name)("x", **{keyword: 1})
     function = {"generate": generate, "stream": stream}[name]
     with pytest.raises(TypeError, match=f"'{keyword}'"):

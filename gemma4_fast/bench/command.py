@@ -24,9 +24,10 @@ from gemma4_fast.bench.plan import EVERYTHING, MINUTES, PEERS, Plan, fitting, pr
 from gemma4_fast.bench.recorder import Recorder
 from gemma4_fast.bench.rows import OURS, Row
 from gemma4_fast.bench.timing import RATE_DTYPES, Roofline
-from gemma4_fast.config import PRESETS, Gemma4Config
+from gemma4_fast.config import PRESETS, Gemma4Config, preset_name
 from gemma4_fast.memory import Load, require
 from gemma4_fast.model import parse_device, parse_dtype
+from gemma4_fast.spelling import did_you_mean
 
 PROMPTS = [128, 512]  # tokens
 Say = Callable[[str], None]
@@ -111,9 +112,11 @@ def _common(args: Namespace, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _names(wanted: Sequence[str], known: Sequence[str], what: str) -> list[str]:
-    """`wanted`, or all of them; ValueError for one that is not known."""
+    """`wanted`, or all of them. ValueError for one that is not known."""
     if unknown := [w for w in wanted if w not in known]:
-        raise ValueError(f"unknown {what} {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+        got = ", ".join(map(repr, unknown))
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(f"unknown {what} {got}; expected {', '.join(known)}{hint}")
     return list(wanted) or list(known)
 
 
@@ -168,7 +171,8 @@ def scale_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Wor
 def cache_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:
     ops.parse_backend(args.backend)
     every = memory.members()
-    wanted = {name: every[name] for name in _names(args.config, list(every), "config")}
+    asked = [preset_name(name) or name for name in args.config]
+    wanted = {name: every[name] for name in _names(asked, list(every), "config")}
 
     def work(say: Say, add: Add) -> None:
         for name, layers in wanted.items():
@@ -205,7 +209,7 @@ def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> Pla
         config = Gemma4Config.from_pretrained(path)
         name = path.name if Path(args.model).is_dir() else args.model  # rows do not tell where a folder lies
     else:
-        name = _names([args.config], list(PRESETS), "config")[0]
+        name = _names([preset_name(args.config) or args.config], list(PRESETS), "config")[0]
         config = PRESETS[name]
         if args.layers or args.vocab:
             config = config.slice(num_layers=args.layers, vocab_size=args.vocab)

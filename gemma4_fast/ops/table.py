@@ -27,6 +27,7 @@ from torch import Tensor
 from gemma4_fast import native
 from gemma4_fast.errors import UnsupportedError
 from gemma4_fast.quant import QuantizedWeight, WeightLike
+from gemma4_fast.spelling import did_you_mean
 
 log = logging.getLogger("gemma4_fast")
 
@@ -332,7 +333,9 @@ def parse_backend(backend: str | Iterable[str] | None) -> tuple[str, ...]:
         raise ValueError("no backend named; leave the argument out for the automatic choice")
     for name in names:
         if name not in BACKENDS:
-            raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}, or auto")
+            listed = ", ".join(BACKENDS)
+            hint = did_you_mean(name, [*BACKENDS, "auto"])
+            raise ValueError(f"unknown backend {name!r}; expected {listed} or auto{hint}")
     return tuple(names)
 
 
