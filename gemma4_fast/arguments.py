@@ -78,6 +78,8 @@ class Several(argparse.Action):
     """An option that may be repeated: the values of each time are added, without doubles, and replace the default."""
 
     def __call__(self, parser: Any, namespace: Namespace, values: Any, option_string: str | None = None) -> None:
+        if self.nargs == "+":  # each word of the option may hold several values
+            values = [value for word in values for value in word]
         before = getattr(namespace, self.dest)
         setattr(namespace, self.dest, list(dict.fromkeys([*([] if before is self.default else before), *values])))
 
@@ -146,9 +148,12 @@ def parser(commands: Mapping[str, Command]) -> Parser:
             group(added)
         return added
 
-    command("demo", "text, speed, kernels and the self-check in half a minute", _model, _load, _sample)
+    command(
+        "demo", "text, speed, kernels and the self-check in half a minute",
+        _model, _load, _sample("80"),
+    )  # fmt: skip
     p = command(
-        "generate", "continue a text", _model, _load, _sample,
+        "generate", "continue a text", _model, _load, _sample("256"),
         description="Continue a text. The prompt is used as it is; `chat` puts it into "
         "the model's chat template.",
     )  # fmt: skip
@@ -164,26 +169,39 @@ def parser(commands: Mapping[str, Command]) -> Parser:
         help="read the prompt from a file, without its last line break",
     )
     p = command(
-        "chat", "talk with the model", _model, _load, _sample,
+        "chat", "talk with the model", _model, _load, _sample("no limit but the context"),
         description="Talk with the model, using the checkpoint's chat template. If standard "
-        "input is not a terminal, each of its lines is one turn.",
+        "input is not a terminal, each of its lines is a message or a command; a line that "
+        "fails is reported, the conversation goes on, and the exit code is 2.",
         epilog="In the conversation: /continue resumes an answer that was cut off, "
-        "/reset forgets the conversation, /save FILE and /load FILE keep it, /think on|off, "
-        "/help, /quit. Without --max-new-tokens only the model's context limits an answer.",
+        "/reset clears the conversation, /save FILE and /load FILE keep it, /think on|off, "
+        "/help, /quit.",
     )  # fmt: skip
-    p.add_argument("--system", metavar="TEXT", help="what the model is told about its part")
+    p.add_argument("--system", metavar="TEXT", help="system prompt")
     p = command("check", "compare the model with the reference, layer by layer (exit code 0 or 1)", _model)
     _memory(p)
     p.add_argument("--level", choices=("full", "quick"), default="full", help="quick: one layer of each kind")
-    p.add_argument("--seed", metavar="S", type=seed, default=0, help="of the random tokens it is compared on (default 0)")
+    p.add_argument("--seed", metavar="S", type=seed, default=0, help="seed of the random test tokens (default 0)")
     p = command(
         "info", "a model's numbers, the memory it needs, the kernels that will run", _model,
         description="A model's numbers, the memory it needs, and the kernels that will run here. Weights are not read. "
         "--model may also be a published model, without a checkpoint: e2b, e4b, 12b, 26b-a4b, 31b.",
     )  # fmt: skip
-    p.add_argument("--context", metavar="N", nargs="+", type=count, help='tokens of context, as in 8192 or "8K"')
+    p.add_argument(
+        "--context",
+        metavar="N",
+        nargs="+",
+        type=counts,
+        action=Several,
+        help="tokens of context, one row for each, as in 8192 or 4K,32K",
+    )
     p.add_argument("--batch", metavar="B", type=count, default=1, help="sequences at a time (default 1)")
-    p.add_argument("--seed", metavar="S", type=seed, help="taken as by every command, and of no use here: nothing is random")
+    p.add_argument(
+        "--seed",
+        metavar="S",
+        type=seed,
+        help="accepted as by every command; nothing here is random",
+    )
     _bench(command)
     return top
 
@@ -359,11 +377,11 @@ def _peers(p: Parser) -> None:
 def _targets(p: Parser) -> None:
     g = _pages(p)
     g.add_argument("-o", "--output", metavar="FILE", type=path, help="JSON lines, one row at a time as it is done")
-    g.add_argument("--append", action="store_true", help="to a file that is there already")
+    g.add_argument("--append", action="store_true", help="append to an existing file")
 
 
 def _pages(p: Parser) -> argparse._ArgumentGroup:
-    g = p.add_argument_group("what becomes of the rows")
+    g = p.add_argument_group("output")
     g.add_argument("--csv", metavar="FILE", type=path, help="a table for spreadsheets")
     g.add_argument("--plot", metavar="DIR", type=path, help="pictures (PNG)")
     g.add_argument("--html", metavar="FILE", type=path, help="tables and pictures on one page that needs nothing else")
@@ -381,6 +399,11 @@ def _model(p: Parser) -> None:
     g.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     g.add_argument("--threads", metavar="N", type=threads, help="CPU threads (default: PyTorch's choice)")
     g.add_argument("--json", action="store_true", help="machine-readable output")
+    g.add_argument(
+        "--quiet",
+        action="store_true",
+        help="no notes and no progress on stderr, only warnings and errors",
+    )
     g.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
@@ -410,14 +433,24 @@ def _load(p: Parser) -> None:
     )
 
 
-def _sample(p: Parser) -> None:
-    g = p.add_argument_group("generation (defaults are the checkpoint's recommendations)")
-    g.add_argument(
-        "--max-new-tokens",
-        metavar="N",
-        type=count,
-        help="end after N tokens, or where the model's context ends",
-    )
+def _sample(new_tokens: str) -> Callable[[Parser], None]:
+    """The options of generation. new_tokens: the default of --max-new-tokens, in words."""
+
+    def add(p: Parser) -> None:
+        g = p.add_argument_group("generation (defaults are the checkpoint's recommendations)")
+        g.add_argument(
+            "--max-new-tokens",
+            metavar="N",
+            type=count,
+            help="end after N tokens, or where the model's context ends "
+            f"(default: {new_tokens})",
+        )
+        _sampling(g)
+
+    return add
+
+
+def _sampling(g: argparse._ArgumentGroup) -> None:
     g.add_argument("--temperature", metavar="T", type=float, help="0: always the likeliest token")
     g.add_argument("--top-k", metavar="K", type=int, help="only the K likeliest tokens (0: all)")
     g.add_argument("--top-p", metavar="P", type=float, help="only the likeliest tokens that make up P of the probability")

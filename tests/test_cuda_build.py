@@ -259,7 +259,7 @@ def test_which_gpus_the_backend_is_for(one_gpu: None, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((8, 0), (7, 5))[i])
     assert str(missing()).startswith("needs compute capability 8.0, and A GPU has 7.5")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "PyTorch sees none" in str(missing())
+    assert "PyTorch finds none" in str(missing())
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert missing() == "needs an NVIDIA GPU"
 

@@ -427,7 +427,8 @@ def accelerate(model: Any, *, backend: str | None = None, quantize: str | None =
         raise ValueError("expected a model of transformers, got a Gemma4 of this package, which runs on its kernels already")
     text = text_of(model) if isinstance(model, nn.Module) else None
     if text is None:
-        raise ValueError(f"{type(model).__name__} holds no Gemma 4 text model of transformers, or several")
+        kind = type(model).__name__
+        raise ValueError(f"expected one transformers Gemma 4 text model in {kind}, got none or several")
     if ENGINE in vars(text):
         restore(model)
     engine = Engine(backend, _head_of(model, text))

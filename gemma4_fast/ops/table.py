@@ -235,7 +235,7 @@ def backend_missing(backend: str, device_type: str, *, named: bool = True) -> st
         return native.kernels_missing() if device_type == "cpu" else "runs on CPU tensors only"
     interpreted = backend == "triton" and device_type == "cpu" and named and _triton_interprets()
     if device_type != "cuda" and not interpreted:
-        return f"needs a GPU, and the tensors are on {device_type}"
+        return f"needs a GPU, and the device is {device_type}"
     if backend == "cuda":
         return _cuda_missing()
     if backend == "triton" and importlib.util.find_spec("triton") is None:
@@ -247,7 +247,7 @@ def _cuda_missing() -> str | None:
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU"
     if not torch.cuda.is_available():
-        return "needs a GPU, and PyTorch sees none"
+        return "needs a GPU, and PyTorch finds none"
     for i in range(torch.cuda.device_count()):  # each, since a tensor may be on any
         if (capability := torch.cuda.get_device_capability(i)) < OLDEST_GPU:
             has = ".".join(map(str, capability))
