@@ -442,8 +442,7 @@ def _sample(new_tokens: str) -> Callable[[Parser], None]:
             "--max-new-tokens",
             metavar="N",
             type=count,
-            help="end after N tokens, or where the model's context ends "
-            f"(default: {new_tokens})",
+            help=f"end after N tokens, or where the model's context ends (default: {new_tokens})",
         )
         _sampling(g)
 

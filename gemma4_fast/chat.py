@@ -372,8 +372,7 @@ class Chat:
         if dropped:
             what = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
             terminal.note(
-                f"gemma4-fast: the context of {self.limit} tokens is full, so {what} dropped; "
-                "/reset clears the conversation"
+                f"gemma4-fast: the context of {self.limit} tokens is full, so {what} dropped; /reset clears the conversation"
             )
         return ids
 

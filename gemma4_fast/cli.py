@@ -288,8 +288,7 @@ def encode(
         return tokenizer, ids, wanted
     if not quiet:
         terminal.note(
-            f"{PROGRAM}: --max-new-tokens reduced to {room}: the context is {limit} tokens and "
-            f"the prompt uses {len(ids)}"
+            f"{PROGRAM}: --max-new-tokens reduced to {room}: the context is {limit} tokens and the prompt uses {len(ids)}"
         )
     return tokenizer, ids, room
 

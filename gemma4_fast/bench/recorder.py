@@ -52,7 +52,7 @@ class Recorder:
         row = dataclasses.replace(row, command=f"gemma4-fast bench {command}" if command else row.command, **own)
         row.drift = self._rates.drift(row)
         if row.drift is not None or row.other_load is not None:
-            row.busy = bool(load.reasons(row))
+            row.busy = load.disturbed(row)
         self.rows.append(row)
         line = rows.line(row) + "\n"
         if self._file is not None and not self.failed:
