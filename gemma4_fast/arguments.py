@@ -124,8 +124,8 @@ def parser(commands: Mapping[str, Command]) -> Parser:
     """`commands` maps each command's name to the function that runs it."""
     top = Parser(
         prog=PROGRAM,
-        description="Gemma 4 on the kernels that fit this machine, checked on this machine against plain PyTorch.",
-        epilog=f"`{PROGRAM} COMMAND --help` lists a command's options. Without --model a small trained one is used.",
+        description="Gemma 4 on the fastest kernels for this machine, checked here against plain PyTorch.",
+        epilog=f"`{PROGRAM} COMMAND --help` lists a command's options. Without --model, a small trained model is used.",
     )
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -161,7 +161,7 @@ def parser(commands: Mapping[str, Command]) -> Parser:
         "words",
         nargs="*",
         metavar="PROMPT",
-        help="the text; several words form one prompt (- or no word: read standard input)",
+        help="the text; several words form one prompt; with - or without a word it is read from standard input",
     )
     p.add_argument(
         "--prompt-file",
@@ -171,8 +171,8 @@ def parser(commands: Mapping[str, Command]) -> Parser:
     p = command(
         "chat", "talk with the model", _model, _load, _sample("no limit but the context"),
         description="Talk with the model, using the checkpoint's chat template. If standard "
-        "input is not a terminal, each of its lines is a message or a command; a line that "
-        "fails is reported, the conversation goes on, and the exit code is 2.",
+        "input is not a terminal, each of its lines is a message or a command. A line that "
+        "fails is reported; the conversation goes on, and the exit code is 2.",
         epilog="In the conversation: /continue resumes an answer that was cut off, "
         "/reset clears the conversation, /save FILE and /load FILE keep it, /think on|off, "
         "/help, /quit.",
@@ -183,9 +183,10 @@ def parser(commands: Mapping[str, Command]) -> Parser:
     p.add_argument("--level", choices=("full", "quick"), default="full", help="quick: one layer of each kind")
     p.add_argument("--seed", metavar="S", type=seed, default=0, help="seed of the random test tokens (default 0)")
     p = command(
-        "info", "a model's numbers, the memory it needs, the kernels that will run", _model,
-        description="A model's numbers, the memory it needs, and the kernels that will run here. Weights are not read. "
-        "--model may also be a published model, without a checkpoint: e2b, e4b, 12b, 26b-a4b, 31b.",
+        "info", "a model's sizes, the memory it needs, the kernels that will run", _model,
+        description="A model's sizes, the memory it needs, and the kernels that will run here. "
+        "Weights are not read. --model may also be the name of a published model, which needs no "
+        "checkpoint: e2b, e4b, 12b, 26b-a4b, 31b.",
     )  # fmt: skip
     p.add_argument(
         "--context",
@@ -209,9 +210,10 @@ def parser(commands: Mapping[str, Command]) -> Parser:
 def _bench(command: Callable[..., Parser]) -> None:
     """`bench` and its subcommands. They share -o, --json, --csv, --plot, --html, and the device."""
     top = command(
-        "bench", "how fast each op and the whole model are, beside the machine's limit and other libraries",
-        description="Benchmarks. Every row is checked against the reference before it is timed, contenders take turns in one "
-        "run, and the machine's own limits are measured beside them. Ctrl-C keeps what is done.",
+        "bench", "measure each op and the whole model against the machine's limits and other libraries",
+        description="Benchmarks. Every result is checked against the reference before it is timed, "
+        "contenders take turns in one run, and the machine's own limits are measured beside them. "
+        "Ctrl-C keeps the finished rows.",
     )  # fmt: skip
     kinds = top.add_subparsers(title="benchmarks", metavar="WHAT", required=True, dest="bench")
 
@@ -230,16 +232,16 @@ def _bench(command: Callable[..., Parser]) -> None:
     )
     p.add_argument("--config", metavar="M", default="26b-a4b", help="member for the model benchmark (default 26b-a4b)")
     _memory(p)
-    p.add_argument("--minutes", metavar="M", type=count, default=10, help="after which nothing more is begun (default 10)")
+    p.add_argument("--minutes", metavar="M", type=count, default=10, help="start nothing more after M minutes (default 10)")
     p.add_argument("--results", metavar="DIR", type=path, default=Path("bench/results"),
-                   help="folder that gets a folder for this machine (default bench/results)")  # fmt: skip
+                   help="where this machine's folder is made (default bench/results)")  # fmt: skip
 
-    p = kind("ops", "each op of the table, on every backend that serves here and on torch")
+    p = kind("ops", "each op of the table, on every backend that runs here and on torch")
     p.add_argument("--op", metavar="OP", type=names, action=Several, default=[], help="only these ops, as in linear,moe")
     p.add_argument("--case", metavar="C", type=names, action=Several, default=[],
                    help="only these cases (default: those at true shapes; all: the small test cases too)")  # fmt: skip
     p.add_argument("--rivals", action="store_true",
-                   help="beside moe and attention, the calls of PyTorch that transformers makes for them")  # fmt: skip
+                   help="compare moe and attention with the PyTorch calls that transformers uses")  # fmt: skip
     _weights(p)
     _where(p)
     _cases(p)
@@ -247,12 +249,12 @@ def _bench(command: Callable[..., Parser]) -> None:
 
     p = kind(
         "model", "the whole model: prefill, decode, first token, memory, beside its peers",
-        "Prefill and decode of the whole model. Without --model it has dummy weights at true shapes; without --layers and "
-        "--vocab it is cut so that all contenders fit into memory.",
+        "Prefill and decode of the whole model. Without --model it has dummy weights of the true "
+        "shapes; without --layers and --vocab it is cut so that all contenders fit into memory.",
     )  # fmt: skip
     p.add_argument("--config", metavar="M", default="26b-a4b", help="e2b, e4b, 12b, 26b-a4b (default), 31b")
-    p.add_argument("--layers", metavar="N", type=count, help="keep so many layers")
-    p.add_argument("--vocab", metavar="V", type=count, help="keep so many tokens of the vocabulary")
+    p.add_argument("--layers", metavar="N", type=count, help="use only the first N layers")
+    p.add_argument("--vocab", metavar="V", type=count, help="use only V tokens of the vocabulary")
     p.add_argument("--model", metavar="PATH", help="a checkpoint instead (folder or hub id)")
     p.add_argument("--quantize", choices=("int8", "int4"), help="weights in 8 or 4 bits")
     p.add_argument("--prompt", metavar="P", type=counts, action=Several, default=[],
@@ -268,7 +270,7 @@ def _bench(command: Callable[..., Parser]) -> None:
         "--batch", metavar="B", type=counts, action=Several, default=[1], help="sequences at a time, as in 1,4,16 (default 1)"
     )
     p.add_argument(
-        "--depth", metavar="D", type=counts, action=Several, default=[], help="also decode after so many tokens, as in 8K,32K"
+        "--depth", metavar="D", type=counts, action=Several, default=[], help="also decode after D tokens, as in 8K,32K"
     )
     p.add_argument(
         "--rounds",
@@ -293,11 +295,11 @@ def _bench(command: Callable[..., Parser]) -> None:
     p.add_argument("--check", choices=("quick", "off"), default="quick", help="self-check before anything is timed")
     _memory(p)
     _where(p)
-    p.add_argument("--backend", metavar="B", help="backends of this package, a contender each: auto,triton (default: auto)")
+    p.add_argument("--backend", metavar="B", help="backends of this package, as contenders: auto,triton (default: auto)")
     _peers(p)
     _targets(p)
 
-    p = kind("scale", "time against tokens, context, batch and experts hit; where moe should change its path")
+    p = kind("scale", "time by tokens, context, batch and experts hit; where moe should switch paths")
     p.add_argument(
         "--axis", metavar="A", type=names, action=Several, default=[], help="tokens, context, batch, experts (default: all)"
     )
@@ -310,7 +312,7 @@ def _bench(command: Callable[..., Parser]) -> None:
     _cases(p)
     _targets(p)
 
-    p = kind("cache", "bytes of KV cache, and of it what one decoded token reads, for every member")
+    p = kind("cache", "KV cache of every member: its bytes, and the bytes that one decoded token reads")
     p.add_argument("--config", metavar="M", type=names, action=Several, default=[], help="only these members, or gemma3-27b")
     p.add_argument("--context", metavar="N", type=counts, action=Several, help="tokens (default 1K to 256K)")
     unused = "accepted, but no cache depends on it"
@@ -319,15 +321,15 @@ def _bench(command: Callable[..., Parser]) -> None:
     _where(p)
     _targets(p)
 
-    p = kind("compare", "two files of rows: what became slower beyond the noise (exit code 1) or faster")
+    p = kind("compare", "compare two files of rows: what became slower beyond the noise (exit code 1) or faster")
     p.add_argument("before", metavar="A.jsonl")
     p.add_argument("after", metavar="B.jsonl")
-    p.add_argument("--threshold", metavar="P", type=percent, default=0.05, help="a change below this is none (default 5%%)")
+    p.add_argument("--threshold", metavar="P", type=percent, default=0.05, help="ignore changes below this (default 5%%)")
     p.add_argument("--all", action="store_true", help="show unchanged rows too")
     p.add_argument("--json", action="store_true", help="machine-readable output")
     _debug(p)
 
-    p = kind("report", "tables, pictures and pages from rows that were saved")
+    p = kind("report", "show saved rows as tables, pictures and pages")
     p.add_argument("files", metavar="ROWS.jsonl", nargs="+", type=path)
     p.add_argument("--markdown", action="store_true", help="the README's performance table, instead of all tables")
     _pages(p)
@@ -339,20 +341,20 @@ def _where(p: Parser) -> None:
     g.add_argument("--dtype", metavar="T", default="bfloat16", help="bfloat16 (default), float16, float32, float64")
     g.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     g.add_argument("--threads", metavar="N", type=threads, help="CPU threads (default: PyTorch's choice)")
-    g.add_argument("--seed", metavar="S", type=seed, default=0, help="of inputs and dummy weights (default 0)")
+    g.add_argument("--seed", metavar="S", type=seed, default=0, help="seed of inputs and dummy weights (default 0)")
     g.add_argument("--quiet", action="store_true", help="no progress on stderr")
     if not any("--json" in a.option_strings for a in p._actions):
-        g.add_argument("--json", action="store_true", help="rows as JSON lines on stdout, as they are done")
+        g.add_argument("--json", action="store_true", help="rows as JSON lines on stdout, each as it is finished")
     _debug(p)
 
 
 def _debug(p: Parser) -> None:
-    p.add_argument("--debug", action="store_true", help="show where an error comes from")
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _cases(p: Parser) -> None:
     p.add_argument("--backend", metavar="B", help="only these backends, beside torch: cuda, triton, cpu, reference")
-    p.add_argument("--seconds", metavar="S", type=duration, default=0.5, help="of samples, for each row (default 0.5)")
+    p.add_argument("--seconds", metavar="S", type=duration, default=0.5, help="time spent sampling each row (default 0.5)")
 
 
 def _weights(p: Parser) -> None:
@@ -367,16 +369,16 @@ def _peers(p: Parser) -> None:
     p.add_argument(
         "--peers", metavar="P", type=names, action=Several, default=[],
         help="what to compare with: transformers, torch.compile, accelerate, vllm, llama.cpp, "
-        "llama-bench; all: each of them, and what takes long (transformers' batched_mm, our torch "
-        "backend)",
+        "llama-bench; all: all of these and the slow ones (transformers' batched_mm, this "
+        "package's torch backend)",
     )  # fmt: skip
     p.add_argument("--peer-python", metavar="PEER=PROGRAM", action="append", default=[],
-                   help="the interpreter that has a peer, if it is not this one; may be repeated")  # fmt: skip
+                   help="the Python interpreter of a peer, if it is not this one; may be repeated")  # fmt: skip
 
 
 def _targets(p: Parser) -> None:
     g = _pages(p)
-    g.add_argument("-o", "--output", metavar="FILE", type=path, help="JSON lines, one row at a time as it is done")
+    g.add_argument("-o", "--output", metavar="FILE", type=path, help="rows as JSON lines, each as it is finished")
     g.add_argument("--append", action="store_true", help="append to an existing file")
 
 
@@ -384,7 +386,7 @@ def _pages(p: Parser) -> argparse._ArgumentGroup:
     g = p.add_argument_group("output")
     g.add_argument("--csv", metavar="FILE", type=path, help="a table for spreadsheets")
     g.add_argument("--plot", metavar="DIR", type=path, help="pictures (PNG)")
-    g.add_argument("--html", metavar="FILE", type=path, help="tables and pictures on one page that needs nothing else")
+    g.add_argument("--html", metavar="FILE", type=path, help="tables and pictures on one self-contained page")
     if not any("--json" in a.option_strings for a in p._actions):
         g.add_argument("--json", action="store_true", help="rows as JSON lines on stdout")
     return g
@@ -395,7 +397,7 @@ def _model(p: Parser) -> None:
     g.add_argument("--model", default="tiny", metavar="M", help="checkpoint folder, hub id, or tiny (the default)")
     g.add_argument("--backend", metavar="B", help="auto (default), cuda, triton, cpu, torch, reference; or several: cpu,torch")
     g.add_argument("--dtype", metavar="T", help="bfloat16, float16, float32, float64 (default: the checkpoint's)")
-    g.add_argument("--quantize", choices=("int8", "int4"), help="weights in 8 or 4 bits, quantized as they are read")
+    g.add_argument("--quantize", choices=("int8", "int4"), help="weights in 8 or 4 bits, quantized while loading")
     g.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     g.add_argument("--threads", metavar="N", type=threads, help="CPU threads (default: PyTorch's choice)")
     g.add_argument("--json", action="store_true", help="machine-readable output")
@@ -404,7 +406,7 @@ def _model(p: Parser) -> None:
         action="store_true",
         help="no notes and no progress on stderr, only warnings and errors",
     )
-    g.add_argument("--debug", action="store_true", help="show where an error comes from")
+    g.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _memory(p: Parser) -> None:
@@ -452,7 +454,7 @@ def _sample(new_tokens: str) -> Callable[[Parser], None]:
 def _sampling(g: argparse._ArgumentGroup) -> None:
     g.add_argument("--temperature", metavar="T", type=float, help="0: always the likeliest token")
     g.add_argument("--top-k", metavar="K", type=int, help="only the K likeliest tokens (0: all)")
-    g.add_argument("--top-p", metavar="P", type=float, help="only the likeliest tokens that make up P of the probability")
+    g.add_argument("--top-p", metavar="P", type=float, help="only the likeliest tokens whose probabilities add up to P")
     g.add_argument("--min-p", metavar="P", type=float, help="only tokens at least P times as likely as the likeliest")
     g.add_argument("--seed", metavar="S", type=seed, help="the same seed gives the same text (default: a new one)")
     g.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
