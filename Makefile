@@ -143,7 +143,7 @@ $(DEV_DONE): tests/requirements/dev.txt $(RUN_DONE)
 	$(PIP) install -r tests/requirements/dev.txt
 	@touch $@
 
-# Only the tests run Triton's interpreter. Its package is large (188 MB), so `make lint` does without it.
+# Only the tests run Triton's interpreter. Its package is large (188 MB), so `make lint` does without.
 $(TRITON_DONE): tests/requirements/triton.txt $(DEV_DONE)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -r tests/requirements/triton.txt
 	@touch $@

@@ -81,7 +81,11 @@ class Several(argparse.Action):
         if self.nargs == "+":  # each word of the option may hold several values
             values = [value for word in values for value in word]
         before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, list(dict.fromkeys([*([] if before is self.default else before), *values])))
+        setattr(
+            namespace,
+            self.dest,
+            list(dict.fromkeys([*([] if before is self.default else before), *values])),
+        )
 
 
 def names(text: str) -> list[str]:
@@ -124,8 +128,8 @@ def parser(commands: Mapping[str, Command]) -> Parser:
     """`commands` maps each command's name to the function that runs it."""
     top = Parser(
         prog=PROGRAM,
-        description="Gemma 4 on the fastest kernels for this machine, checked here against plain PyTorch.",
-        epilog=f"`{PROGRAM} COMMAND --help` lists a command's options. Without --model, a small trained model is used.",
+        description="Gemma 4 on the kernels that fit this machine, checked against plain PyTorch.",
+        epilog=f"`{PROGRAM} COMMAND --help` lists a command's options. The default model is small.",
     )
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -161,7 +165,7 @@ def parser(commands: Mapping[str, Command]) -> Parser:
         "words",
         nargs="*",
         metavar="PROMPT",
-        help="the text; several words form one prompt; with - or without a word it is read from standard input",
+        help="the text; several words form one prompt; - or none: read standard input",
     )
     p.add_argument(
         "--prompt-file",
@@ -181,7 +185,13 @@ def parser(commands: Mapping[str, Command]) -> Parser:
     p = command("check", "compare the model with the reference, layer by layer (exit code 0 or 1)", _model)
     _memory(p)
     p.add_argument("--level", choices=("full", "quick"), default="full", help="quick: one layer of each kind")
-    p.add_argument("--seed", metavar="S", type=seed, default=0, help="seed of the random test tokens (default 0)")
+    p.add_argument(
+        "--seed",
+        metavar="S",
+        type=seed,
+        default=0,
+        help="seed of the random test tokens (default 0)",
+    )
     p = command(
         "info", "a model's sizes, the memory it needs, the kernels that will run", _model,
         description="A model's sizes, the memory it needs, and the kernels that will run here. "
@@ -210,7 +220,7 @@ def parser(commands: Mapping[str, Command]) -> Parser:
 def _bench(command: Callable[..., Parser]) -> None:
     """`bench` and its subcommands. They share -o, --json, --csv, --plot, --html, and the device."""
     top = command(
-        "bench", "measure each op and the whole model against the machine's limits and other libraries",
+        "bench", "time the ops and the model beside other libraries and the machine's limits",
         description="Benchmarks. Every result is checked against the reference before it is timed, "
         "contenders take turns in one run, and the machine's own limits are measured beside them. "
         "Ctrl-C keeps the finished rows.",
@@ -230,18 +240,39 @@ def _bench(command: Callable[..., Parser]) -> None:
         choices=("int8", "int4"),
         help="store the model's weights in 8 or 4 bits",
     )
-    p.add_argument("--config", metavar="M", default="26b-a4b", help="member for the model benchmark (default 26b-a4b)")
+    p.add_argument(
+        "--config",
+        metavar="M",
+        default="26b-a4b",
+        help="member for the model benchmark (default 26b-a4b)",
+    )
     _memory(p)
-    p.add_argument("--minutes", metavar="M", type=count, default=10, help="start nothing more after M minutes (default 10)")
+    p.add_argument(
+        "--minutes",
+        metavar="M",
+        type=count,
+        default=10,
+        help="start nothing more after M minutes (default 10)",
+    )
     p.add_argument("--results", metavar="DIR", type=path, default=Path("bench/results"),
                    help="where this machine's folder is made (default bench/results)")  # fmt: skip
 
     p = kind("ops", "each op of the table, on every backend that runs here and on torch")
-    p.add_argument("--op", metavar="OP", type=names, action=Several, default=[], help="only these ops, as in linear,moe")
+    p.add_argument(
+        "--op",
+        metavar="OP",
+        type=names,
+        action=Several,
+        default=[],
+        help="only these ops, as in linear,moe",
+    )
     p.add_argument("--case", metavar="C", type=names, action=Several, default=[],
                    help="only these cases (default: those at true shapes; all: the small test cases too)")  # fmt: skip
-    p.add_argument("--rivals", action="store_true",
-                   help="compare moe and attention with the PyTorch calls that transformers uses")  # fmt: skip
+    p.add_argument(
+        "--rivals",
+        action="store_true",
+        help="time the PyTorch calls of transformers beside moe and attention",
+    )
     _weights(p)
     _where(p)
     _cases(p)
@@ -267,10 +298,20 @@ def _bench(command: Callable[..., Parser]) -> None:
         help="tokens to decode after each prompt (default 32)",
     )
     p.add_argument(
-        "--batch", metavar="B", type=counts, action=Several, default=[1], help="sequences at a time, as in 1,4,16 (default 1)"
+        "--batch",
+        metavar="B",
+        type=counts,
+        action=Several,
+        default=[1],
+        help="sequences at a time, as in 1,4,16 (default 1)",
     )
     p.add_argument(
-        "--depth", metavar="D", type=counts, action=Several, default=[], help="also decode after D tokens, as in 8K,32K"
+        "--depth",
+        metavar="D",
+        type=counts,
+        action=Several,
+        default=[],
+        help="also decode after D tokens, as in 8K,32K",
     )
     p.add_argument(
         "--rounds",
@@ -292,28 +333,57 @@ def _bench(command: Callable[..., Parser]) -> None:
         type=count,
         help="measure again while N other processes each keep one processor busy",
     )
-    p.add_argument("--check", choices=("quick", "off"), default="quick", help="self-check before anything is timed")
+    p.add_argument(
+        "--check",
+        choices=("quick", "off"),
+        default="quick",
+        help="self-check before anything is timed",
+    )
     _memory(p)
     _where(p)
-    p.add_argument("--backend", metavar="B", help="backends of this package, as contenders: auto,triton (default: auto)")
+    p.add_argument(
+        "--backend",
+        metavar="B",
+        help="backends of this package, as contenders: auto,triton (default: auto)",
+    )
     _peers(p)
     _targets(p)
 
-    p = kind("scale", "time by tokens, context, batch and experts hit; where moe should switch paths")
+    p = kind("scale", "time by tokens, context, batch and experts hit; where moe switches paths")
     p.add_argument(
-        "--axis", metavar="A", type=names, action=Several, default=[], help="tokens, context, batch, experts (default: all)"
+        "--axis",
+        metavar="A",
+        type=names,
+        action=Several,
+        default=[],
+        help="tokens, context, batch, experts (default: all)",
     )
     p.add_argument(
-        "--points", metavar="N", type=counts, action=Several, help="points on the axis, as in 1,8,64 (default: by device)"
+        "--points",
+        metavar="N",
+        type=counts,
+        action=Several,
+        help="points on the axis, as in 1,8,64 (default: by device)",
     )
-    p.add_argument("--write", action="store_true", help="write the measured crossover into gemma4_fast/ops/moe.py")
+    p.add_argument(
+        "--write",
+        action="store_true",
+        help="write the measured crossover into gemma4_fast/ops/moe.py",
+    )
     _weights(p)
     _where(p)
     _cases(p)
     _targets(p)
 
-    p = kind("cache", "KV cache of every member: its bytes, and the bytes that one decoded token reads")
-    p.add_argument("--config", metavar="M", type=names, action=Several, default=[], help="only these members, or gemma3-27b")
+    p = kind("cache", "KV cache of every member: its bytes, and those that a decoded token reads")
+    p.add_argument(
+        "--config",
+        metavar="M",
+        type=names,
+        action=Several,
+        default=[],
+        help="only these members, or gemma3-27b",
+    )
     p.add_argument("--context", metavar="N", type=counts, action=Several, help="tokens (default 1K to 256K)")
     unused = "accepted, but no cache depends on it"
     p.add_argument("--backend", metavar="B", help=unused)
@@ -321,30 +391,55 @@ def _bench(command: Callable[..., Parser]) -> None:
     _where(p)
     _targets(p)
 
-    p = kind("compare", "compare two files of rows: what became slower beyond the noise (exit code 1) or faster")
+    p = kind("compare", "what a second run did slower beyond the noise (exit code 1) or faster")
     p.add_argument("before", metavar="A.jsonl")
     p.add_argument("after", metavar="B.jsonl")
-    p.add_argument("--threshold", metavar="P", type=percent, default=0.05, help="ignore changes below this (default 5%%)")
+    p.add_argument(
+        "--threshold",
+        metavar="P",
+        type=percent,
+        default=0.05,
+        help="ignore changes below this (default 5%%)",
+    )
     p.add_argument("--all", action="store_true", help="show unchanged rows too")
     p.add_argument("--json", action="store_true", help="machine-readable output")
     _debug(p)
 
     p = kind("report", "show saved rows as tables, pictures and pages")
     p.add_argument("files", metavar="ROWS.jsonl", nargs="+", type=path)
-    p.add_argument("--markdown", action="store_true", help="the README's performance table, instead of all tables")
+    p.add_argument(
+        "--markdown",
+        action="store_true",
+        help="the README's performance table, instead of all tables",
+    )
     _pages(p)
     _debug(p)
 
 
 def _where(p: Parser) -> None:
     g = p.add_argument_group("where")
-    g.add_argument("--dtype", metavar="T", default="bfloat16", help="bfloat16 (default), float16, float32, float64")
+    g.add_argument(
+        "--dtype",
+        metavar="T",
+        default="bfloat16",
+        help="bfloat16 (default), float16, float32, float64",
+    )
     g.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     g.add_argument("--threads", metavar="N", type=threads, help="CPU threads (default: PyTorch's choice)")
-    g.add_argument("--seed", metavar="S", type=seed, default=0, help="seed of inputs and dummy weights (default 0)")
+    g.add_argument(
+        "--seed",
+        metavar="S",
+        type=seed,
+        default=0,
+        help="seed of inputs and dummy weights (default 0)",
+    )
     g.add_argument("--quiet", action="store_true", help="no progress on stderr")
     if not any("--json" in a.option_strings for a in p._actions):
-        g.add_argument("--json", action="store_true", help="rows as JSON lines on stdout, each as it is finished")
+        g.add_argument(
+            "--json",
+            action="store_true",
+            help="rows as JSON lines on stdout, each as it is finished",
+        )
     _debug(p)
 
 
@@ -353,8 +448,18 @@ def _debug(p: Parser) -> None:
 
 
 def _cases(p: Parser) -> None:
-    p.add_argument("--backend", metavar="B", help="only these backends, beside torch: cuda, triton, cpu, reference")
-    p.add_argument("--seconds", metavar="S", type=duration, default=0.5, help="time spent sampling each row (default 0.5)")
+    p.add_argument(
+        "--backend",
+        metavar="B",
+        help="only these backends, beside torch: cuda, triton, cpu, reference",
+    )
+    p.add_argument(
+        "--seconds",
+        metavar="S",
+        type=duration,
+        default=0.5,
+        help="time spent sampling each row (default 0.5)",
+    )
 
 
 def _weights(p: Parser) -> None:
@@ -372,13 +477,24 @@ def _peers(p: Parser) -> None:
         "llama-bench; all: all of these and the slow ones (transformers' batched_mm, this "
         "package's torch backend)",
     )  # fmt: skip
-    p.add_argument("--peer-python", metavar="PEER=PROGRAM", action="append", default=[],
-                   help="the Python interpreter of a peer, if it is not this one; may be repeated")  # fmt: skip
+    p.add_argument(
+        "--peer-python",
+        metavar="PEER=PROGRAM",
+        action="append",
+        default=[],
+        help="a peer's Python interpreter, if it has its own; may be repeated",
+    )
 
 
 def _targets(p: Parser) -> None:
     g = _pages(p)
-    g.add_argument("-o", "--output", metavar="FILE", type=path, help="rows as JSON lines, each as it is finished")
+    g.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=path,
+        help="rows as JSON lines, each as it is finished",
+    )
     g.add_argument("--append", action="store_true", help="append to an existing file")
 
 
@@ -386,7 +502,7 @@ def _pages(p: Parser) -> argparse._ArgumentGroup:
     g = p.add_argument_group("output")
     g.add_argument("--csv", metavar="FILE", type=path, help="a table for spreadsheets")
     g.add_argument("--plot", metavar="DIR", type=path, help="pictures (PNG)")
-    g.add_argument("--html", metavar="FILE", type=path, help="tables and pictures on one self-contained page")
+    g.add_argument("--html", metavar="FILE", type=path, help="tables and pictures on one page")
     if not any("--json" in a.option_strings for a in p._actions):
         g.add_argument("--json", action="store_true", help="rows as JSON lines on stdout")
     return g
@@ -394,10 +510,27 @@ def _pages(p: Parser) -> argparse._ArgumentGroup:
 
 def _model(p: Parser) -> None:
     g = p.add_argument_group("model")
-    g.add_argument("--model", default="tiny", metavar="M", help="checkpoint folder, hub id, or tiny (the default)")
-    g.add_argument("--backend", metavar="B", help="auto (default), cuda, triton, cpu, torch, reference; or several: cpu,torch")
-    g.add_argument("--dtype", metavar="T", help="bfloat16, float16, float32, float64 (default: the checkpoint's)")
-    g.add_argument("--quantize", choices=("int8", "int4"), help="weights in 8 or 4 bits, quantized while loading")
+    g.add_argument(
+        "--model",
+        default="tiny",
+        metavar="M",
+        help="checkpoint folder, hub id, or tiny (the default)",
+    )
+    g.add_argument(
+        "--backend",
+        metavar="B",
+        help="auto (default), cuda, triton, cpu, torch, reference; or several: cpu,torch",
+    )
+    g.add_argument(
+        "--dtype",
+        metavar="T",
+        help="bfloat16, float16, float32, float64 (default: the checkpoint's)",
+    )
+    g.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="weights in 8 or 4 bits, quantized while loading",
+    )
     g.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     g.add_argument("--threads", metavar="N", type=threads, help="CPU threads (default: PyTorch's choice)")
     g.add_argument("--json", action="store_true", help="machine-readable output")
@@ -454,7 +587,28 @@ def _sample(new_tokens: str) -> Callable[[Parser], None]:
 def _sampling(g: argparse._ArgumentGroup) -> None:
     g.add_argument("--temperature", metavar="T", type=float, help="0: always the likeliest token")
     g.add_argument("--top-k", metavar="K", type=int, help="only the K likeliest tokens (0: all)")
-    g.add_argument("--top-p", metavar="P", type=float, help="only the likeliest tokens whose probabilities add up to P")
-    g.add_argument("--min-p", metavar="P", type=float, help="only tokens at least P times as likely as the likeliest")
-    g.add_argument("--seed", metavar="S", type=seed, help="the same seed gives the same text (default: a new one)")
-    g.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
+    g.add_argument(
+        "--top-p",
+        metavar="P",
+        type=float,
+        help="only the likeliest tokens whose probabilities add up to P",
+    )
+    g.add_argument(
+        "--min-p",
+        metavar="P",
+        type=float,
+        help="only tokens at least P times as likely as the likeliest",
+    )
+    g.add_argument(
+        "--seed",
+        metavar="S",
+        type=seed,
+        help="the same seed gives the same text (default: a new one)",
+    )
+    g.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="end before this text; may be repeated",
+    )

@@ -221,7 +221,7 @@ class Conversation:
         asked, answered = set(roles[::2]), set(roles[1::2])
         if asked != {"user"} or not answered <= {"assistant", "model"}:
             raise ValueError(
-                "expected messages of user and assistant in turns, after at most one of system, "
+                "expected user and assistant messages in turns, after at most one system message, "
                 f"got {', '.join(role for role, _ in texts[:6]) or 'none of them'}"
             )
         if len(roles) % 2:
@@ -371,9 +371,8 @@ class Chat:
             )
         if dropped:
             what = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
-            terminal.note(
-                f"gemma4-fast: the context of {self.limit} tokens is full, so {what} dropped; /reset clears the conversation"
-            )
+            full = f"the context of {self.limit} tokens is full"
+            terminal.note(f"gemma4-fast: {full}, so {what} dropped; /reset clears the conversation")
         return ids
 
     def answer(self, text: str) -> None:

@@ -84,8 +84,10 @@ def machine_fault(e: BaseException) -> str | None:
         amount = ""
         if asked:
             number, unit = asked[1].rstrip("."), asked[2]
-            amount = f": {terminal.size(int(number)) if unit == 'bytes' else f'{number} {unit}'} could not be had"
-        return f"not enough memory{amount}. `{PROGRAM} info` tells what a model needs; a shorter context needs less"
+            size = terminal.size(int(number)) if unit == "bytes" else f"{number} {unit}"
+            amount = f": {size} could not be allocated"
+        advice = f"`{PROGRAM} info` shows what a model needs; a shorter context needs less"
+        return f"not enough memory{amount}. {advice}"
     return None
 
 
@@ -128,7 +130,7 @@ def locate(args: Namespace) -> Path:
     except CheckpointError as e:
         preset = preset_name(name)
         if preset is not None:
-            raise CheckpointError(f"{e}. `{PROGRAM} info --model {preset}` has its numbers") from e
+            raise CheckpointError(f"{e}. `{PROGRAM} info --model {preset}` shows its sizes") from e
         raise CheckpointError(f"{e}{did_you_mean(name, ['tiny'])}") from e
 
 
@@ -287,9 +289,8 @@ def encode(
     if wanted is None or wanted <= room:
         return tokenizer, ids, wanted
     if not quiet:
-        terminal.note(
-            f"{PROGRAM}: --max-new-tokens reduced to {room}: the context is {limit} tokens and the prompt uses {len(ids)}"
-        )
+        why = f"the context is {limit} tokens and the prompt uses {len(ids)}"
+        terminal.note(f"{PROGRAM}: --max-new-tokens reduced to {room}: {why}")
     return tokenizer, ids, room
 
 

@@ -171,7 +171,8 @@ def benchmark(model: Gemma4, prompt: list[int], quiet: bool = False) -> list[Con
     weights = sum(t.nbytes for t in model.state_dict().values())
     other = Contender("transformers", lambda: ([], 0.0, 0.0))
     if weights > SECOND_COPY:
-        other.note = f"not measured: it would need {terminal.size(weights)} for weights of its own"
+        size = terminal.size(weights)
+        other.note = f"not measured: it would need {size} for its own copy of the weights"
     else:
         try:
             contenders.append(theirs(model, prompt))
@@ -292,7 +293,7 @@ class Demo:
             terminal.print_json(self._json(text, rows, agree, chosen, report, seconds))
         else:
             print(f"self-check against the reference, every layer and end to end: {report.verdict()}")
-            print(f"({seconds:.1f} s. Next: gemma4-fast generate, chat, check, info; --help tells more.)")
+            print(f"({seconds:.1f} s. Next: gemma4-fast generate, chat, check, info; see --help.)")
         return 0 if report.ok else 1
 
     def _json(

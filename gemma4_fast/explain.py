@@ -90,7 +90,8 @@ def _native(model: Any) -> Gemma4:
         raise ValueError(f"expected a Gemma4 or an accelerated model of transformers, got {got}")
     if "gemma4_fast.integrations.transformers" not in sys.modules:  # which accelerates models
         kind = type(model).__name__
-        raise ValueError(f"this {kind} is not accelerated; call gemma4_fast.accelerate(model) first")
+        remedy = "call gemma4_fast.accelerate(model) first"
+        raise ValueError(f"this {kind} is not accelerated; {remedy}")
     from gemma4_fast.integrations.beside import native_of
 
     return native_of(model)

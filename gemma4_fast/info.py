@@ -215,7 +215,8 @@ def answer(found: Fit, estimate: Speed) -> str:
         rate = f"{estimate.tokens_per_s:.2g}"
     per = "token" if found.load.batch == 1 else f"step of {found.load.batch} tokens"
     read = f"{gib(estimate.step_bytes)} per {per}"
-    return f"{found}: it fits, at about {rate} tokens/s (an estimate: {read} at a measured {gib(estimate.read_bytes_per_s)}/s)."
+    why = f"an estimate: {read} at a measured {gib(estimate.read_bytes_per_s)}/s"
+    return f"{found}: it fits, at about {rate} tokens/s ({why})."
 
 
 def kernels(config: Gemma4Config, device: torch.device, dtype: torch.dtype, backend: str | None) -> Explanation:

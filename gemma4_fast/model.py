@@ -203,9 +203,9 @@ class Gemma4(nn.Module):
         """
         bits = parse_quantize(to)
         if bits is None:
-            raise ValueError("quantize to what? 'int8' or 'int4'")
+            raise ValueError("quantize must be 'int8' or 'int4', got None")
         if self.quantization is not None:
-            raise ValueError(f"this model is quantized to {self.quantization} already")
+            raise ValueError(f"this model is already quantized to {self.quantization}")
         if self.device.type != "meta":
             from gemma4_fast import memory
 
@@ -224,7 +224,8 @@ class Gemma4(nn.Module):
         from gemma4_fast.errors import UnsupportedError
 
         if self.quantization is not None:
-            raise UnsupportedError(f"a model quantized to {self.quantization} cannot be saved; keep what it was loaded from")
+            what = f"a model quantized to {self.quantization}"
+            raise UnsupportedError(f"{what} cannot be saved; keep its checkpoint")
 
         weights.save_pretrained(self, path, max_shard_bytes=max_shard_bytes, tokenizer_from=self.path)
 
@@ -441,7 +442,8 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         hint = ""
         if isinstance(dtype, str) and dtype.lower() in BITS:
-            hint = f"; use quantize={dtype.lower()!r} (--quantize {dtype.lower()}) for quantized weights"
+            bits = dtype.lower()
+            hint = f"; use quantize={bits!r} (--quantize {bits}) for quantized weights"
         raise ValueError(f"dtype must be one of {names}, got {dtype!r}{hint}")
     return found
 

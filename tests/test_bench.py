@@ -468,7 +468,7 @@ def test_ctrl_c_keeps_what_is_done(run: Run, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(OpBench, "run", interrupted)
     file = tmp_path / "rows.jsonl"
     code, out, err = run("ops", "--op", "rms_norm,linear", "--case", "odd", "--seconds", "0.01", "-o", str(file))
-    assert code == 130 and "rms_norm/odd" in out and "were done are kept" in err
+    assert code == 130 and "rms_norm/odd" in out and "finished rows are kept" in err
     assert [r.name for r in rows.read(file)][-1] == "rms_norm/odd"
 
 
@@ -501,16 +501,16 @@ def test_ctrl_c_keeps_what_is_done(run: Run, tmp_path: Path, monkeypatch: pytest
         (("scale", "--axis", "experts", "--points", "4"), "no point is left"),
         (("cache", "--config", "27b"), "unknown config"),
         (("report", "missing.jsonl"), "missing.jsonl"),
-        (("cache", "-o", "same", "--csv", "same"), "the same one"),
+        (("cache", "-o", "same", "--csv", "same"), "files are the same"),
         (("cache", "--csv", "."), "is a folder"),
         (("cache", "--csv", ""), "name of a file"),
         (("cache", "--plot", ""), "name of a file"),
-        (("cache", "--html", "/dev/null"), "no plain file"),
-        (("cache", "--append", "-o", __file__), "no file of rows"),
+        (("cache", "--html", "/dev/null"), "not a regular file"),
+        (("cache", "--append", "-o", __file__), "--append takes a file of rows"),
         (("cache", "--threads", "99999999999"), "at most"),
         (("cache", "--device", "cpu:5"), "no device 'cpu:5'"),
         (("report", "missing.jsonl", "-o", "x"), "unrecognized"),
-        (("report", "missing.jsonl", "--markdown", "--json"), "both want standard output"),
+        (("report", "missing.jsonl", "--markdown", "--json"), "both write to standard output"),
         (("cache", "--append"), "--append takes"),
         (("cache", "--plot", ".", "--csv", "cache.png"), "puts its pictures"),
         (("cache", "--context", "9" * 30), "whole number"),
@@ -941,7 +941,8 @@ def test_what_ends_the_run_ends_its_processes(run: Run, fakes: None, tmp_path: P
     code, _, err = run(*SLOW)
     ended.set()
     thread.join()
-    assert code == 130 and "were done are kept" in err and all(gone(pid) for pid in pids.read_text().split())
+    assert code == 130 and "finished rows are kept" in err
+    assert all(gone(pid) for pid in pids.read_text().split())
 
 
 def test_peers_that_do_not_fit_together_run_one_at_a_time(

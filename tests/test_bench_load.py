@@ -288,7 +288,8 @@ def test_the_readmes_notes_stand_at_their_rows() -> None:
     assert "[" not in lines[1]
     assert "\n\n1. The vocabulary is cut to 8 of 262,144 tokens.\n2. Above 100%: the kernel" in text
     text = markdown.performance([fast, peer])
-    assert "\n\nAll measured rows: the vocabulary is cut to 8 of 262,144 tokens.\n\n1. Above" in text
+    once = "All measured rows: the vocabulary is cut to 8 of 262,144 tokens."
+    assert f"\n\n{once}\n\n1. Above" in text
     assert text.count("brackets") == 2  # the explanation stands once
 
 
@@ -557,7 +558,8 @@ def test_busy_rows_say_beside_what_and_what_is_left(
     assert set(found) == {(phase, busy) for phase in ("prefill", "decode") for busy in (None, 2)}
     assert found["prefill", 2].of_quiet == 0.5 and found["decode", 2].of_quiet == 0.25
     assert found["decode", None].of_quiet is None and "--busy" not in found["decode", None].command
-    assert "--busy 2" in found["decode", 2].command and found["decode", 2].name.endswith(", with 2 busy processes")
+    beside = found["decode", 2]
+    assert "--busy 2" in beside.command and beside.name.endswith(", with 2 busy processes")
     assert found["decode", 2].key != found["decode", None].key
     assert "of the quiet speed" in out and "25%" in out
     text = markdown.performance(rows.read(file))

@@ -148,12 +148,14 @@ def test_what_was_cut_is_said(
     chat = chat_of(model, *GREEDY, "--max-new-tokens", "3")
     chat.args.json = False
     chat.answer(QUESTION)
-    assert "cut off after 3 tokens (--max-new-tokens); type /continue to resume" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "cut off after 3 tokens (--max-new-tokens); type /continue to resume" in err
     monkeypatch.setattr(generate, "stop_ids", lambda model: ())
     chat.args.max_new_tokens = None
     chat.limit = 120
     chat.answer(QUESTION)
-    assert "cut off, since the context of 120 tokens is full; type /continue" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "cut off, since the context of 120 tokens is full; type /continue" in err
 
 
 def test_more_new_tokens_than_the_context_are_clamped(model: Gemma4, capsys: Capture) -> None:

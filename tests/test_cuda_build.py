@@ -227,7 +227,7 @@ def test_what_is_missing_is_one_sentence(machine: Path, one_gpu: None, monkeypat
     nvcc.write_text(nvcc.read_text().replace("V13.0.88", "V12.6.3"))
     assert f"needs nvcc 12.8 or newer to build its kernels, and {nvcc} is 12.6.3" in missing()
     nvcc.write_text("#!/bin/sh\n")
-    assert "tells no version" in missing()
+    assert "reports no version" in missing()
     monkeypatch.setattr(cuda_build, "find_nvcc", lambda: None)
     assert "needs nvcc to build its kernels, and there is none: install the CUDA toolkit" in missing()
     monkeypatch.setenv("GEMMA4_FAST_NATIVE", "0")

@@ -173,7 +173,7 @@ def test_explain_needs_no_transformers_to_refuse(monkeypatch: pytest.MonkeyPatch
 
 def test_explain_takes_an_accelerated_model() -> None:
     theirs = family.transformers_model("26b-a4b")
-    with pytest.raises(ValueError, match="this Gemma4ForCausalLM is not accelerated; call gemma4_fast"):
+    with pytest.raises(ValueError, match="this Gemma4ForCausalLM is not accelerated; call"):
         explain(theirs)
     fast = accelerate(copy.deepcopy(theirs), check=False, backend="torch")
     found = explain(fast)

@@ -353,7 +353,7 @@ def test_info_says_what_would_fit(
     found = answered(capsys, "--quantize", "int8")
     assert "25.2 GiB are free: it does not fit. What" in found["answer"]
     free(None)
-    assert answered(capsys)["answer"].endswith("the memory that is free is unknown here.")
+    assert answered(capsys)["answer"].endswith("the free memory is unknown.")
 
 
 def test_no_speed_is_told_of_what_fits_into_a_cache(

@@ -68,7 +68,7 @@ def measured(args: Namespace, device: torch.device, work: Work, output: Path | N
             with _terminated_like_ctrl_c():
                 work(say, recorder.add)
         except KeyboardInterrupt:
-            terminal.note(f"gemma4-fast: stopped; the {len(recorder.rows)} rows that were done are kept")
+            terminal.note(f"gemma4-fast: stopped; the {len(recorder.rows)} finished rows are kept")
             return 130, recorder.rows
     if recorder.failed:
         return 2, recorder.rows
@@ -325,7 +325,8 @@ def everything(args: Namespace, device: torch.device, dtype: torch.dtype) -> int
             try:
                 inner(say_in_time, add)
             except _Over:
-                terminal.note(f"bench: {args.minutes} minutes are over; what was left is not measured (--minutes gives more)")
+                over = f"{args.minutes} minutes are over; the rest was not measured"
+                terminal.note(f"bench: {over} (--minutes allows more)")
                 return
 
     code, made = measured(args, device, work, part, append=False)
@@ -348,16 +349,16 @@ def everything(args: Namespace, device: torch.device, dtype: torch.dtype) -> int
         try:
             found = comparing.compare(rows.read(previous), made, 0.05)
         except ValueError as e:  # of another schema, or nothing in common: no reason to fail
-            terminal.note(f"not compared with the run before: {e}")
+            terminal.note(f"not compared with the previous run: {e}")
         else:
-            terminal.note("beside the run before:\n" + comparing.text(found, 0.05))
+            terminal.note("compared with the previous run:\n" + comparing.text(found, 0.05))
     return code
 
 
 def _write_crossovers(made: Sequence[Row]) -> None:
     found = scale.crossovers(made)
     if not found:
-        raise ValueError("no crossover was measured: it takes the experts along --axis tokens")
+        raise ValueError("no crossover was measured; use --axis tokens")
     scale.write_crossovers(found)
     terminal.note("written to gemma4_fast/ops/moe.py: " + ", ".join(f"{where}: {x} tokens" for where, x in found.items()))
 
@@ -378,12 +379,12 @@ def _check_targets(args: Namespace) -> None:
         if not there:
             raise ValueError(f"{target}: there is no folder {target.parent}")
         if target.is_dir():
-            raise ValueError(f"{target} is a folder, and a file is to be written")
+            raise ValueError(f"{target} is a folder, expected a file")
     if args.html is not None and args.html.exists() and not args.html.is_file():
-        raise ValueError(f"{args.html} is no plain file, and a page replaces what is there")
+        raise ValueError(f"{args.html} is not a regular file, so --html cannot replace it")
     taken = [*targets, *inputs]
     if any(_same(a, b) for i, a in enumerate(taken) for b in taken[:i] if a in targets or b in targets):
-        raise ValueError("two of the files are the same one; what is written must not replace another")
+        raise ValueError("two of the files are the same; an output must not replace another file")
     if args.plot is not None and args.plot.exists() and not args.plot.is_dir():
         raise ValueError(f"--plot takes a folder, and {args.plot} is a file")
     if args.plot is not None:
@@ -429,7 +430,7 @@ def _write_files(made: Sequence[Row], args: Namespace) -> None:
 def report(args: Namespace) -> int:
     """Rows that were saved, shown again."""
     if args.markdown and args.json:
-        raise ValueError("--markdown and --json both want standard output")
+        raise ValueError("--markdown and --json both write to standard output")
     made = [row for file in dict.fromkeys(args.files) for row in rows.read(file)]
     _check_targets(args)
     if args.markdown:

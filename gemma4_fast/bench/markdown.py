@@ -111,7 +111,8 @@ def _speeds(rows: list[Row]) -> str:
         cuts = dict.fromkeys(note for row in found.values() for note in _cut(row))
         fastest = best(found.values())
         first = marked(name, cuts)
-        speeds = [marked(_speed(row, fastest), _notes(row, rows)) for row in map(found.get, contenders)]
+        of_line = map(found.get, contenders)
+        speeds = [marked(_speed(row, fastest), _notes(row, rows)) for row in of_line]
         cells.append([first, *speeds])
     facts = [hardware(rows[0])]
     if total := rows[0].machine.get("memory_bytes"):

@@ -27,7 +27,8 @@ def native_of(model: nn.Module) -> Gemma4:
     text = accelerated_text(model)
     if text is None:
         kind = type(model).__name__
-        raise ValueError(f"this {kind} is not accelerated; call gemma4_fast.accelerate(model) first")
+        remedy = "call gemma4_fast.accelerate(model) first"
+        raise ValueError(f"this {kind} is not accelerated; {remedy}")
     engine = engine_of(text)
     if (reason := engine.bind(text)) is not None:
         raise UnsupportedError(f"all its calls are left to transformers' code: {reason}")
