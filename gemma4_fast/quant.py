@@ -243,8 +243,9 @@ class QuantizedWeight:
         if self.bits == 4:
             q = torch.stack((q & 15, q >> 4), dim=2)  # quads 2 j and 2 j + 1
         wide = torch.promote_types(dtype, torch.float32)
-        values = q.view(rows.shape[0], -1, GROUP).to(wide) - (128 if self.bits == 8 else 8)
-        values *= self.scale[panel, :, lane].to(wide)[..., None]
+        scale = self.scale[panel, :, lane].to(wide)  # [n, G]
+        values = q.view(*scale.shape, GROUP).to(wide) - (128 if self.bits == 8 else 8)
+        values *= scale[..., None]
         return values.flatten(1)[:, : self.shape[1]].to(dtype)
 
     def _place(self, rows: Tensor) -> tuple[Tensor, Tensor]:

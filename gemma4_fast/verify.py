@@ -230,7 +230,8 @@ def compare_layers(model: Gemma4, ids: Tensor, layers: Mapping[int, Layered], wh
 
     ids [T]: the prompt. layers: what each layer was given and gave, by index, with the donors of
     layers that share KV. whose: the other implementation's name. Its error against the wider
-    reference decides how large ours may be.
+    reference decides how large ours may be. Tokens whose routing is too close to call are left out;
+    a layer where that is so for all of them gets no row.
     """
     with model.running():
         check = _Check(model, model.state_dict(), _Tokens(ids), report)
@@ -240,12 +241,15 @@ def compare_layers(model: Gemma4, ids: Tensor, layers: Mapping[int, Layered], wh
             got, _ = model.model.run_layer(i, x, None, step, None, other.ple)
             w, wide = check._weights(True).layer(i), check.wide
             between = reference.attention_block(w, check.config, layer, x.to(wide), kv)
-            ple = None if other.ple is None else other.ple.to(wide)
-            truth = reference.feed_forward_block(w, check.config, layer, between, ple)
             half = model.dtype in (torch.bfloat16, torch.float16)
-            keep = check._clear_calls(layer, between, half=half)[:, None]
-            ours, theirs = (relative_error(torch.where(keep, y.to(wide), truth), truth) for y in (got, other.out))
-            report.comparisons.append(Comparison(f"beside {whose}", "prefill", ours, theirs, layer=i, kind=layer.label))
+            keep = check._clear_calls(layer, between, half=half)
+            if not keep.any():
+                continue
+            ple = None if other.ple is None else other.ple[keep].to(wide)
+            truth = reference.feed_forward_block(w, check.config, layer, between[keep], ple)
+            ours, theirs = (relative_error(y[keep], truth) for y in (got, other.out))
+            row = Comparison(f"beside {whose}", "prefill", ours, theirs, layer=i, kind=layer.label)
+            report.comparisons.append(row)
 
 
 class _Plan:
@@ -799,6 +803,8 @@ class _Check:
         rows, vocab, scale = *truth.shape, truth.abs().max().item() + 1e-30
         row, hot = torch.arange(rows, device=h.device), 1e12  # so hot that all that stay are as likely
         if vocab < 3:  # a top_k of all is none
+            return
+        if not truth.isfinite().all():  # the comparison of the logits has failed
             return
         most = min(64, vocab - 1)
         ranked, ids = truth.topk(max(2, most), dim=-1)

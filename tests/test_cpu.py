@@ -114,6 +114,17 @@ def test_attention_at_the_edges_of_tiles(isa: str, dtype: torch.dtype) -> None:
             assert (verdict := Judge(ops.TABLE["gqa_prefill"], args)(ops.gqa_prefill)).ok, verdict.message
 
 
+def test_softcap_keeps_the_digits_of_small_logits() -> None:
+    """Each logit is one product here, so its relative error is that of the softcap alone."""
+    size = torch.logspace(-8, 3, 400)
+    values = torch.cat((size, -size))
+    truth = 30 * torch.tanh(values.double() / 30)
+    for isa in native.isas():
+        with use_backend("cpu", isa=isa):
+            got = ops.logits(torch.ones(1, 1), values[:, None], 30.0)[0].double()
+        assert ((got - truth) / truth).abs().max() < 1e-6
+
+
 def test_large_values_do_not_overflow() -> None:
     m = Maker(FP32)
     args: dict[str, Any] = moe_case(m, 3, 96, 32, 4, 2)

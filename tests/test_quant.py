@@ -183,6 +183,8 @@ def test_the_kernel_refuses_rows_that_there_are_not() -> None:
         (torch.ones(3, 64), 0, 60, 1, "another shape"),
         (torch.ones(3, 65), 0, 20, 1, "another shape"),
         (torch.ones(3, 64), 0, 20, 3, "rows"),
+        (torch.ones(3, 128)[:, ::2], 0, 20, 1, "contiguous"),
+        (torch.ones(3, 1, 64), 0, 20, 1, "matrix"),
     ):
         with pytest.raises(RuntimeError, match=why):
             op(source, weight.data, weight.scale, first, n, parts, 0)
@@ -490,6 +492,8 @@ def test_the_kernel_dequantizes_rows_that_there_are(monkeypatch: pytest.MonkeyPa
         (torch.ones(3, 64), 0, 60, 1, "another shape"),
         (torch.ones(3, 65), 0, 20, 1, "another shape"),
         (torch.ones(3, 64), 0, 20, 3, "rows"),
+        (torch.ones(3, 128)[:, ::2], 0, 20, 1, "contiguous"),
+        (torch.ones(3, 1, 64), 0, 20, 1, "matrix"),
     ):
         with pytest.raises(RuntimeError, match=why):
             op(weight.data, weight.scale, out, first, n, parts, 0)
@@ -497,6 +501,13 @@ def test_the_kernel_dequantizes_rows_that_there_are(monkeypatch: pytest.MonkeyPa
     want = torch.stack([experts[e].rows_by_formula(torch.arange(20), torch.float32) for e in range(3)])
     monkeypatch.setattr(QuantizedWeight, "rows_by_formula", None)  # it is the kernel that does it
     assert torch.equal(experts.dequantize(torch.float32), want)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_no_rows_by_formula_are_an_empty_matrix(bits: int) -> None:
+    weight = QuantizedWeight.of(torch.randn(20, 64), bits)
+    none = torch.empty(0, dtype=torch.int64)
+    assert weight.rows_by_formula(none, torch.float32).shape == (0, 64)
 
 
 @pytest.mark.parametrize("isa", native.ISAS)

@@ -398,6 +398,30 @@ def test_small_contexts_and_wide_windows_are_checked_too() -> None:
         verify(Gemma4.dummy(dataclasses.replace(base, max_position_embeddings=2), dtype="float32", device="cpu"))
 
 
+@pytest.mark.parametrize("head", [0, 5, 7])
+@pytest.mark.parametrize("op", ["gqa_prefill", "gqa_decode"])
+def test_a_short_window_in_one_kv_head_is_caught(op: str, head: int) -> None:
+    config = dataclasses.replace(
+        fast_model("31b").config,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        num_global_key_value_heads=8,
+    )
+    model = Gemma4.dummy(config, dtype="bfloat16", device="cpu")
+    right = getattr(torch_backend, op)
+    short = _window_plus(-1, op) if op == "gqa_prefill" else _decode_window_plus(-1)
+
+    def wrong(*args: Any) -> torch.Tensor:
+        out = right(*args)
+        own = slice(2 * head, 2 * head + 2)  # this KV head's query heads
+        out[:, own] = short(*args)[:, own]
+        return out
+
+    with broken(op, wrong):
+        report = verify(model)
+    assert {c.what for c in report.comparisons if not c.ok} == {"window edge"}
+
+
 @pytest.mark.parametrize("dtype, seed", [("bfloat16", 11), ("float16", 107), ("bfloat16", 22)])
 def test_routing_that_differs_in_half_precision_is_no_alarm(dtype: str, seed: int) -> None:
     """End to end a right model of experts may be far from the truth here, as plain PyTorch may."""
@@ -541,6 +565,19 @@ def test_a_toss_up_of_a_flat_router_is_no_alarm(within: float, ok: bool) -> None
     assert changed and report.ok == ok and 0 < report.close_calls < len(ids)
 
 
+def test_a_layer_whose_routing_is_never_clear_gets_no_row() -> None:
+    """An empty comparison would always pass."""
+    model = Gemma4.dummy(fast_model("26b-a4b").config, dtype="bfloat16", device="cpu", seed=3)
+    router = model.model.layer(0).router
+    router.proj.weight[1:] = router.proj.weight[0]
+    ids = torch.arange(8)
+    x, _ = model.model.embed(ids)
+    report = Report("quick", "cpu", "bfloat16", {})
+    compare_layers(model, ids, {0: Layered(x, None, torch.zeros_like(x))}, "another", report)
+    assert report.comparisons == []
+    assert report.close_calls == len(ids)
+
+
 def test_wrong_rope_frequencies_are_seen() -> None:
     model = copy.deepcopy(fast_model("26b-a4b"))
     device = model.device
@@ -680,6 +717,13 @@ def test_zero_rows_in_half_precision_are_no_alarm(quantize: str) -> None:
     assert isinstance(model.head, QuantizedWeight)
     model.head[-20:].copy_(torch.zeros(20, model.head.shape[1]))
     assert verify(model).ok
+
+
+def test_a_model_that_overflows_in_fp16_is_reported() -> None:
+    model = Gemma4.from_pretrained("tiny", dtype="float16", check=False)
+    model.model.norm.weight.fill_(6e4)
+    report = verify(model)
+    assert "logits" in {c.what for c in report.comparisons if not c.ok}
 
 
 def test_a_wrong_top_k_over_a_large_head_is_found(

@@ -284,6 +284,7 @@ int64_t quantize_rows(Tensor source, Tensor data, Tensor scale, int64_t first, i
 
 // Rows [first, first + rows) of a weight [n, k] -> out [rows, k], fp32 or bf16.
 void dequantize_rows(Tensor data, Tensor scale, Tensor out, int64_t first, int64_t n, int64_t parts, int64_t isa) {
+  STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous(), "dequantize_rows: out must be a contiguous matrix");
   const int64_t rows = out.size(0), k = out.size(1);
   STD_TORCH_CHECK(parts > 0 && n > 0 && n % parts == 0 && first >= 0 && first + rows <= n, "dequantize_rows: rows [", first,
                   ", ", first + rows, ") of ", n, " in ", parts, " parts");

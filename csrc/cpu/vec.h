@@ -420,8 +420,11 @@ GEMMA4_INLINE void store_some(T* p, Vec x, int n) {
   else store(p, x, n);
 }
 
-// exp(x) to 2 units in the last place: 2^n * e^r with |r| <= ln(2) / 2, e^r by its Taylor polynomial of degree 7.
-GEMMA4_INLINE Vec exp(Vec x) {
+// e^x = 2^n (1 + r p): |r| <= ln(2) / 2, and 1 + r p is the Taylor polynomial of e^r of degree 7.
+struct Exponential {
+  Vec n, r, p;
+};
+GEMMA4_INLINE Exponential exponential(Vec x) {
   x = min(set(88.0f), max(set(-87.0f), x));  // in this order NaN stays NaN: of two operands, the second is taken then
   const Vec n = round_to_even(mul(x, set(1.44269504f)));
   Vec r = fma(n, set(-0.693145752f), x);  // ln 2 in two parts: the first has few bits, so n times it is exact
@@ -433,8 +436,20 @@ GEMMA4_INLINE Vec exp(Vec x) {
   p = fma(p, r, set(1.0f / 6));
   p = fma(p, r, set(0.5f));
   p = fma(p, r, set(1.0f));
-  p = fma(p, r, set(1.0f));
-  return scale_by_power_of_two(p, n);
+  return {n, r, p};
+}
+
+// exp(x) to 2 units in the last place.
+GEMMA4_INLINE Vec exp(Vec x) {
+  const Exponential e = exponential(x);
+  return scale_by_power_of_two(fma(e.p, e.r, set(1.0f)), e.n);
+}
+
+// exp(x) - 1, which keeps its digits near 0: 2^n r p + (2^n - 1).
+GEMMA4_INLINE Vec exp_minus_1(Vec x) {
+  const Exponential e = exponential(x);
+  const Vec power = scale_by_power_of_two(set(1.0f), e.n);
+  return add(scale_by_power_of_two(mul(e.p, e.r), e.n), sub(power, set(1.0f)));
 }
 
 // 0.5 x (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3), as x / (1 + e^(-2u)).
@@ -443,10 +458,10 @@ GEMMA4_INLINE Vec gelu_tanh(Vec x) {
   return div(x, add(set(1.0f), exp(u2)));
 }
 
-// cap * tanh(x / cap), tanh(y) = 1 - 2 / (e^(2y) + 1).
+// cap * tanh(x / cap). tanh(y) = m / (m + 2) with m = e^(2y) - 1 is accurate near 0 as well.
 GEMMA4_INLINE Vec softcap(Vec x, float cap) {
-  const Vec e = exp(mul(x, set(2.0f / cap)));
-  return mul(set(cap), sub(set(1.0f), div(set(2.0f), add(e, set(1.0f)))));
+  const Vec m = exp_minus_1(mul(x, set(2.0f / cap)));
+  return mul(set(cap), div(m, add(m, set(2.0f))));
 }
 
 }  // namespace GEMMA4_ISA
