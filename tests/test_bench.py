@@ -524,6 +524,16 @@ def test_mistakes_are_told_before_any_work(run: Run, argv: tuple[str, ...], what
     assert code == 2 and what in err and not out and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["26b", "26B-A4B", "gemma-4-26b-a4b-it"])
+def test_members_have_short_names(name: str, run: Run) -> None:
+    code, out, _ = run("cache", "--config", name, "--context", "1K", "--quiet", "--json")
+    assert code == 0
+    assert {json.loads(line)["params"]["model"] for line in out.splitlines()} == {"26b-a4b"}
+    device = torch.device("cpu")
+    args = parser(COMMANDS).parse_args(["bench", "model", "--config", name, "--layers", "1"])
+    assert command.model_plan(args, device, torch.bfloat16).label == "26b-a4b"
+
+
 def test_a_file_that_is_there_is_not_overwritten(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     options = ("cache", "--config", "e2b", "--context", "1K", "--quiet", "-o", str(file))

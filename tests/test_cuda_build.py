@@ -171,7 +171,7 @@ def test_a_build_that_fails_is_told_once(machine: Path, one_gpu: None, caplog: p
         assert table.backend_missing("cuda", "cuda") == why
     assert why == f"could not build its kernels with {machine}/bin/nvcc: see the log"
     (told,) = (message for message in caplog.messages if "norms.cu(3): error: no such thing" in message)
-    assert "others serve" in told
+    assert "others are used" in told
     assert not list((machine / "cache").rglob("*.so")) and not list((machine / "cache").rglob("build-*"))
 
 
