@@ -896,7 +896,7 @@ def test_a_slow_contender_has_fewer_turns(run: Run, fakes: None, monkeypatch: py
                     "off", "--peers", "lame", "--json", "--quiet")  # fmt: skip
     made = [Row.from_dict(json.loads(line)) for line in out.splitlines()]
     (once,) = [r for r in made if r.contender == "lame" and r.params["phase"] == "prefill"]
-    assert once.time_us is not None and once.time_us.samples == 1 and "its first run counts" in once.message
+    assert once.time_us is not None and once.time_us.samples == 1 and "its first run is counted" in once.message
     (deep,) = [r for r in made if r.contender == "lame" and r.params["depth"]]
     # Only the run that fills the cache is slow; the others agree, so that three of them are enough.
     assert deep.time_us is not None and deep.time_us.samples == model.AGREEING * 3
