@@ -266,7 +266,7 @@ def _say_once(op: str, backend: str, reason: str) -> None:
     """The first reason alone: others may be as many as there are shapes."""
     if (op, backend) not in _SAID:
         _SAID.add((op, backend))
-        log.warning("gemma4_fast: %s passes over %s: %s", op, backend, reason)
+        log.warning("gemma4_fast: %s does not use %s: %s", op, backend, reason)
 
 
 def slow_reason(device: torch.device, dtype: torch.dtype) -> str | None:
