@@ -7,14 +7,14 @@ query points straight at one key: the oldest it may see, the one just before tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gemma4_fast import ops
-from gemma4_fast.cache import allocate
+from gemma4_fast.cache import LayerCache, allocate
 from gemma4_fast.config import LayerConfig
 from gemma4_fast.reference import ops as reference
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 NEW = 16  # tokens whose queries are pointed
 SHORT = 5  # length of a sequence whose cache is mostly empty
-HEADS = 4  # KV heads that the reference takes at once
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
@@ -49,9 +48,9 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     def keys(v: Tensor) -> Tensor:
-        """K of positions 0, 1, ...: from V where they are one projection."""
+        """K of positions 0, 1, ...: from V where they are one projection, else as random as V."""
         if not layer.k_eq_v:
-            return randn(*v.shape)
+            return v.flip(0, -1)
         angles = reference.rope_angles(torch.arange(v.shape[0], device=device), freq)
         return reference.rotate(v.float() * k_weight.float(), *angles).to(dtype)
 
@@ -75,45 +74,29 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         plain = reference.attend(q[rows], k, v, mask, 1.0)
         bounds = torch.tensor([0, total], dtype=torch.int32, device=device)
         got = ops.gqa_prefill(q, k, v, bounds, window)[rows]
-        return "gqa_prefill", phase, relative_error(got, truth), relative_error(plain, truth)
+        return row("gqa_prefill", phase, got, truth, plain)
 
-    def in_parts(plain_op: Callable[..., Tensor], wide_args: bool, *args: Any) -> Tensor:
-        """The reference on some heads after the others, so that not all of a cache is widened at once.
-
-        The arguments with more than two axes are [..., heads, D]: the queries first, then keys and values.
-        """
-        group, outs = layer.num_q_heads // layer.num_kv_heads, []
-        for first in range(0, layer.num_kv_heads, HEADS):
-            last = min(first + HEADS, layer.num_kv_heads)
-            own = []
-            for i, a in enumerate(args):
-                if isinstance(a, Tensor) and a.dim() > 2:
-                    by = group if i == 0 else 1
-                    a = a[..., first * by : last * by, :]
-                own.append(a)
-            outs.append(plain_op(*(widened(*own) if wide_args else own)))
-        return torch.cat(outs, -2)
-
-    def judge(op: str, phase: str, args: Sequence[Any], sequences: Sequence[Sequence[Any]]) -> tuple[str, str, float, float]:
-        """op(*args) beside the reference, which takes one of these sequences' arguments after the other."""
+    def references(op: str, sequences: Sequence[Sequence[Any]]) -> tuple[Tensor, Tensor]:
+        """The truth, and what plain PyTorch gives, for one of these sequences' arguments after the other."""
         plain_op = getattr(reference, op)
-        truth, plain = (torch.cat([in_parts(plain_op, wide_args, *own) for own in sequences]) for wide_args in (True, False))
-        return op, phase, relative_error(getattr(ops, op)(*args), truth), relative_error(plain, truth)
+        truth = torch.cat([plain_op(*widened(*own)) for own in sequences])
+        return truth, torch.cat([plain_op(*own) for own in sequences])
 
-    def judge_decode(phase: str, q: Tensor, k: Tensor | None, v: Tensor, lens: Tensor) -> tuple[str, str, float, float]:
-        sequences = [
-            (
-                q[b : b + 1],
-                None if k is None else k[b : b + 1],
-                v[b : b + 1],
-                lens[b : b + 1],
-                window,
-                None,
-                *rebuild,
-            )
-            for b in range(len(q))
-        ]
-        return judge("gqa_decode", phase, (q, k, v, lens, window, None, *rebuild), sequences)
+    def row(op: str, phase: str, got: Tensor, truth: Tensor, plain: Tensor) -> tuple[str, str, float, float]:
+        return op, phase, relative_error(got, truth), relative_error(plain, truth)
+
+    def fill(kv: LayerCache, lens: Sequence[int]) -> None:
+        """The newest keys and values of sequences of these lengths, with garbage in the slots that stay empty."""
+        for b, length in enumerate(lens):
+            if length < kv.slots:
+                kv.write(garbage_k, garbage_v, kv.rows(torch.full_like(everywhere, b), everywhere))
+            at = torch.arange(max(0, length - kv.slots), length, device=device)
+            kv.write(k[at], v[at], kv.rows(torch.full_like(at, b), at))
+
+    def decode_args(kv: LayerCache, q: Tensor, lens: Tensor, own: slice) -> tuple[Any, ...]:
+        """The arguments of gqa_decode for some sequences of a batch."""
+        k_own = None if kv.k is None else kv.k[own]
+        return q[own], k_own, kv.v[own], lens[own], window, None, *rebuild
 
     v = randn(total, layer.num_kv_heads, layer.head_dim)
     k = keys(v)
@@ -148,27 +131,31 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         old = k_old, kv.v[b : b + 1], lens[b : b + 1], None, *rebuild
         sequences.append((q[own], k[of], v[of], bounds[:2], window, *old))
     old = kv.k, kv.v, lens, None, *rebuild
-    yield judge("gqa_prefill", "chunk", (q, k[rows], v[rows], bounds, window, *old), sequences)
+    got = ops.gqa_prefill(q, k[rows], v[rows], bounds, window, *old)
+    yield row("gqa_prefill", "chunk", got, *references("gqa_prefill", sequences))
 
-    # Decode: the newest key, the oldest in the window, the one before it if the ring still has it, an empty slot, an idle row.
-    del sequences, old
-    kv = allocate(layer, 5, total, dtype, device)
+    # Decode: the newest key, beside an idle row, in the cache that the chunk has left. Then the
+    # oldest key in the window, the one before it if the ring still has it, and an empty slot.
     everywhere = torch.arange(kv.slots, device=device)
     garbage_v = -v[everywhere % total]
     garbage_k = keys(garbage_v) if layer.k_eq_v else -k[everywhere % total]
     last = total - 1
     oldest = max(0, last - window + 1) if window is not None else 0
     before = oldest - 1 if oldest - 1 > last - kv.slots and oldest > 0 else last
-    lens_host = [total, total, total, short, 0]
-    for b, length in enumerate(lens_host):
-        if length < kv.slots:
-            kv.write(garbage_k, garbage_v, kv.rows(torch.full_like(everywhere, b), everywhere))
-        at = torch.arange(max(0, length - kv.slots), length, device=device)
-        kv.write(k[at], v[at], kv.rows(torch.full_like(at, b), at))
-    pointed = point(torch.stack((k[last], k[oldest], k[before], garbage_k[short], k[last])))
-    lens = torch.tensor(lens_host, dtype=torch.int32, device=device)
-    yield judge_decode("decode", pointed, kv.k, kv.v, lens)
-    for b in (1, 3):  # alone: kernels split the work by the size of the batch
-        k_alone = None if kv.k is None else kv.k[b : b + 1]
-        alone = pointed[b : b + 1], k_alone, kv.v[b : b + 1], lens[b : b + 1]
-        yield judge_decode("decode, batch 1", *alone)
+    batches = [
+        ("decode beside an idle row", [total, 0], (k[last], k[last]), []),
+        ("decode", [total, total, short], (k[oldest], k[before], garbage_k[short]), [0, 2]),
+    ]
+    for phase, host, pointed, alone in batches:
+        if len(host) != len(kv.v):
+            kv = allocate(layer, len(host), total, dtype, device)
+        fill(kv, host)
+        q, lens = point(torch.stack(pointed)), torch.tensor(host, dtype=torch.int32, device=device)
+        parts = [slice(b, b + 1) for b in range(len(host))]
+        of = [decode_args(kv, q, lens, own) for own in parts]
+        truth, plain = references("gqa_decode", of)
+        got = ops.gqa_decode(*decode_args(kv, q, lens, slice(None)))
+        yield row("gqa_decode", phase, got, truth, plain)
+        for b in alone:  # kernels split the work by the size of the batch
+            got = ops.gqa_decode(*of[b])
+            yield row("gqa_decode", "decode, batch 1", got, truth[parts[b]], plain[parts[b]])

@@ -27,6 +27,7 @@ PANEL = 16  # rows that are stored interleaved
 BITS = {"int8": 8, "int4": 4}
 LARGEST_WEIGHT = {8: 127 * 65504.0, 4: 8 * 65504.0}  # by bits: its scale is finite in fp16
 _CHUNK = 1 << 24  # values that are widened at once while quantizing
+_WIDENED_ROWS = 64  # kWidenedRows in csrc/cpu/kernels.h
 _BLOCK = 1 << 21  # values that a product dequantizes at once: as fp32 they stay in a core's caches
 
 
@@ -335,9 +336,12 @@ WeightLike = Tensor | QuantizedWeight
 def linear_in_blocks(x: Tensor, weight: WeightLike) -> Tensor:
     """x [..., K] times a weight [N, K], which is converted to x's dtype block by block -> [..., N].
 
-    A block fits the processor's caches, and all of them take the same memory.
+    A block fits the processor's caches, and all of them take the same memory. For few rows of x in
+    fp32 a CPU kernel does it, which reads the weight at about memory speed.
     """
     n, k = weight.shape
+    if (out := _by_widened_linear(x.reshape(-1, k), weight)) is not None:
+        return out.view(*x.shape[:-1], n)
     rows = max(1, _BLOCK // k)
     out, buffer = x.new_empty(*x.shape[:-1], n), x.new_empty(0)
     for start in range(0, n, rows):
@@ -353,4 +357,26 @@ def linear_in_blocks(x: Tensor, weight: WeightLike) -> Tensor:
             else:
                 wide.copy_(block)
         out[..., start : start + rows] = F.linear(x, wide)
+    return out
+
+
+def _by_widened_linear(x: Tensor, weight: WeightLike) -> Tensor | None:
+    """x [T, K] fp32 times a weight [N, K] -> [T, N] by the CPU kernel; None if it does not do that."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or len(x) > _WIDENED_ROWS:
+        return None
+    if native.kernels_missing() is not None:
+        return None
+    if isinstance(weight, QuantizedWeight):
+        if not weight._contiguous():
+            return None
+        data, scale = weight.data, weight.scale
+        place = weight.first, weight.rows, weight.parts
+    else:
+        if weight.dtype != torch.bfloat16 or weight.stride(1) != 1:
+            return None
+        data, scale = weight, None
+        place = 0, len(weight), 1
+    out = x.new_empty(len(x), len(weight))
+    kernel = torch.ops.gemma4_fast_cpu.widened_linear
+    kernel(x.contiguous(), data, scale, out, *place, native.isa())
     return out

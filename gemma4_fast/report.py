@@ -31,7 +31,7 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.limit  # False for NaN
+        return self.error <= self.limit and math.isfinite(self.error)  # False for NaN
 
     def describe(self) -> str:
         """One line that names place, op and figures."""

@@ -178,22 +178,34 @@ def _all_finite(x: WeightLike) -> bool:
     return bool(sums.isfinite().all()) or all(bool(b.isfinite().all()) for b in blocks)
 
 
-def _misread(view: QuantizedWeight) -> float:
-    """The relative error of some dequantized rows of a matrix [n, K].
+def _misread(view: WeightLike, wide: torch.dtype) -> float:
+    """The relative error of some rows of a matrix [n, K], as the truth's products read them.
 
     They are the first and the last rows, and those where a part begins: each time so many that they
-    span two panels. They are read in fp32 and in the matrix's dtype, since the kernel has separate
-    code for each.
+    span two panels. Quantized rows are also dequantized, in fp32 and in the matrix's dtype, since
+    the kernel has separate code for each.
     """
-    n, per_part, worst = len(view), view.rows // view.parts, 0.0
-    borders = [part * per_part - 1 - view.first for part in range(1, view.parts)]
+    n, worst = len(view), 0.0
+    borders: list[int] = []
+    if isinstance(view, QuantizedWeight):
+        per_part = view.rows // view.parts
+        borders = [part * per_part - 1 - view.first for part in range(1, view.parts)]
+    x = torch.randn(2, view.shape[1], generator=torch.Generator().manual_seed(0))
+    x = x.to(view.device, wide)
     for start in (0, *(at for at in borders if 0 <= at < n), max(0, n - PANEL - 1)):
         ids = torch.arange(start, min(start + PANEL + 1, n), device=view.device)
-        for dtype in {torch.float32, view.dtype}:
-            got = view[start : start + len(ids)].dequantize(dtype)
-            want = view.rows_by_formula(ids, dtype)
-            if not torch.equal(got, want):  # equal infinities are right, and fp16 has no room for norms
-                worst = max(worst, relative_error(got.float(), want.float()))
+        rows = view[start : start + len(ids)]
+        if isinstance(view, QuantizedWeight):
+            for dtype in {torch.float32, view.dtype}:
+                got, want = rows.dequantize(dtype), view.rows_by_formula(ids, dtype)
+                if not torch.equal(got, want):  # equal infinities are right, and fp16 has no room for norms
+                    worst = max(worst, relative_error(got.float(), want.float()))
+            plain = view.rows_by_formula(ids, wide)
+        else:
+            plain = rows.to(wide)
+        off = (linear_in_blocks(x, rows) - F.linear(x, plain)).abs()
+        off /= F.linear(x.abs(), plain.abs()).clamp(min=1e-30)  # a sum may cancel, its terms' sizes do not
+        worst = max(worst, off.max().item() if off.isfinite().all() else math.inf)
     return worst
 
 
@@ -372,17 +384,22 @@ class _Check:
             self.step()
 
     def _stored(self) -> None:
-        """Compare some rows of each quantized weight, as products dequantize them, with the formula.
+        """Compare some rows of each matrix, as the truth's products read them, with plain PyTorch.
 
-        The truth and the torch backend dequantize by the same code, so their products cannot show
-        a fault in it.
+        A kernel widens the matrices for the truth. The torch backend dequantizes by the same code,
+        so comparing its products with the truth's cannot show a fault in it.
         """
         checked = tuple(f"model.layers.{layer.index}." for layer in self.layers)
         for name, weight in self.tensors.items():
-            if isinstance(weight, QuantizedWeight) and (".layers." not in name or name.startswith(checked)):
-                views = [weight[0], weight[len(weight) - 1]] if weight.dim() == 3 else [weight]
-                error = max(_misread(view) for view in views)
-                self.report.comparisons.append(Comparison("quantized weight", name, error, 0.0))
+            quantized = isinstance(weight, QuantizedWeight)
+            if ".layers." in name and not name.startswith(checked):
+                continue
+            if weight.dim() < 2 or not (quantized or weight.numel() > reference.SMALL):
+                continue
+            views = [weight[0], weight[len(weight) - 1]] if weight.dim() == 3 else [weight]
+            error = max(_misread(view, self.wide) for view in views)
+            what = "quantized weight" if quantized else "product in blocks"
+            self.report.comparisons.append(Comparison(what, name, error, 0.0))
 
     def _history(self, layer: LayerConfig) -> tuple[Tensor, Tensor]:
         """Random K, V [n, Hkv, D] of the positions before the first plan's tokens, as cached.
@@ -713,13 +730,13 @@ class _Check:
         head, most = self.model.head, min(self.extent.logits, hidden.shape[0])
         hidden = hidden[-most:]
         if self.full or len(head) <= SAMPLED_FROM:
-            self._judge_head(hidden, head, (most, 5, 1))
+            self._judge_head(hidden, head, *self._both_logits(hidden, head), (most, 5, 1))
             return
         fast, best = self.model.logits(hidden), self.model.logits(hidden, argmax=True)
         one = self._clearest(fast)
         h = hidden[one]
         fast_one, best_one = self.model.logits(h), self.model.logits(h, argmax=True)
-        truth_of_one, plain_of_one = self._both_logits(h, head)
+        truth_of_one = self._reference_logits(h, head, wide=True)
         ids = self._sample([fast, fast_one, truth_of_one], [best, best_one])
         table = head.index_select(0, ids)
         truth, plain = self._both_logits(hidden, table)
@@ -728,10 +745,12 @@ class _Check:
         place = torch.searchsorted(ids, best.clamp(min=0, max=len(head) - 1))
         place = torch.where(there, place, -1)
         self._judge_choice(_rows(most), place, truth, self._allowed(truth, plain))
-        self._judge_head(hidden, table, (5,))
-        # Of one token the logits are known over the whole vocabulary, and so is how it is drawn.
-        self._judge_logits(_rows(1), fast_one, truth_of_one, plain_of_one)
-        allowed = self._allowed(truth_of_one, plain_of_one)
+        self._judge_head(hidden, table, truth, plain, (5,))
+        # Of one token the truth covers the whole vocabulary. What plain PyTorch loses is known from
+        # the sample, which holds the likeliest tokens.
+        lost = relative_error(plain[one], truth[one])
+        self._note(Comparison("logits", _rows(1), relative_error(fast_one, truth_of_one), lost), "logits")
+        allowed = self._allowed(truth[one], plain[one])
         self._judge_choice(_rows(1), best_one, truth_of_one, allowed)
         self._draws(h, truth_of_one, allowed, head, whole=True)
 
@@ -742,9 +761,15 @@ class _Check:
         row = int((top[:, 0] - top[:, -1]).argmax())
         return slice(row, row + 1)
 
-    def _judge_head(self, hidden: Tensor, table: WeightLike, counts: Sequence[int]) -> None:
-        """All of it over a table [V, H]: the head, or some of its rows."""
-        truth, plain = self._both_logits(hidden, table)
+    def _judge_head(
+        self,
+        hidden: Tensor,
+        table: WeightLike,
+        truth: Tensor,
+        plain: Tensor,
+        counts: Sequence[int],
+    ) -> None:
+        """All of it over a table [V, H], the head or some of its rows, whose logits are known [T, V]."""
         softcap = self.config.final_logit_softcapping
         for n in counts:
             rows = self._clearest(truth) if n == 1 else slice(-n, None)

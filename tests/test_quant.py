@@ -24,7 +24,7 @@ from gemma4_fast.errors import CheckpointError
 from gemma4_fast.layers import Quantizable
 from gemma4_fast.model import Gemma4, weights_size
 from gemma4_fast.ops.accuracy import Judge
-from gemma4_fast.quant import GROUP, QuantizedWeight, rounded
+from gemma4_fast.quant import GROUP, QuantizedWeight, _by_widened_linear, rounded
 from gemma4_fast.weights import save_pretrained, tiny_path
 
 BITS = [8, 4]
@@ -501,6 +501,51 @@ def test_the_kernel_dequantizes_rows_that_there_are(monkeypatch: pytest.MonkeyPa
     want = torch.stack([experts[e].rows_by_formula(torch.arange(20), torch.float32) for e in range(3)])
     monkeypatch.setattr(QuantizedWeight, "rows_by_formula", None)  # it is the kernel that does it
     assert torch.equal(experts.dequantize(torch.float32), want)
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("bits", [0, *BITS])
+def test_the_kernel_multiplies_by_widened_rows(bits: int, isa: str) -> None:
+    """Around its own sizes: 16 rows of the weight, 256 columns of it, four rows of x."""
+    require_native()
+    if isa not in native.isas():
+        pytest.skip(f"this processor has no {isa}")
+    generator = torch.Generator().manual_seed(0)
+    for t, n, k in ((1, 1, 1), (1, 7, 33), (3, 40, 256), (6, 15, 257), (35, 50, 1500), (64, 34, 545)):
+        x = torch.randn(t, k, generator=generator)
+        dense = torch.randn(n, k, generator=generator).bfloat16()
+        whole: Any = QuantizedWeight.of(dense, bits, 2 - n % 2) if bits else dense
+        for weight in (whole, whole[n // 3 :], whole[n // 2 : n // 2 + 1]):
+            wide = weight.to(torch.float64)
+            with use_backend("cpu", isa=isa):
+                assert (got := _by_widened_linear(x, weight)) is not None
+            sizes = F.linear(x.abs().double(), wide.abs())
+            assert ((got - F.linear(x.double(), wide)).abs() <= 1e-6 * sizes).all()
+
+
+def test_a_product_that_the_kernel_does_not_do() -> None:
+    x, weight = torch.ones(2, 64), torch.ones(3, 64, dtype=torch.bfloat16)
+    for wrong_x, wrong_weight in (
+        (x.double(), weight),
+        (torch.ones(65, 64), weight),
+        (x, weight.half()),
+        (x, weight.repeat(1, 2)[:, ::2]),
+    ):
+        assert _by_widened_linear(wrong_x, wrong_weight) is None
+    require_native()
+    op = torch.ops.gemma4_fast_cpu.widened_linear
+    q = QuantizedWeight.of(torch.ones(3, 64), 8)
+    out = torch.empty(2, 3)
+    for wrong, why in (
+        ((x.double(), weight, None, out, 0, 3, 1), "float32"),
+        ((x, weight[:2], None, out, 0, 3, 1), "bf16"),
+        ((x, weight.float(), None, out, 0, 3, 1), "bf16"),
+        ((torch.ones(65, 64), weight, None, torch.empty(65, 3), 0, 3, 1), "at most 64 rows"),
+        ((x, q.data, q.scale, out, 1, 3, 1), "rows"),
+        ((torch.ones(2, 65), q.data, q.scale, out, 0, 3, 1), "another shape"),
+    ):
+        with pytest.raises(RuntimeError, match=why):
+            op(*wrong, 0)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -88,6 +88,19 @@ struct DequantizeRows {
   int bits;
 };
 
+// out = x w^T: x [tokens, k] and out [tokens, rows] fp32, the weight bf16 [rows, k], or rows [first, first + rows) of a
+// quantized one [n, k] in `parts`.
+constexpr int64_t kWidenedRows = 64;  // tokens at most
+struct WidenedLinear {
+  const float* x;
+  const void* weight;
+  float* out;
+  int64_t tokens, rows, k;
+  int64_t stride;  // of a bf16 weight's rows
+  Quantized q;
+  int64_t first, n, parts;
+};
+
 struct GegluMlp {
   Dtype dtype;
   const void *x, *gate_up, *down;  // [T, H], [2I, H], [H, I]
@@ -229,6 +242,7 @@ struct Kernels {
   void (*gqa_prefill)(const GqaPrefill&);
   bool (*quantize_rows)(const QuantizeRows&);  // false: a value is not finite, or too large for a scale in fp16
   void (*dequantize_rows)(const DequantizeRows&);
+  void (*widened_linear)(const WidenedLinear&);
   // Numbers of 2 or 4 bytes. One whose exponent, these bits, is all ones is infinite or no number.
   bool (*all_finite)(const void* values, int64_t size, int64_t bytes, uint32_t exponent);
 };

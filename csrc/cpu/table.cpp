@@ -23,12 +23,13 @@ void gqa_decode(const GqaDecode&);
 void gqa_prefill(const GqaPrefill&);
 bool quantize_rows(const QuantizeRows&);
 void dequantize_rows(const DequantizeRows&);
+void widened_linear(const WidenedLinear&);
 bool all_finite(const void*, int64_t, int64_t, uint32_t);
 
 extern const Kernels kernels;
 const Kernels kernels = {GEMMA4_TEXT(GEMMA4_ISA), rms_norm, norm_add_norm, embedding, rope_angles, linear, geglu_mlp, moe,
                          grouped_gemm, route_topk, ple_gate, logits, qkv_norm_rope, gqa_decode, gqa_prefill, quantize_rows,
-                         dequantize_rows, all_finite};
+                         dequantize_rows, widened_linear, all_finite};
 
 }  // namespace GEMMA4_ISA
 }  // namespace gemma4_fast

@@ -269,15 +269,23 @@ void gqa_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Optional k_cac
   });
 }
 
+// What data and scale of a weight [n, k] in `parts` are, if its rows [first, first + rows) can be taken.
+Quantized check_rows_of(const Tensor& data, const Tensor& scale, int64_t first, int64_t rows, int64_t n, int64_t k,
+                        int64_t parts, const char* op) {
+  STD_TORCH_CHECK(parts > 0 && n > 0 && n % parts == 0 && first >= 0 && first + rows <= n, op, ": rows [", first, ", ",
+                  first + rows, ") of ", n, " in ", parts, " parts");
+  const Quantized q = quantized(data, scale);
+  STD_TORCH_CHECK(data.size(0) == parts * ((n / parts + 15) / 16) && scale.size(0) == data.size(0) && q.groups == (k + 31) / 32,
+                  op, ": data and scale are of another shape");
+  return q;
+}
+
 // source [rows, k] -> rows [first, first + rows) of a weight [n, k]. 0: a value is not finite, or too large for a scale. Weights
 // are filled outside of steps, and the answer is for the caller: not recorded.
 int64_t quantize_rows(Tensor source, Tensor data, Tensor scale, int64_t first, int64_t n, int64_t parts, int64_t isa) {
+  STD_TORCH_CHECK(source.dim() == 2 && source.stride(1) == 1, "quantize_rows: source must be a matrix with contiguous rows");
   const int64_t rows = source.size(0), k = source.size(1);
-  STD_TORCH_CHECK(parts > 0 && n > 0 && n % parts == 0 && first >= 0 && first + rows <= n, "quantize_rows: rows [", first, ", ",
-                  first + rows, ") of ", n, " in ", parts, " parts");
-  const Quantized to = quantized(data, scale);
-  STD_TORCH_CHECK(data.size(0) == parts * ((n / parts + 15) / 16) && scale.size(0) == data.size(0) && to.groups == (k + 31) / 32,
-                  "quantize_rows: data and scale are of another shape");
+  const Quantized to = check_rows_of(data, scale, first, rows, n, k, parts, "quantize_rows");
   return table(isa).quantize_rows({dtype_of(source), at(source), at(data), at<uint16_t>(scale), rows, source.stride(0), first, n,
                                    k, to.groups, parts, to.bits});
 }
@@ -286,14 +294,26 @@ int64_t quantize_rows(Tensor source, Tensor data, Tensor scale, int64_t first, i
 void dequantize_rows(Tensor data, Tensor scale, Tensor out, int64_t first, int64_t n, int64_t parts, int64_t isa) {
   STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous(), "dequantize_rows: out must be a contiguous matrix");
   const int64_t rows = out.size(0), k = out.size(1);
-  STD_TORCH_CHECK(parts > 0 && n > 0 && n % parts == 0 && first >= 0 && first + rows <= n, "dequantize_rows: rows [", first,
-                  ", ", first + rows, ") of ", n, " in ", parts, " parts");
-  const Quantized from = quantized(data, scale);
-  STD_TORCH_CHECK(data.size(0) == parts * ((n / parts + 15) / 16) && scale.size(0) == data.size(0) &&
-                      from.groups == (k + 31) / 32,
-                  "dequantize_rows: data and scale are of another shape");
+  const Quantized from = check_rows_of(data, scale, first, rows, n, k, parts, "dequantize_rows");
   table(isa).dequantize_rows(
       {dtype_of(out), at(data), from.scale, at(out), rows, first, n, k, from.groups, parts, from.bits});
+}
+
+// x [T, K] times a weight [N, K], bf16 or quantized -> out [T, N]. x and out are fp32. T <= 64.
+void widened_linear(Tensor x, Tensor weight, Optional scale, Tensor out, int64_t first, int64_t n, int64_t parts, int64_t isa) {
+  STD_TORCH_CHECK(x.dim() == 2 && out.dim() == 2 && x.is_contiguous() && out.is_contiguous() && dtype_of(x) == Dtype::f32 &&
+                      dtype_of(out) == Dtype::f32 && x.size(0) == out.size(0) && x.size(0) <= kWidenedRows,
+                  "widened_linear: x and out must be contiguous fp32 matrices of at most ", kWidenedRows, " rows");
+  const int64_t rows = out.size(1), k = x.size(1);
+  if (scale) {
+    check_rows_of(weight, *scale, first, rows, n, k, parts, "widened_linear");
+  } else {
+    STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == k && weight.stride(1) == 1 &&
+                        dtype_of(weight) == Dtype::bf16,
+                    "widened_linear: the weight must be bf16 [", rows, ", ", k, "]");
+  }
+  table(isa).widened_linear({at<float>(x), at(weight), at<float>(out), x.size(0), rows, k, weight.stride(0),
+                             quantized(weight, scale), first, n, parts});
 }
 
 // Whether all values of a contiguous tensor, fp32, bf16 or fp16, are finite: 0 or 1.
@@ -392,6 +412,7 @@ STABLE_TORCH_LIBRARY(gemma4_fast_cpu, m) {
   m.def("count_tokens(Tensor(a!) lens, Tensor going) -> ()");
   m.def("quantize_rows(Tensor source, Tensor(a!) data, Tensor(b!) scale, int first, int n, int parts, int isa) -> int");
   m.def("dequantize_rows(Tensor data, Tensor scale, Tensor(a!) out, int first, int n, int parts, int isa) -> ()");
+  m.def("widened_linear(Tensor x, Tensor weight, Tensor? scale, Tensor(a!) out, int first, int n, int parts, int isa) -> ()");
   m.def("all_finite(Tensor x, int isa) -> int");
   m.def("record_start() -> ()");
   m.def("record_stop() -> int");
@@ -428,6 +449,7 @@ STABLE_TORCH_LIBRARY_IMPL(gemma4_fast_cpu, CPU, m) {
   m.impl("count_tokens", TORCH_BOX(&count_tokens));
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("dequantize_rows", TORCH_BOX(&dequantize_rows));
+  m.impl("widened_linear", TORCH_BOX(&widened_linear));
   m.impl("all_finite", TORCH_BOX(&all_finite));
 }
 
