@@ -30,6 +30,7 @@ CPU_SETTINGS := \
 VENV_DONE := $(VENV)/.venv-done
 RUN_DONE := $(VENV)/.run-done
 DEV_DONE := $(VENV)/.dev-done
+TRITON_DONE := $(VENV)/.triton-done
 PACKAGE_DONE := $(VENV)/.package-done
 NATIVE_DONE := $(VENV)/.native-done
 GPU_VENV := build/gpu-venv
@@ -60,13 +61,13 @@ help:
 demo: $(RUN_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
 	$(BIN)/gemma4-fast demo
 
-test: lint $(PACKAGE_DONE) $(NATIVE_DONE)
+test: lint $(TRITON_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-full: lint $(PACKAGE_DONE) $(NATIVE_DONE)
+test-full: lint $(TRITON_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
 	$(BIN)/python -m pytest -m "full or not full" $(PYTEST_ARGS)
 
-test-cpus: $(DEV_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
+test-cpus: $(TRITON_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
 	@set -e; for setting in $(CPU_SETTINGS); do \
 		echo "== $$setting"; \
 		env $$(echo $$setting | tr , ' ') \
@@ -82,7 +83,7 @@ bench: $(DEV_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
 	env -u OMP_WAIT_POLICY $(BIN)/gemma4-fast bench all $(BENCH_ARGS)
 
 # ThreadSanitizer gets a program of its own: it needs every library to be built for it, PyTorch too.
-sanitize: $(SANITIZE)/threads-plain $(SANITIZE)/threads-native $(SANITIZE)/pool $(SANITIZE)/.lib-done $(DEV_DONE)
+sanitize: $(SANITIZE)/threads-plain $(SANITIZE)/threads-native $(SANITIZE)/pool $(SANITIZE)/.lib-done $(TRITON_DONE)
 	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/pool
 	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/threads-plain
 	TSAN_OPTIONS=halt_on_error=1 $(SANITIZE)/threads-native
@@ -93,12 +94,14 @@ sanitize: $(SANITIZE)/threads-plain $(SANITIZE)/threads-native $(SANITIZE)/pool 
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZE)/lib GEMMA4_FAST_SANITIZE=1 \
 		$(BIN)/pytest --capture=sys -p no:cacheprovider $(SANITIZE_TESTS:%=tests/%.py) $(PYTEST_ARGS)
 
-# The wheel is built from a clean folder, so that nothing of an earlier build gets into it. auditwheel
+# The wheel is built in a clean folder, so that nothing of an earlier build gets into it, and by the
+# hook that pip calls, since setuptools deprecates running setup.py for this. auditwheel
 # names the oldest Linux that the libraries run on, and leaves PyTorch's own libraries outside. It looks
 # for patchelf in PATH.
 wheel: $(DEV_DONE)
 	rm -rf $(WHEEL)
-	$(BIN)/python setup.py --quiet build --build-base $(WHEEL)/build bdist_wheel --dist-dir $(WHEEL)
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_wheel( \
+		"$(WHEEL)", {"--global-option": "--quiet build --build-base $(WHEEL)/build"})'
 	@ls $(WHEEL)/build/lib*/gemma4_fast/_cpu*.so >/dev/null
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
 		--wheel-dir dist $(WHEEL)/*.whl
@@ -136,8 +139,12 @@ $(RUN_DONE): tests/requirements/run.txt | $(VENV_DONE)
 	$(PIP) install -r tests/requirements/run.txt
 	@touch $@
 
-$(DEV_DONE): tests/requirements/dev.txt tests/requirements/triton.txt $(RUN_DONE)
+$(DEV_DONE): tests/requirements/dev.txt $(RUN_DONE)
 	$(PIP) install -r tests/requirements/dev.txt
+	@touch $@
+
+# Only the tests run Triton's interpreter. Its package is large (188 MB), so `make lint` does without.
+$(TRITON_DONE): tests/requirements/triton.txt $(DEV_DONE)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -r tests/requirements/triton.txt
 	@touch $@
 

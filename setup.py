@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import runpy
+import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.errors import CompileError
 from setuptools.modified import newer_group
 
@@ -113,6 +115,17 @@ To build them, type:
     pip install "torch>=2.10" ninja pybind11 "setuptools>=77"
     pip install --no-build-isolation {source}
 {line}"""
+
+
+class Build(build):
+    """Starts without the modules of an earlier build, which pip would otherwise install again.
+
+    pip builds in the source folder, where `build/` stays from one installation to the next.
+    """
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib, "gemma4_fast"), ignore_errors=True)
+        super().run()
 
 
 class BuildNative(build_ext):
@@ -281,5 +294,5 @@ setup(
     },
     # GEMMA4_FAST_NATIVE=0 leaves the extensions out.
     ext_modules=extensions if os.environ.get("GEMMA4_FAST_NATIVE") != "0" else [],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build": Build, "build_ext": BuildNative},
 )

@@ -27,19 +27,22 @@ from gemma4_fast.errors import out_of_memory
 from gemma4_fast.explain import explain
 from gemma4_fast.files import one_line, replacing
 from gemma4_fast.generate import Generation, Prefix, Session, Stream, default_sampling
+from gemma4_fast.spelling import did_you_mean
 from gemma4_fast.tokenizer import Tokenizer, check_messages
 
 if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
 
 ANSWER_ROOM = 256  # tokens of the context that are kept free for an answer by forgetting old turns
+RESUME = "type /continue to resume"
 BANNER = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the conversation"
+QUIT = ("/quit", "/exit")
 HELP = """\
 /continue      resume an answer that was cut off or stopped
-/reset         forget the conversation
+/reset         clear the conversation
 /save FILE     write the conversation to a file, as JSON messages
 /load FILE     resume the conversation in a file
-/think on|off  let the model think before it answers, if its chat template can ask for that
+/think on|off  let the model think before it answers, if it supports thinking
 /help          show this list
 /quit, /exit   end the conversation, as Ctrl-D does
 Ctrl-C stops an answer. A pasted block of lines is one message. Put a space before a message that
@@ -218,7 +221,7 @@ class Conversation:
         asked, answered = set(roles[::2]), set(roles[1::2])
         if asked != {"user"} or not answered <= {"assistant", "model"}:
             raise ValueError(
-                "expected messages of user and assistant in turns, after at most one of system, "
+                "expected user and assistant messages in turns, after at most one system message, "
                 f"got {', '.join(role for role, _ in texts[:6]) or 'none of them'}"
             )
         if len(roles) % 2:
@@ -333,10 +336,15 @@ class Chat:
         self.cut = False  # whether the newest answer can be resumed
         self.paused: Reply | None = None  # what generates that answer, if it is still there
         if args.max_new_tokens is not None and args.max_new_tokens > self.limit:
-            terminal.note(
-                f"gemma4-fast: --max-new-tokens {args.max_new_tokens} exceeds the model's context "
-                f"of {self.limit} tokens: an answer ends where the context does"
+            self._note(
+                f"gemma4-fast: --max-new-tokens {args.max_new_tokens} is ignored: the context is "
+                f"{self.limit} tokens, and an answer ends when it is full"
             )
+
+    def _note(self, text: str) -> None:
+        """A line on stderr, unless --quiet is given."""
+        if not self.args.quiet:
+            terminal.note(text)
 
     def reset(self) -> None:
         self.conversation.reset()
@@ -363,10 +371,8 @@ class Chat:
             )
         if dropped:
             what = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
-            terminal.note(
-                f"gemma4-fast: the context of {self.limit} tokens is full, so {what} forgotten; "
-                "/reset forgets all of the conversation"
-            )
+            full = f"the context of {self.limit} tokens is full"
+            terminal.note(f"gemma4-fast: {full}, so {what} dropped; /reset clears the conversation")
         return ids
 
     def answer(self, text: str) -> None:
@@ -398,7 +404,7 @@ class Chat:
             ids = self._fit(self.conversation.resume())
         except ValueError as e:
             full = f"the message and its answer fill the context of {self.limit} tokens"
-            raise ValueError(f"{full}; /reset forgets the conversation") from e
+            raise ValueError(f"{full}; /reset clears the conversation") from e
         self._go_on(self._reply(ids, self.conversation.turns[-1].answer))
 
     def _reply(self, ids: list[int], before: Sequence[int] = ()) -> Reply:
@@ -419,12 +425,15 @@ class Chat:
         as_json = self.args.json
         new = len(result.prompt_ids) - len(self.prefix.ids)
         long = not reply.start and new > reply.session.prefill_chunk
+        shown = long and not as_json and not self.args.quiet
         self.paused = None
         whole = True  # the reply is between two tokens
         with Interrupt(wanted=self.interactive) as interrupt:
             reply.interrupt = interrupt
             try:
-                with terminal.progress_bar("reading", shown=long and not as_json) as reply.bar:
+                with terminal.progress_bar("reading", shown=shown) as reply.bar:
+                    if reply.bar is not None:
+                        reply.bar(0, new)
                     first = next(reply.steps, "")
                 for piece in itertools.chain([first], reply.steps):
                     reply.text += piece
@@ -461,9 +470,9 @@ class Chat:
             print(flush=True)
             if sys.stderr.isatty():
                 stopped = ", stopped" if interrupted else ""
-                terminal.note(f"[{terminal.timing_line(part, prefilled)}{stopped}]")
+                self._note(f"[{terminal.timing_line(part, prefilled)}{stopped}]")
             if self.cut:
-                terminal.note(f"gemma4-fast: {self._why_cut(result, interrupted)}")
+                self._note(f"gemma4-fast: {self._why_cut(result, interrupted)}")
             return
         line = {
             "turn": len(self.conversation.turns),
@@ -485,25 +494,30 @@ class Chat:
 
     def _why_cut(self, result: Generation, interrupted: bool) -> str:
         if interrupted:
-            return "stopped; /continue goes on"
+            return f"stopped; {RESUME}"
         if result.finish_reason is None:
             wanted = self.args.max_new_tokens
-            return f"cut off after {wanted} tokens (--max-new-tokens); /continue goes on"
+            return f"cut off after {wanted} tokens (--max-new-tokens); {RESUME}"
         full = f"cut off, since the context of {self.limit} tokens is full"
         if len(self.conversation.turns) > 1:
-            return f"{full}; /continue forgets the oldest turns and goes on"
-        return f"{full}; /reset forgets the conversation"
+            return f"{full}; type /continue to drop the oldest turns and resume"
+        return f"{full}; /reset clears the conversation"
 
     # ------------------------------------------------------------ commands
     def run(self) -> int:
-        """Until /exit or the end of the input. What cannot be served ends a script, but not a person's session."""
+        """Answer until /quit or the end of the input. Returns the exit code.
+
+        A message or command that fails is reported, and the conversation goes on. If standard input
+        is not a terminal, the exit code then is 2.
+        """
+        code = 0
         if self.interactive:
-            terminal.note(BANNER)
+            self._note(BANNER)
         for given in self._given():
             # A block of lines, and what begins with a space, is a message.
             command = given.startswith("/") and "\n" not in given.strip()
             text = given.strip()
-            if command and text in ("/exit", "/quit"):
+            if command and text in QUIT:
                 break
             if not text:
                 continue
@@ -513,14 +527,14 @@ class Chat:
                 else:
                     self.answer(text)
             except ValueError as e:
-                if not self.interactive:
-                    raise
                 terminal.note(f"gemma4-fast: error: {one_line(e)}")
+                code = 2
             except (MemoryError, RuntimeError) as e:
-                if not (self.interactive and out_of_memory(e)):
+                if not out_of_memory(e):
                     raise
                 self._out_of_memory()
-        return 0
+                code = 2
+        return 0 if self.interactive else code
 
     def _given(self) -> Iterator[str]:
         if self.interactive:
@@ -539,36 +553,37 @@ class Chat:
             self.conversation.withdraw()
         terminal.note(
             "\ngemma4-fast: error: not enough memory for a longer conversation; "
-            "/save FILE keeps it, and /reset forgets it and frees its memory"
+            "/save FILE keeps it, and /reset clears it and frees its memory"
         )
 
     def command(self, name: str, argument: str) -> None:
-        """Run one command other than /quit and /exit.
+        """Run one command, other than /quit and /exit without an argument.
 
         ValueError if the command is unknown, has a wrong argument, or cannot be done.
         """
         commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: terminal.note(HELP),
-            "/reset": lambda _: self.forget(),
+            "/reset": lambda _: self.clear(),
             "/continue": lambda _: self.resume(),
             "/save": self.save,
             "/load": self.load,
             "/think": self.think,
         }
-        if name not in commands:
+        if name not in (*commands, *QUIT):
+            hint = did_you_mean(name, (*commands, *QUIT))
             raise ValueError(
                 f"unknown command {name[:40]}: /help lists the commands; to send a message that "
-                "begins with / put a space before it"
+                f"begins with / put a space before it{hint}"
             )
         argument = argument.strip()
-        if argument and name in ("/help", "/reset", "/continue"):
+        if argument and name in ("/help", "/reset", "/continue", *QUIT):
             raise ValueError(f"{name} takes no argument, got {argument[:40]!r}")
         commands[name](argument)
 
-    def forget(self) -> None:
-        """Forget the conversation and say so."""
+    def clear(self) -> None:
+        """Clear the conversation and say so."""
         self.reset()
-        terminal.note("forgot the conversation")
+        self._note("conversation cleared")
 
     def save(self, name: str) -> None:
         """Write the conversation to the file of that name, as JSON messages.
@@ -592,7 +607,7 @@ class Chat:
         except OSError as e:
             raise ValueError(f"{file}: cannot be written: {e.strerror or e}") from e
         count = len(self.conversation.turns)
-        terminal.note(f"saved {count} turn{'s' * (count > 1)} to {file}")
+        self._note(f"saved {count} turn{'s' * (count > 1)} to {file}")
 
     def load(self, name: str) -> None:
         """Replace this conversation with the one in the file of that name.
@@ -609,20 +624,20 @@ class Chat:
         self.conversation = loaded
         self.cut = True  # it may have been when it was saved
         count = len(loaded.turns)
-        terminal.note(f"loaded {count} turn{'s' * (count > 1)} from {file}")
+        self._note(f"loaded {count} turn{'s' * (count > 1)} from {file}")
 
     def think(self, argument: str) -> None:
         """Turn thinking "on" or "off".
 
-        ValueError for any other argument, and if the chat template cannot ask for thinking.
+        ValueError for any other argument, and if the chat template does not support thinking.
         """
         if argument not in ("on", "off"):
             raise ValueError(f"expected /think on or /think off, got {argument[:40]!r}")
         if "enable_thinking" not in (self.model.tokenizer.chat_template or ""):
-            raise ValueError("this model's chat template has no switch for thinking")
+            raise ValueError("this model's chat template does not support thinking")
         self.conversation.think(argument == "on")
         self.paused = None
-        terminal.note(f"thinking is {argument}")
+        self._note(f"thinking is {argument}")
 
 
 class Reply:

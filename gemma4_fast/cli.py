@@ -6,8 +6,8 @@ one line, 130 Ctrl-C. Only errors that a caller can cause are told so; any other
 
 from __future__ import annotations
 
-import difflib
 import errno
+import functools
 import logging
 import os
 import re
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from gemma4_fast import terminal
 from gemma4_fast.arguments import CHECKS, PROGRAM, parser
 from gemma4_fast.errors import CheckpointError, SelfCheckError, UnsupportedError, out_of_memory
+from gemma4_fast.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
@@ -83,8 +84,10 @@ def machine_fault(e: BaseException) -> str | None:
         amount = ""
         if asked:
             number, unit = asked[1].rstrip("."), asked[2]
-            amount = f": {terminal.size(int(number)) if unit == 'bytes' else f'{number} {unit}'} could not be had"
-        return f"not enough memory{amount}. `{PROGRAM} info` tells what a model needs; a shorter context needs less"
+            size = terminal.size(int(number)) if unit == "bytes" else f"{number} {unit}"
+            amount = f": {size} could not be allocated"
+        advice = f"`{PROGRAM} info` shows what a model needs; a shorter context needs less"
+        return f"not enough memory{amount}. {advice}"
     return None
 
 
@@ -112,7 +115,7 @@ class Loaded:
     check_s: float
 
 
-def locate(name: str) -> Path:
+def locate(args: Namespace) -> Path:
     """The checkpoint's folder. What is not there gets a hint at what is.
 
     Of a checkpoint on the hub the weights are left to `load`, which looks at the memory first.
@@ -120,18 +123,15 @@ def locate(name: str) -> Path:
     from gemma4_fast.config import preset_name
     from gemma4_fast.weights import SMALL_FILES, resolve
 
+    name = args.model
+    fetching = functools.partial(terminal.fetching, quiet=args.quiet)
     try:
-        return resolve(name, patterns=SMALL_FILES, on_download=terminal.fetching)
+        return resolve(name, patterns=SMALL_FILES, on_download=fetching)
     except CheckpointError as e:
         preset = preset_name(name)
         if preset is not None:
-            raise CheckpointError(f"{e}. `{PROGRAM} info --model {preset}` has its numbers") from e
-        raise CheckpointError(f"{e}{hint(name, ['tiny'])}") from e
-
-
-def hint(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)
-    return f"; did you mean {close[0]}?" if close else ""
+            raise CheckpointError(f"{e}. `{PROGRAM} info --model {preset}` shows its sizes") from e
+        raise CheckpointError(f"{e}{did_you_mean(name, ['tiny'])}") from e
 
 
 def prepare(args: Namespace) -> None:
@@ -168,11 +168,12 @@ def load(
     if not args.ignore_memory:
         require_memory(args, path, getattr(args, "level", check), context)
     path = resolve(args.model)
-    model = Gemma4.from_pretrained(path, **options, check=False, check_memory=False)
+    shown = not args.quiet
+    model = Gemma4.from_pretrained(path, **options, check=False, check_memory=False, progress=shown)
     model._tokenizer = tokenizer  # large ones take a second to read
     loaded = Loaded(model, None, time.perf_counter() - start, 0.0)
     if check:
-        loaded.report, loaded.check_s = settled(model, check, tell=not args.json)
+        loaded.report, loaded.check_s = settled(model, check, args)
     return loaded
 
 
@@ -183,17 +184,18 @@ def checked_by(loaded: Loaded) -> str | None:
     return None if loaded.model.verdict is None else str(loaded.model.verdict)
 
 
-def settled(model: Gemma4, check: bool | str, tell: bool) -> tuple[Report | None, float]:
+def settled(model: Gemma4, check: bool | str, args: Namespace) -> tuple[Report | None, float]:
     """The report of the check, or None if an earlier one still holds, and the seconds it took.
 
-    tell: print a line to stderr if an earlier check still holds.
+    If an earlier check still holds, a line on stderr says so, but not with --quiet or --json.
     SelfCheckError: the model is wrong.
     """
     from gemma4_fast import verdicts
 
     start = time.perf_counter()
-    with terminal.progress_bar("checking") as bar:
+    with terminal.progress_bar("checking", shown=not args.quiet) as bar:
         report = verdicts.settle(model, check, progress=bar)
+    tell = not args.quiet and not args.json
     if tell and (verdict := model.verdict) is not None and verdict.from_disk:
         terminal.note(f"{PROGRAM}: {verdict}; --check {verdict.level} runs it again")
     return report, time.perf_counter() - start
@@ -221,27 +223,23 @@ def require_memory(
     memory.require(load, parse_device(args.device), Path(args.model).name, command_line=True)
 
 
-def checked(model: Gemma4, level: str, seed: int = 0) -> tuple[Report, float]:
-    from gemma4_fast.verify import verify
-
-    start = time.perf_counter()
-    with terminal.progress_bar("checking") as bar:
-        report = verify(model, level=level, seed=seed, progress=bar)
-    return report, time.perf_counter() - start
-
-
 # ---------------------------------------------------------------- commands
 def demo(args: Namespace) -> int:
     from gemma4_fast.demo import Demo
 
     prepare(args)
-    loaded = load(args, locate(args.model), CHECKS[args.check])
+    loaded = load(args, locate(args), CHECKS[args.check])
     return Demo(loaded.model, args, loaded.report).run()
 
 
 def read_prompt(args: Namespace) -> str:
     """The words, the file or standard input; of the last two without a last line break."""
     words: list[str] = args.words
+    if "-" in words and len(words) > 1:
+        raise ValueError(
+            "- reads the prompt from standard input, so no other words may be given; to put a - "
+            "into the prompt, quote the prompt"
+        )
     if words and args.prompt_file is not None:
         raise ValueError("expected one prompt, got words and --prompt-file; give one of them")
     if args.prompt_file is not None:
@@ -254,7 +252,7 @@ def read_prompt(args: Namespace) -> str:
     elif not words and sys.stdin.isatty():
         raise ValueError("no prompt: give it as an argument, with --prompt-file, or on standard input")
     else:
-        if sys.stdin.isatty():
+        if sys.stdin.isatty() and not args.quiet:
             terminal.note(f"{PROGRAM}: reading the prompt; Ctrl-D on an empty line ends it")
         try:
             text = sys.stdin.read().removesuffix("\n")
@@ -265,10 +263,16 @@ def read_prompt(args: Namespace) -> str:
     return text
 
 
-def encode(path: Path, prompt: str, wanted: int | None) -> tuple[Tokenizer, list[int], int | None]:
+def encode(
+    path: Path,
+    prompt: str,
+    wanted: int | None,
+    quiet: bool = False,
+) -> tuple[Tokenizer, list[int], int | None]:
     """The tokenizer, the prompt's token ids, and `wanted` clamped to the room for new tokens.
 
-    ValueError if the prompt fills the context: found out before a model is loaded.
+    A line on stderr says if `wanted` was clamped, unless `quiet` is set. ValueError, before a model
+    is loaded, if the prompt fills the context.
     """
     from gemma4_fast.config import Gemma4Config
     from gemma4_fast.tokenizer import Tokenizer
@@ -279,16 +283,15 @@ def encode(path: Path, prompt: str, wanted: int | None) -> tuple[Tokenizer, list
     room = limit - len(ids)
     if room < 1:
         raise ValueError(
-            f"a prompt of {len(ids)} tokens leaves no room for new ones in the model's context "
-            f"of {limit} tokens; shorten the prompt"
+            f"the prompt has {len(ids)} tokens, and the model's context is {limit} tokens, so "
+            "there is no room for new ones; shorten the prompt"
         )
-    if wanted is not None and wanted > room:
-        terminal.note(
-            f"{PROGRAM}: --max-new-tokens {wanted} exceeds what the context of {limit} tokens "
-            f"leaves after a prompt of {len(ids)}: it is taken as {room}"
-        )
-        wanted = room
-    return tokenizer, ids, wanted
+    if wanted is None or wanted <= room:
+        return tokenizer, ids, wanted
+    if not quiet:
+        why = f"the context is {limit} tokens and the prompt uses {len(ids)}"
+        terminal.note(f"{PROGRAM}: --max-new-tokens reduced to {room}: {why}")
+    return tokenizer, ids, room
 
 
 def generate(args: Namespace) -> int:
@@ -296,8 +299,8 @@ def generate(args: Namespace) -> int:
 
     prepare(args)
     prompt = read_prompt(args)
-    path = locate(args.model)
-    tokenizer, ids, room = encode(path, prompt, args.max_new_tokens)
+    path = locate(args)
+    tokenizer, ids, room = encode(path, prompt, args.max_new_tokens, args.quiet)
     context = len(ids) + (room or DEFAULT_NEW_TOKENS)
     loaded = load(args, path, CHECKS[args.check], tokenizer, context)
     model = loaded.model
@@ -305,13 +308,15 @@ def generate(args: Namespace) -> int:
     given = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p")}
     sampling = default_sampling(model, **given)
     session = Session(model, [ids], max_new_tokens=room, sampling=sampling, seed=used)
-    long = len(ids) > session.prefill_chunk  # a shorter prompt runs in one piece, and a bar would jump from 0 to 1
-    with terminal.progress_bar("reading the prompt", shown=long) as bar:
+    # A shorter prompt runs in one piece, and a bar would jump from 0 to 1.
+    shown = len(ids) > session.prefill_chunk and not args.quiet
+    with terminal.progress_bar("reading the prompt", shown=shown) as bar:
 
         def on_prefill(done: int, total: int) -> None:
             if bar is not None:
                 bar(done, total)
 
+        on_prefill(0, len(ids))
         stream = Stream(session, args.stop, on_prefill)
         first = next(stream, "")
     if not args.json:
@@ -325,7 +330,8 @@ def generate(args: Namespace) -> int:
         cut = ""
         if result.finish_reason == "length":
             cut = f"; cut off after {session.max_new_tokens} tokens (--max-new-tokens)"
-        terminal.note(f"[{terminal.timing_line(result, len(ids))}; seed {used}{cut}]")
+        if not args.quiet:
+            terminal.note(f"[{terminal.timing_line(result, len(ids))}; seed {used}{cut}]")
         return 0
     from gemma4_fast.explain import explain
 
@@ -359,7 +365,7 @@ def chat(args: Namespace) -> int:
     from gemma4_fast.tokenizer import Tokenizer
 
     prepare(args)
-    path = locate(args.model)
+    path = locate(args)
     Gemma4Config.from_pretrained(path)  # what this is, before what it lacks
     tokenizer = Tokenizer.from_pretrained(path)
     if tokenizer.chat_template is None:
@@ -368,8 +374,12 @@ def chat(args: Namespace) -> int:
 
 
 def check(args: Namespace) -> int:
+    from gemma4_fast.verify import verify
+
     prepare(args)
-    report, _ = checked(load(args, locate(args.model), check=False).model, args.level, args.seed)
+    model = load(args, locate(args), check=False).model
+    with terminal.progress_bar("checking", shown=not args.quiet) as bar:
+        report = verify(model, level=args.level, seed=args.seed, progress=bar)
     print(report.to_json() if args.json else report)
     return 0 if report.ok else 1
 
@@ -386,7 +396,7 @@ def info(args: Namespace) -> int:
     except CheckpointError as e:
         if "/" in args.model or Path(args.model).exists():
             raise
-        close = hint(args.model, ["tiny", *PRESETS])
+        close = did_you_mean(args.model, ["tiny", *PRESETS])
         raise CheckpointError(f"{e}; the published models are {', '.join(PRESETS)}{close}") from e
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 
 from gemma4_fast.errors import CheckpointError
 from gemma4_fast.files import FEWER_BITS, ORIGINAL, foreign, path_text, read_json
+from gemma4_fast.spelling import did_you_mean
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 _MAX_SIZE = 2**31 - 1  # positions and lengths are int32 on the device; a larger size is a mistake in the file
@@ -229,7 +230,8 @@ class Gemma4Config:
         """
         found = preset_name(name)
         if found is None:
-            raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+            hint = did_you_mean(name, PRESETS)
+            raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}{hint}")
         return PRESETS[found]
 
     @classmethod
@@ -356,7 +358,7 @@ def _text_fields(raw: dict[str, Any], outer: Mapping[str, Any]) -> dict[str, Any
     _expect_gemma4(model_type, _MODEL_TYPES)
     for key, only in (("hidden_activation", "gelu_pytorch_tanh"), ("attention_bias", False)):
         if (value := take(key, only)) not in (only, None):
-            raise ValueError(f"{key} = {value!r} is not served; Gemma 4 has {only!r}")
+            raise ValueError(f"{key} = {value!r} is not supported; Gemma 4 has {only!r}")
     quantization = take("quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
@@ -365,7 +367,8 @@ def _text_fields(raw: dict[str, Any], outer: Mapping[str, Any]) -> dict[str, Any
         raise ValueError(f"{what}, which this package cannot read yet: {ORIGINAL}; {FEWER_BITS}")
     bidirectional = take("use_bidirectional_attention", None)
     if bidirectional not in (None, "vision"):
-        raise ValueError(f"use_bidirectional_attention = {bidirectional!r} is not served; expected null or 'vision'")
+        got = f"use_bidirectional_attention = {bidirectional!r}"
+        raise ValueError(f"{got} is not supported; expected null or 'vision'")
     for key in ("attn_logit_softcapping", "rope_scaling", "query_pre_attn_scalar"):
         if take(key, None) is not None:
             raise ValueError(f"{key} is set; Gemma 4 has none and this package would ignore it")
@@ -432,7 +435,8 @@ def _global_heads(raw: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, i
             raise ValueError(f"per_layer_config names layers {sorted(by_index)}, expected the full-attention ones {want}")
         first = by_index[want[0]]
         if any(over != first for over in by_index.values()):
-            raise ValueError("per_layer_config differs between full-attention layers, which is not served")
+            different = "per_layer_config differs between full-attention layers"
+            raise ValueError(f"{different}, which is not supported")
         _refuse_unknown(first, {"head_dim", "num_key_value_heads"}, "per_layer_config")
         head_dim = first.get("head_dim", fields["head_dim"] if head_dim is None else head_dim)
         kv_heads = first.get("num_key_value_heads", kv_heads)
@@ -454,9 +458,10 @@ def _rope(given: object) -> dict[str, float]:
     _expect(full.pop("rope_type", None), {"proportional"}, f"rope_parameters[{FULL}].rope_type")
     for params, kind in ((sliding, SLIDING), (full, FULL)):
         if params.pop("factor", 1.0) != 1.0:
-            raise ValueError(f"rope_parameters[{kind}].factor other than 1 is not served")
+            raise ValueError(f"rope_parameters[{kind}].factor other than 1 is not supported")
     if sliding.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"rope_parameters[{SLIDING}].partial_rotary_factor other than 1 is not served")
+        factor = f"rope_parameters[{SLIDING}].partial_rotary_factor"
+        raise ValueError(f"{factor} other than 1 is not supported")
     _refuse_unknown(sliding, {"rope_theta"}, f"rope_parameters[{SLIDING}]")
     _refuse_unknown(full, {"rope_theta", "partial_rotary_factor"}, f"rope_parameters[{FULL}]")
     return {

@@ -81,7 +81,7 @@ def told(command: list[str]) -> str:
 def find_tools() -> Tools | str:
     """The programs that a build needs, or which one is missing and what to do: "needs ..., and ..."."""
     if sys.platform != "linux":
-        return "builds its kernels on Linux alone"
+        return "builds its kernels only on Linux"
     if (nvcc := find_nvcc()) is None:
         return f"needs nvcc to build its kernels, and there is none: {INSTALL}"
     try:
@@ -89,7 +89,7 @@ def find_tools() -> Tools | str:
     except OSError as error:
         said = str(error)
     if (match := re.search(r"\bV(\d+\.\d+\.\d+)", said)) is None:
-        return f"needs nvcc to build its kernels, and {nvcc} tells no version: {INSTALL}"
+        return f"needs nvcc to build its kernels, and {nvcc} reports no version: {INSTALL}"
     cxx, ninja = os.environ.get("CXX") or "c++", find_ninja()
     tools = Tools(nvcc, match[1], cxx, ninja or "")
     if tools.release < OLDEST_NVCC:

@@ -124,8 +124,15 @@ def theirs(model: Gemma4, prompt: list[int]) -> Contender:
     return Contender(f"transformers {version}", run, f"its defaults ({implementation} attention)")
 
 
-def measure(contenders: Sequence[Contender], prompt_tokens: int) -> list[Contender]:
-    """Warm-up, then the contenders in turn, each round starting with another. A foreign fault becomes a note."""
+def measure(
+    contenders: Sequence[Contender],
+    prompt_tokens: int,
+    quiet: bool = False,
+) -> list[Contender]:
+    """Warm up, then run the contenders in turn; each round starts with another one.
+
+    A foreign fault becomes a note. quiet: show no progress.
+    """
 
     def attempt(c: Contender, act: Callable[[], object]) -> None:
         try:
@@ -141,7 +148,9 @@ def measure(contenders: Sequence[Contender], prompt_tokens: int) -> list[Contend
     for c in contenders:
         attempt(c, c.run)
     rounds = ROUNDS if time.perf_counter() - start < SLOW else 1
-    with terminal.progress_bar("measuring") as bar:
+    with terminal.progress_bar("measuring", shown=not quiet) as bar:
+        if bar is not None:
+            bar(0, rounds)
         for i in range(rounds):
             for c in [*contenders[i % len(contenders) :], *contenders[: i % len(contenders)]]:
                 if c in going:
@@ -157,18 +166,19 @@ def failure(e: BaseException) -> str:
     return f"failed: {type(e).__name__}: {' '.join(str(e).split())[:100]}"
 
 
-def benchmark(model: Gemma4, prompt: list[int]) -> list[Contender]:
+def benchmark(model: Gemma4, prompt: list[int], quiet: bool = False) -> list[Contender]:
     contenders = [ours(model, prompt), plain(model, prompt)]
     weights = sum(t.nbytes for t in model.state_dict().values())
     other = Contender("transformers", lambda: ([], 0.0, 0.0))
     if weights > SECOND_COPY:
-        other.note = f"not measured: it would need {terminal.size(weights)} for weights of its own"
+        size = terminal.size(weights)
+        other.note = f"not measured: it would need {size} for its own copy of the weights"
     else:
         try:
             contenders.append(theirs(model, prompt))
         except _FOREIGN_FAULTS as e:
             other.note = failure(e)
-    measured = measure(contenders, len(prompt))
+    measured = measure(contenders, len(prompt), quiet)
     return measured if len(measured) == 3 else [*measured, other]
 
 
@@ -266,7 +276,7 @@ class Demo:
         seen = [*text.prompt_ids, *text.token_ids]
         room = model.config.max_position_embeddings - DECODE_TOKENS
         prompt = list(itertools.islice(itertools.cycle(seen), min(PROMPT_TOKENS, room)))
-        rows = benchmark(model, prompt)
+        rows = benchmark(model, prompt, self.args.quiet)
         agree = agreement(rows)
         if not as_json:
             print(speed_table(rows, len(prompt), where).rstrip("\n"))
@@ -276,14 +286,14 @@ class Demo:
         chosen = explain(model)
         if not as_json:
             print(f"\nkernels: {chosen.dtype} on {chosen.device}\n{kernels_line(chosen)}\n", flush=True)
-        with terminal.progress_bar("checking") as bar:
+        with terminal.progress_bar("checking", shown=not self.args.quiet) as bar:
             report = verify(model, level="full", progress=bar)
         seconds = time.perf_counter() - start
         if as_json:
             terminal.print_json(self._json(text, rows, agree, chosen, report, seconds))
         else:
             print(f"self-check against the reference, every layer and end to end: {report.verdict()}")
-            print(f"({seconds:.1f} s. Next: gemma4-fast generate, chat, check, info; --help tells more.)")
+            print(f"({seconds:.1f} s. Next: gemma4-fast generate, chat, check, info; see --help.)")
         return 0 if report.ok else 1
 
     def _json(

@@ -45,7 +45,7 @@ class Explanation:
         for c in self.choices:
             own = [f"{b}: {why}" for b, why in c.passed_over.items() if (b, why) not in common]
             rows.append((c.op, c.backend, c.summary, "; ".join(own)))
-        columns = ["op", "runs on", "does", "passed over"]
+        columns = ["op", "runs on", "does", "not used"]
         if not any(row[3] for row in rows):
             columns.pop()
         shown = [row[: len(columns)] for row in rows]
@@ -53,7 +53,7 @@ class Explanation:
         for backend in ops.AUTO_ORDER:
             for name, why in common:
                 if name == backend:
-                    text += f"{name} is passed over everywhere: {why}\n"
+                    text += f"{name} not used: {why}\n"
         return text
 
 
@@ -90,7 +90,8 @@ def _native(model: Any) -> Gemma4:
         raise ValueError(f"expected a Gemma4 or an accelerated model of transformers, got {got}")
     if "gemma4_fast.integrations.transformers" not in sys.modules:  # which accelerates models
         kind = type(model).__name__
-        raise ValueError(f"this {kind} is not accelerated: see gemma4_fast.accelerate")
+        remedy = "call gemma4_fast.accelerate(model) first"
+        raise ValueError(f"this {kind} is not accelerated; {remedy}")
     from gemma4_fast.integrations.beside import native_of
 
     return native_of(model)

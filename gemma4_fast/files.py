@@ -51,7 +51,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 ORIGINAL = "load the bf16 original it was made from"
-FEWER_BITS = "quantize='int4' (--quantize int4) gives it 4-bit weights as it is read"
+FEWER_BITS = "quantize='int4' (--quantize int4) quantizes it while loading"
 NO_GGUF = f"reads safetensors, not GGUF: {ORIGINAL}; {FEWER_BITS}"
 
 

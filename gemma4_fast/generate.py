@@ -297,7 +297,8 @@ class Session:
             if self.going[b] and token < 0:
                 raise FloatingPointError(
                     f"sequence {b}: the model's activations are not finite at new token {step}; "
-                    "the self-check tells whether weights or kernels are at fault (fp16 can overflow: use bfloat16)"
+                    "the self-check shows whether weights or kernels are at fault (fp16 can "
+                    "overflow: use bfloat16)"
                 )
         tokens = []
         for b, token in enumerate(chosen):

@@ -135,7 +135,8 @@ class DecodeGraph:
             self._keep(_Captured(step, inputs, reads))
         except RuntimeError as error:  # what capturing an op raises that waits for the device
             self._refused = True
-            log.warning("gemma4_fast: decode steps run op by op, no CUDA graph can be made of them: %s", error)
+            why = "since no CUDA graph can capture them"
+            log.warning("gemma4_fast: decode steps run op by op, %s: %s", why, error)
         except BaseException:
             self._key = None
             raise

@@ -10,6 +10,7 @@ import statistics
 from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,15 @@ from gemma4_fast.weights import INDEX, SINGLE, resolve, validate
 CONTEXTS = (1 << 10, 1 << 13, 1 << 15, 1 << 17, 1 << 18)
 
 
-def find(name: str) -> tuple[Gemma4Config, Path | None]:
-    """The config of a preset (no folder then), or of a checkpoint; of one on the hub only config.json is fetched."""
+def find(name: str, quiet: bool = False) -> tuple[Gemma4Config, Path | None]:
+    """The config of a preset, or the config and folder of a checkpoint.
+
+    Of a checkpoint on the hub only config.json is downloaded. quiet: do not say so.
+    """
     if name in PRESETS and not Path(name).is_dir():
         return PRESETS[name], None
-    path = resolve(name, patterns=("config.json",), on_download=terminal.fetching)
+    fetching = partial(terminal.fetching, quiet=quiet)
+    path = resolve(name, patterns=("config.json",), on_download=fetching)
     return Gemma4Config.from_pretrained(path), path
 
 
@@ -208,11 +213,10 @@ def answer(found: Fit, estimate: Speed) -> str:
     rate = f"{estimate.tokens_per_s:,.0f}"
     if estimate.tokens_per_s < 10:
         rate = f"{estimate.tokens_per_s:.2g}"
-    return (
-        f"{found}: it fits, at about {rate} tokens/s (an estimate: a step "
-        f"reads {gib(estimate.step_bytes)}, and memory was just read at "
-        f"{gib(estimate.read_bytes_per_s)}/s)."
-    )
+    per = "token" if found.load.batch == 1 else f"step of {found.load.batch} tokens"
+    read = f"{gib(estimate.step_bytes)} per {per}"
+    why = f"an estimate: {read} at a measured {gib(estimate.read_bytes_per_s)}/s"
+    return f"{found}: it fits, at about {rate} tokens/s ({why})."
 
 
 def kernels(config: Gemma4Config, device: torch.device, dtype: torch.dtype, backend: str | None) -> Explanation:
@@ -227,7 +231,7 @@ def run(args: Namespace) -> int:
     """The command."""
     device = parse_device(args.device)
     ops.parse_backend(args.backend)
-    config, path = find(args.model)
+    config, path = find(args.model, args.quiet)
     dtype = parse_dtype(args.dtype if args.dtype is not None else config.dtype)
     model = meta_model(config)
     count = parameters(model)
@@ -276,7 +280,7 @@ def _page(facts: dict[str, Any], chosen: Explanation) -> str:
         f"{facts['model']}\n\n{facts['fit']['answer']}",
         render(("model", facts["model"]), _model_rows(facts)),
         render(
-            ("context", "batch", "cache", "were K and V of every token kept", "weights + cache"),
+            ("context", "batch", "cache", "without window/K=V savings", "weights + cache"),
             [(f"{r['context']:,}", f"{r['batch']}", *(terminal.size(r[k]) for k in _MEMORY_COLUMNS)) for r in facts["memory"]],
             title=f"memory in {facts['quantize'] or facts['dtype']} (activations come on top)",
         ),
@@ -306,9 +310,10 @@ def _model_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     double = f" (twice that in the last {layers['sharing_kv']} layers)" if s["double_wide_mlp"] else ""
     rows.append(("hidden, MLP", f"{s['hidden_size']}, {s['intermediate_size']}{double}"))
     if experts:
-        rows.append(("experts", f"{experts['num_experts']} of size {experts['intermediate_size']}, {experts['top_k']} a token"))
+        size = f"size {experts['intermediate_size']}, {experts['top_k']} per token"
+        rows.append(("experts", f"{experts['num_experts']} experts, {size}"))
     if s["per_layer_embedding_size"]:
-        rows.append(("per-layer embedding", f"{s['per_layer_embedding_size']} a layer"))
+        rows.append(("per-layer embedding", f"{s['per_layer_embedding_size']} per layer"))
     rows += [
         ("vocabulary, context", f"{s['vocab_size']:,} tokens, {s['max_position_embeddings']:,} positions"),
         ("parameters", f"{count['total']:,}, of which a token uses {count['active_per_token']:,}"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
+
+from gemma4_fast.spelling import did_you_mean
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,7 +74,7 @@ def explicit(function: Callable[P, T]) -> Callable[P, T]:
         for name in kwargs:
             if name not in known:
                 advice = _advice(name, known)
-                raise TypeError(f"{function.__name__}() has no argument {name!r}: {advice}")
+                raise TypeError(f"{function.__name__}() has no argument {name!r}{advice}")
         return function(*args, **kwargs)
 
     return checked
@@ -81,7 +82,5 @@ def explicit(function: Callable[P, T]) -> Callable[P, T]:
 
 def _advice(name: str, known: list[str]) -> str:
     if name in FOREIGN:
-        return FOREIGN[name]
-    if close := difflib.get_close_matches(name, known, n=1):
-        return f"did you mean {close[0]}?"
-    return f"it takes {', '.join(known)}"
+        return f": {FOREIGN[name]}"
+    return did_you_mean(name, known) or f": it takes {', '.join(known)}"

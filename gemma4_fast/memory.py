@@ -210,7 +210,7 @@ class Fit:
         """ "26B-A4B in int4 with a context of 32K needs 15.1 GiB; 21.3 GiB are free"."""
         load = self.load
         many = f" for each of {load.batch} sequences" if load.batch > 1 else ""
-        free = "the memory that is free is unknown here"
+        free = "the free memory is unknown"
         if self.free is not None:
             free = f"{gib(self.free)} are free"
         what = f"{self.name} in {load.format} with a context of {tokens(load.length)}{many}"
@@ -355,7 +355,7 @@ def require(
     anyway = "--ignore-memory" if command_line else "check_memory=False"
     raise UnsupportedError(
         f"not enough memory: {found}, and the weights alone take {gib(found.need.weights)}. "
-        f"{advice} To load it all the same, use {anyway}"
+        f"{advice} To load it anyway, use {anyway}"
     )
 
 

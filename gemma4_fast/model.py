@@ -17,7 +17,7 @@ from gemma4_fast.cache import KVCache
 from gemma4_fast.config import Gemma4Config
 from gemma4_fast.keywords import explicit
 from gemma4_fast.layers import Quantizable, Table, Text, model_ops, quantize
-from gemma4_fast.quant import WeightLike, parse_quantize
+from gemma4_fast.quant import BITS, WeightLike, parse_quantize
 
 if TYPE_CHECKING:
     from gemma4_fast.generate import Generation, Stream
@@ -203,9 +203,9 @@ class Gemma4(nn.Module):
         """
         bits = parse_quantize(to)
         if bits is None:
-            raise ValueError("quantize to what? 'int8' or 'int4'")
+            raise ValueError("quantize must be 'int8' or 'int4', got None")
         if self.quantization is not None:
-            raise ValueError(f"this model is quantized to {self.quantization} already")
+            raise ValueError(f"this model is already quantized to {self.quantization}")
         if self.device.type != "meta":
             from gemma4_fast import memory
 
@@ -224,7 +224,8 @@ class Gemma4(nn.Module):
         from gemma4_fast.errors import UnsupportedError
 
         if self.quantization is not None:
-            raise UnsupportedError(f"a model quantized to {self.quantization} cannot be saved; keep what it was loaded from")
+            what = f"a model quantized to {self.quantization}"
+            raise UnsupportedError(f"{what} cannot be saved; keep its checkpoint")
 
         weights.save_pretrained(self, path, max_shard_bytes=max_shard_bytes, tokenizer_from=self.path)
 
@@ -439,7 +440,11 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     found = getattr(torch, short.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if found not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        raise ValueError(f"dtype must be one of {names}, got {dtype!r}")
+        hint = ""
+        if isinstance(dtype, str) and dtype.lower() in BITS:
+            bits = dtype.lower()
+            hint = f"; use quantize={bits!r} (--quantize {bits}) for quantized weights"
+        raise ValueError(f"dtype must be one of {names}, got {dtype!r}{hint}")
     return found
 
 
@@ -453,17 +458,20 @@ def parse_device(device: torch.device | str | None) -> torch.device:
         found = torch.device(device)
     except RuntimeError as e:
         if str(device).partition(":")[0].lower() in ("gpu", "nvidia", "rocm", "hip"):
-            raise ValueError(f"unknown device {device!r}: PyTorch's name of a GPU is cuda") from e
+            raise ValueError(f"unknown device {device!r}; use cuda") from e
         raise ValueError(f"unknown device {device!r}: expected cpu, cuda or cuda:0") from e
     if found.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {str(device)!r}")
     if found.type == "cpu":
         if found.index:
-            raise ValueError(f"device {str(device)!r} is not there: the processor is one device, cpu")
+            raise ValueError(f"no device {str(device)!r}: the processor is one device, cpu")
         return torch.device("cpu")
     if found.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (found.index or 0) >= count:
-            raise ValueError(f"device {str(device)!r} is not there: this machine has {count} CUDA devices")
+            if count == 0:
+                raise ValueError(f"no CUDA device found, so {str(device)!r} cannot be used")
+            many = "1 CUDA device" if count == 1 else f"{count} CUDA devices"
+            raise ValueError(f"no device {str(device)!r}: this machine has {many}")
         found = torch.device("cuda", found.index if found.index is not None else torch.cuda.current_device())
     return found

@@ -129,7 +129,7 @@ def not_built(what: str, needs: str) -> str:
     source = package.parent
     if not ((source / "setup.py").is_file() and (source / "csrc").is_dir()):
         return (
-            f"{what} not built when gemma4-fast was installed, which needs {needs}. Once those are "
+            f"{what} not built when gemma4-fast was installed, which needs {needs}. Once these are "
             "there, type `pip install --no-build-isolation .` in the source folder of gemma4-fast"
         )
     if (installed := _installed_elsewhere(package)) is not None:
@@ -139,7 +139,7 @@ def not_built(what: str, needs: str) -> str:
         )
     return (
         f"{what} not built in {source}, from where gemma4_fast was imported; that needs {needs}. "
-        "Once those are there, type `pip install --no-build-isolation -e .` in that folder"
+        "Once these are there, type `pip install --no-build-isolation -e .` in that folder"
     )
 
 
@@ -252,7 +252,10 @@ def _refuse_others(*paths: Path) -> None:
     for path in paths:
         found = path.stat()
         if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
-            raise cuda_build.BuildError(f"does not load {path}, which others may write to: remove it, or its rights to that")
+            remedy = "remove it or their write permission"
+            raise cuda_build.BuildError(
+                f"does not load {path}, which others may write to: {remedy}",
+            )
 
 
 def _built_for(torch_version: str, torch_folder: Path, capabilities: set[tuple[int, int]]) -> Path:
@@ -308,11 +311,12 @@ def _built_for(torch_version: str, torch_folder: Path, capabilities: set[tuple[i
                 cuda_build.run_ninja(work, tools.ninja, tell=tell)
                 (work / library.name).replace(library)
     except cuda_build.BuildError as error:
-        log.warning("gemma4_fast: the CUDA kernels could not be built, others serve. The last that was said:\n%s", error)
-        raise cuda_build.BuildError(f"could not build its kernels with {tools.nvcc}: the log has what it said") from error
+        failed = "the CUDA kernels could not be built; others are used. The end of the log:"
+        log.warning("gemma4_fast: %s\n%s", failed, error)
+        why = f"could not build its kernels with {tools.nvcc}: see the log"
+        raise cuda_build.BuildError(why) from error
     except OSError as error:
-        raise cuda_build.BuildError(
-            f"cannot write what it builds ({error}): name a folder that can be written to, XDG_CACHE_HOME=..."
-        ) from error
+        why = f"cannot write its build ({error}): set XDG_CACHE_HOME to a writable folder"
+        raise cuda_build.BuildError(why) from error
     log.warning("gemma4_fast: built in %.0f s", time.perf_counter() - start)
     return library

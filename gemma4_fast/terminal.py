@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar(label: str, *, shown: bool = True) -> Iterator[Callable[[int, int], None] | None]:
-    """A function (done, total) that moves a bar on stderr, which goes away at the end. None if stderr is no terminal."""
+    """A function (done, total) that shows and moves a bar on stderr, which disappears at the end.
+
+    The bar appears at the first call. None if `shown` is False or stderr is not a terminal.
+    """
     if not (shown and sys.stderr.isatty()):
         yield None
         return
@@ -32,9 +35,18 @@ def progress_bar(label: str, *, shown: bool = True) -> Iterator[Callable[[int, i
 
     time_columns = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
     columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), *time_columns
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = progress.add_task(label, total=None)
+
+    def move(done: int, total: int) -> None:
+        progress.update(task, completed=done, total=total)
+        progress.start()  # does nothing if it has started
+
+    try:
+        yield move
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 def note(text: str) -> None:
@@ -43,12 +55,17 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def fetching(repo: str) -> None:
-    """Before a download: says so to a person, and keeps the hub's client from reporting each retry as a line of its own."""
-    from huggingface_hub.utils import logging
+def fetching(repo: str, quiet: bool = False) -> None:
+    """Say on a terminal that a download begins, and silence the hub client's report of each retry.
+
+    quiet: say nothing, and show no progress either.
+    """
+    from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()
-    if sys.stderr.isatty():
+    if quiet:
+        disable_progress_bars()
+    elif sys.stderr.isatty():
         note(f"gemma4-fast: looking for {repo} on the hub")
 
 

@@ -132,7 +132,7 @@ class Tokenizer:
         try:
             return self._template.render(values)
         except _refusal() as e:
-            raise ValueError(f"the chat template refuses these messages: {e}") from e
+            raise ValueError(f"the chat template rejects these messages: {e}") from e
         except jinja2.exceptions.SecurityError as e:
             raise CheckpointError(f"{self.folder}: the chat template does what the sandbox forbids: {e}") from e
         except (jinja2.TemplateError, *_TEMPLATE_FAULTS) as e:

@@ -88,7 +88,7 @@ def resolve(
     if (preset := preset_name(text)) is not None:
         raise CheckpointError(
             f"{text!r} is a preset, the shape of a published model without weights. For the "
-            f"weights give a hub id, such as {HUB_IDS[preset]}, or the folder that you have them in"
+            f"weights give a hub id, such as {HUB_IDS[preset]}, or your folder of weights"
         )
     if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
         raise CheckpointError(f"{text!r}: no such folder (a hub id looks like org/name, the packaged model is 'tiny')")
@@ -116,7 +116,8 @@ def _download(repo: str, revision: str | None, local_files_only: bool, patterns:
     except (errors.LocalEntryNotFoundError, ConnectionError) as e:
         why = "downloads are switched off" if local_files_only else "the hub cannot be reached"
         hint = "give the path of a local folder, or fetch it once while online"
-        raise CheckpointError(f"{repo!r} is no folder here and not in the hub's cache, and {why}; {hint}") from e
+        missing = f"{repo!r} is not a folder here and not in the hub's cache"
+        raise CheckpointError(f"{missing}, and {why}; {hint}") from e
     except (errors.HfHubHTTPError, errors.HTTPError, OSError) as e:  # HTTPError: the base of the hub's client, timeouts
         raise CheckpointError(f"{repo} could not be fetched from the hub: {one_line(e)}") from e
 

@@ -468,7 +468,7 @@ def test_ctrl_c_keeps_what_is_done(run: Run, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(OpBench, "run", interrupted)
     file = tmp_path / "rows.jsonl"
     code, out, err = run("ops", "--op", "rms_norm,linear", "--case", "odd", "--seconds", "0.01", "-o", str(file))
-    assert code == 130 and "rms_norm/odd" in out and "were done are kept" in err
+    assert code == 130 and "rms_norm/odd" in out and "finished rows are kept" in err
     assert [r.name for r in rows.read(file)][-1] == "rms_norm/odd"
 
 
@@ -476,11 +476,17 @@ def test_ctrl_c_keeps_what_is_done(run: Run, tmp_path: Path, monkeypatch: pytest
     "argv, what",
     [
         (("ops", "--op", "rms"), "unknown op 'rms'"),
-        (("ops", "--case", "nothing"), "no case nothing"),
+        (("ops", "--op", "rmsnorm"), "did you mean rms_norm?"),
+        (("op", "--op", "rms_norm"), "did you mean ops?"),
+        (("ops", "--op", "linear", "--case", "od"), "did you mean odd?"),
+        (("model", "--config", "26b-4b"), "did you mean 26b-a4b?"),
+        (("model", "--peers", "transfomers"), "did you mean transformers?"),
+        (("ops", "--backend", "tritan"), "did you mean triton?"),
+        (("ops", "--case", "nothing"), "have no case nothing"),
         (("ops", "--backend", "avx"), "unknown backend"),
         (("ops", "--seconds", "0"), "expected seconds"),
         (("ops", "--csv", "no/folder/x.csv"), "no folder"),
-        (("ops", "--dtype", "int8"), "dtype must be"),
+        (("ops", "--dtype", "int8"), "(--quantize int8)"),
         (("model", "--config", "27b"), "unknown config"),
         (("model", "--peers", "vlm"), "unknown peer 'vlm'"),
         (("model", "--busy", "0"), "whole number"),
@@ -495,16 +501,16 @@ def test_ctrl_c_keeps_what_is_done(run: Run, tmp_path: Path, monkeypatch: pytest
         (("scale", "--axis", "experts", "--points", "4"), "no point is left"),
         (("cache", "--config", "27b"), "unknown config"),
         (("report", "missing.jsonl"), "missing.jsonl"),
-        (("cache", "-o", "same", "--csv", "same"), "the same one"),
+        (("cache", "-o", "same", "--csv", "same"), "files are the same"),
         (("cache", "--csv", "."), "is a folder"),
         (("cache", "--csv", ""), "name of a file"),
         (("cache", "--plot", ""), "name of a file"),
-        (("cache", "--html", "/dev/null"), "no plain file"),
-        (("cache", "--append", "-o", __file__), "no file of rows"),
+        (("cache", "--html", "/dev/null"), "not a regular file"),
+        (("cache", "--append", "-o", __file__), "--append takes a file of rows"),
         (("cache", "--threads", "99999999999"), "at most"),
-        (("cache", "--device", "cpu:5"), "is not there"),
+        (("cache", "--device", "cpu:5"), "no device 'cpu:5'"),
         (("report", "missing.jsonl", "-o", "x"), "unrecognized"),
-        (("report", "missing.jsonl", "--markdown", "--json"), "both want standard output"),
+        (("report", "missing.jsonl", "--markdown", "--json"), "both write to standard output"),
         (("cache", "--append"), "--append takes"),
         (("cache", "--plot", ".", "--csv", "cache.png"), "puts its pictures"),
         (("cache", "--context", "9" * 30), "whole number"),
@@ -516,6 +522,16 @@ def test_ctrl_c_keeps_what_is_done(run: Run, tmp_path: Path, monkeypatch: pytest
 def test_mistakes_are_told_before_any_work(run: Run, argv: tuple[str, ...], what: str) -> None:
     code, out, err = run(*argv)
     assert code == 2 and what in err and not out and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["26b", "26B-A4B", "gemma-4-26b-a4b-it"])
+def test_members_have_short_names(name: str, run: Run) -> None:
+    code, out, _ = run("cache", "--config", name, "--context", "1K", "--quiet", "--json")
+    assert code == 0
+    assert {json.loads(line)["params"]["model"] for line in out.splitlines()} == {"26b-a4b"}
+    device = torch.device("cpu")
+    args = parser(COMMANDS).parse_args(["bench", "model", "--config", name, "--layers", "1"])
+    assert command.model_plan(args, device, torch.bfloat16).label == "26b-a4b"
 
 
 def test_a_file_that_is_there_is_not_overwritten(run: Run, tmp_path: Path) -> None:
@@ -880,7 +896,7 @@ def test_a_slow_contender_has_fewer_turns(run: Run, fakes: None, monkeypatch: py
                     "off", "--peers", "lame", "--json", "--quiet")  # fmt: skip
     made = [Row.from_dict(json.loads(line)) for line in out.splitlines()]
     (once,) = [r for r in made if r.contender == "lame" and r.params["phase"] == "prefill"]
-    assert once.time_us is not None and once.time_us.samples == 1 and "its first run counts" in once.message
+    assert once.time_us is not None and once.time_us.samples == 1 and "its first run is counted" in once.message
     (deep,) = [r for r in made if r.contender == "lame" and r.params["depth"]]
     # Only the run that fills the cache is slow; the others agree, so that three of them are enough.
     assert deep.time_us is not None and deep.time_us.samples == model.AGREEING * 3
@@ -935,7 +951,8 @@ def test_what_ends_the_run_ends_its_processes(run: Run, fakes: None, tmp_path: P
     code, _, err = run(*SLOW)
     ended.set()
     thread.join()
-    assert code == 130 and "were done are kept" in err and all(gone(pid) for pid in pids.read_text().split())
+    assert code == 130 and "finished rows are kept" in err
+    assert all(gone(pid) for pid in pids.read_text().split())
 
 
 def test_peers_that_do_not_fit_together_run_one_at_a_time(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -153,12 +154,12 @@ def test_a_childs_work_is_our_own() -> None:
 
 
 def test_busy_is_more_than_the_idle_processors() -> None:
-    assert not load.reasons(row(other_load=0.2)) and load.reasons(row(other_load=0.5))
-    assert not load.reasons(row(other_load=0.5, machine={"cpus": 4, "threads": 2}))
-    assert load.reasons(row(other_load=2.5, machine={"cpus": 4, "threads": 2}))
+    assert not load.disturbed(row(other_load=0.2)) and load.disturbed(row(other_load=0.5))
+    assert not load.disturbed(row(other_load=0.5, machine={"cpus": 4, "threads": 2}))
+    assert load.disturbed(row(other_load=2.5, machine={"cpus": 4, "threads": 2}))
     on_gpu = row(other_load=1.1, machine={"cpus": 2, "threads": 2})
     on_gpu.device = "cuda:0"
-    assert not load.reasons(on_gpu)
+    assert not load.disturbed(on_gpu)
 
 
 def test_the_recorder_says_which_rows_are_disturbed(tmp_path: Path) -> None:
@@ -194,9 +195,9 @@ def test_tables_and_pages_say_that_the_machine_was_busy(
 ) -> None:
     disturbed = of_model(busy=True, other_load=1.2, drift=1.8)
     made = [disturbed, of_model("peer", busy=False)]
-    crowded = "busy: other processes used processors that this run needed"
-    drifted = "busy: the machine's own rates varied by more than 1.5x in this run"
-    assert show.notes(disturbed) == [crowded, drifted] and show.notes(made[1]) == []
+    crowded = "busy: other processes competed for CPU time and kept 1.2 of 2 processors busy"
+    drifted = "busy: the machine's own rates varied in this run, by a factor of 1.8"
+    assert show.notes(disturbed, made) == [crowded, drifted] and show.notes(made[1], made) == []
     all_in_all = "1 of 2 rows are marked busy. During 1 of them, other processes kept up to 1.2 processors busy."
     show.tables(made, show.console())
     out = capsys.readouterr().out
@@ -205,12 +206,41 @@ def test_tables_and_pages_say_that_the_machine_was_busy(
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert all_in_all in page and f"<li>{crowded}</li>" in page and "<td>[1] [2]</td>" in page
     text = markdown.performance(made)
-    assert all_in_all in text and "2. Busy: other" in text and "3. Busy: the machine" in text
-    assert " [2] [3] | 1,000 (1,000–1,000) |" in text
+    assert all_in_all in text and "1. Busy: other" in text and "2. Busy: the machine" in text
+    assert " [1] [2] | 1,000 (1,000–1,000) |" in text
     quiet = made[1:]
     assert "usy" not in markdown.performance(quiet)
     show.tables(quiet, show.console())
     assert "usy" not in capsys.readouterr().out
+
+
+def test_a_reason_that_all_rows_share_stands_once(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = [
+        of_model(busy=True, other_load=0.4, drift=1.0),
+        of_model("peer", busy=True, other_load=1.2, drift=1.6),
+        of_model("broken", status="failed", message="a reason"),
+    ]
+    shared = "busy: other processes competed for CPU time and kept 0.4 to 1.2 of 2 processors busy"
+    found = show.shown("model", made)
+    assert found.common == [shared]
+    assert [line[-1] for line in found.lines] == ["", "[1]", "failed [2]"]
+    show.tables(made, show.console())
+    assert f"\nall measured rows: {shared}\n[1] busy: the machine" in capsys.readouterr().out
+    html.write(made, tmp_path / "page.html", {})
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"<p>All measured rows: {shared}.</p>" in page.replace(' class="soft"', "")
+    text = markdown.performance(made)
+    assert text.count(f"\nAll measured rows: {shared}.\n") == 1 and text.count("0.4 to 1.2") == 1
+    alone = show.shown("model", made[:1])  # one row has its own notes
+    assert alone.notes and not alone.common
+
+
+def test_amounts_without_the_number_of_processors() -> None:
+    (text,) = load.reasons(row(other_load=5.0, machine={}), [])
+    assert text.endswith("kept 5 processors busy")
 
 
 def test_a_drifting_machine_is_not_said_to_run_other_processes() -> None:
@@ -229,12 +259,15 @@ def test_each_note_stands_once_below_its_table(capsys: pytest.CaptureFixture[str
         of_model("one", message="first; shared"),
         of_model("two", message="shared"),
         of_model("three", message="shared; last"),
+        of_model("silent"),
         of_model("four", status="failed", message="a reason; with a semicolon"),
     ]
     found = show.shown("model", made)
     assert found.notes == ["first", "shared", "last", "a reason; with a semicolon"]
+    assert found.common == []
     assert found.headings[-1] == "notes"
-    assert [line[-1] for line in found.lines] == ["[1] [2]", "[2]", "[2] [3]", "failed [4]"]
+    lasts = [line[-1] for line in found.lines]
+    assert lasts == ["[1] [2]", "[2]", "[2] [3]", "", "failed [4]"]
     show.tables(made, show.console())
     out = capsys.readouterr().out
     assert out.count("shared") == 1 and "\n[2] shared\n" in out
@@ -254,7 +287,20 @@ def test_the_readmes_notes_stand_at_their_rows() -> None:
     assert "batch 1 [1] |" in lines[0] and "% [2] |" in lines[0] and lines[0].count("[") == 2
     assert "[" not in lines[1]
     assert "\n\n1. The vocabulary is cut to 8 of 262,144 tokens.\n2. Above 100%: the kernel" in text
+    text = markdown.performance([fast, peer])
+    once = "All measured rows: the vocabulary is cut to 8 of 262,144 tokens."
+    assert f"\n\n{once}\n\n1. Above" in text
     assert text.count("brackets") == 2  # the explanation stands once
+
+
+def test_the_readmes_notes_are_numbered_in_reading_order() -> None:
+    """The columns are not in the order of the rows: this package comes first."""
+    peer = of_model("peer", busy=True, drift=1.9)
+    fast = of_model(us=1e4, roofline={"gb_s": 80.0, "gb_s_p20": 70.0, "gb_s_p80": 90.0})
+    whole = of_model(phase="prefill", params={"vocab": 262144})
+    text = markdown.performance([peer, fast, whole])
+    assert re.findall(r"\[(\d)\]", text.split("---:")[-1]) == ["1", "2", "3"]
+    assert "1. The vocabulary" in text and "2. Above" in text and "3. Busy" in text
 
 
 def test_one_thread_is_no_threads() -> None:
@@ -309,12 +355,12 @@ def test_this_package_is_the_first_column() -> None:
 )
 def test_more_than_all_of_the_roofline_is_explained(one: Row, why: str) -> None:
     assert one.percent_of_roofline is not None and one.percent_of_roofline > 100
-    (note,) = show.notes(one)[-1:]
+    (note,) = show.notes(one, [one])[-1:]
     assert note.startswith("above 100%: ") and why in note
     if one.kind == "model":
         assert why in markdown.performance([one])
     one.time_us = spread(1e6)
-    assert not any("above" in note for note in show.notes(one))
+    assert not any("above" in note for note in show.notes(one, [one]))
 
 
 def test_the_roofline_and_what_is_held_against_it_lie_in_the_same_pages(
@@ -347,6 +393,11 @@ def test_older_files_name_of_the_automatic_choice_is_the_same_contender() -> Non
     assert read("gemma4-fast cpu", "cpu") == OURS
     assert read("gemma4-fast torch", "cpu") == "gemma4-fast torch"
     assert read("gemma4-fast cpu", "cuda:0") == read("gemma4-fast cpu", "cpu", "unsupported") == "gemma4-fast cpu"
+
+
+def test_older_files_name_of_busy_processes_is_the_new_one() -> None:
+    written = of_model().to_dict() | {"name": "decode at 8, batch 1, 1 busy beside it"}
+    assert Row.from_dict(written).name == "decode at 8, batch 1, with 1 busy process"
 
 
 def planned(**options: Any) -> plan.Plan:
@@ -507,11 +558,12 @@ def test_busy_rows_say_beside_what_and_what_is_left(
     assert set(found) == {(phase, busy) for phase in ("prefill", "decode") for busy in (None, 2)}
     assert found["prefill", 2].of_quiet == 0.5 and found["decode", 2].of_quiet == 0.25
     assert found["decode", None].of_quiet is None and "--busy" not in found["decode", None].command
-    assert "--busy 2" in found["decode", 2].command and "2 busy beside it" in found["decode", 2].name
+    beside = found["decode", 2]
+    assert "--busy 2" in beside.command and beside.name.endswith(", with 2 busy processes")
     assert found["decode", 2].key != found["decode", None].key
     assert "of the quiet speed" in out and "25%" in out
     text = markdown.performance(rows.read(file))
-    assert "after 8, batch 1, 2 busy beside it" in text and "25% of quiet" in text
+    assert "after 8, batch 1, with 2 busy processes" in text and "25% of quiet" in text
 
 
 # ---------------------------------------------------------------- as short as the samples allow

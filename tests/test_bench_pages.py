@@ -197,10 +197,10 @@ def test_the_table_bolds_the_best_and_names_what_failed() -> None:
     assert text == markdown.performance(rows())
     line = next(line for line in text.splitlines() if "decode after 128" in line)
     subject, *cells = line.strip("| ").split(" | ")
-    assert subject == "26b-a4b, 2 of 30 layers, bfloat16: decode after 128, batch 1 [1]"
+    assert subject == "26b-a4b, 2 of 30 layers, bfloat16: decode after 128, batch 1"
     assert cells == ["50 (41.7–55.6), 50%", "**100 (83.3–111)**", "out of memory"]
     assert "A CPU with $ and _, 2 threads, 16 GiB of memory; gemma4-fast 1.2.3; commit 0123456789ab" in text
-    assert "1. The vocabulary is cut to 8,192 of 262,144 tokens." in text
+    assert "All measured rows: the vocabulary is cut to 8,192 of 262,144 tokens." in text
     assert "| e2b, bfloat16 | 512 MiB | 128 MiB |" in text
 
 

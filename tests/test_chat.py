@@ -148,17 +148,19 @@ def test_what_was_cut_is_said(
     chat = chat_of(model, *GREEDY, "--max-new-tokens", "3")
     chat.args.json = False
     chat.answer(QUESTION)
-    assert "cut off after 3 tokens (--max-new-tokens); /continue" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "cut off after 3 tokens (--max-new-tokens); type /continue to resume" in err
     monkeypatch.setattr(generate, "stop_ids", lambda model: ())
     chat.args.max_new_tokens = None
     chat.limit = 120
     chat.answer(QUESTION)
-    assert "cut off, since the context of 120 tokens is full; /continue" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "cut off, since the context of 120 tokens is full; type /continue" in err
 
 
 def test_more_new_tokens_than_the_context_are_clamped(model: Gemma4, capsys: Capture) -> None:
     chat = chat_of(model, *GREEDY, "--max-new-tokens", "5000")
-    assert "--max-new-tokens 5000 exceeds the model's context of 1024" in capsys.readouterr().err
+    assert "--max-new-tokens 5000 is ignored: the context is 1024 tokens" in capsys.readouterr().err
     chat.answer(QUESTION)
     assert lines(capsys)[0]["tokens"]
 
@@ -197,13 +199,16 @@ def test_commands_that_cannot_be_done_say_why(model: Gemma4, tmp_path: Path) -> 
     for line, words in {
         "/foo": "unknown command /foo: /help",
         "/continue": "no answer to continue",
-        "/continue now": "takes no argument",
+        "/continue now": "/continue takes no argument, got 'now'",
+        "/quit now": "/quit takes no argument, got 'now'",
+        "/exit now": "/exit takes no argument",
+        "/hlep": "did you mean /help?",
         "/save": "/save FILE",
         "/save x.json": "nothing to save",
         "/load": "/load FILE",
         "/load nowhere.json": "nowhere.json: cannot be read",
         "/think": "/think on or /think off",
-        "/think on": "no switch for thinking",
+        "/think on": "does not support thinking",
     }.items():
         with pytest.raises(ValueError, match=words):
             chat.command(*line.partition(" ")[::2])
@@ -242,18 +247,61 @@ def test_a_persons_mistakes_do_not_end_the_chat(
     err = capsys.readouterr().err
     assert asked == ["one", "/two\nlines", "/three"]
     assert "unknown command /foo" in err and "/save FILE" in err
-    assert err.endswith("forgot the conversation\n")
+    assert err.endswith("conversation cleared\n")
 
 
-def test_an_unknown_command_ends_a_script(
+def test_a_script_goes_on_after_a_mistake(
+    model: Gemma4,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "talk.json"
+    script = f"{QUESTION}\n/foo\n/quit now\nAnd you?\n/save {file}\n/quit\nnever\n"
+    monkeypatch.setattr(sys, "stdin", _Script(script))
+    assert chat_of(model, *GREEDY, "--max-new-tokens", "3").run() == 2
+    shown = capsys.readouterr()
+    assert "gemma4-fast: error: unknown command /foo: /help" in shown.err
+    assert "gemma4-fast: error: /quit takes no argument, got 'now'" in shown.err
+    assert len(shown.out.splitlines()) == 2
+    saved = json.loads(file.read_text())
+    assert [m["content"] for m in saved if m["role"] == "user"] == [QUESTION, "And you?"]
+    monkeypatch.setattr(sys, "stdin", _Script("/reset\n"))
+    assert chat_of(model).run() == 0
+
+
+def test_a_script_goes_on_when_memory_runs_out(
     model: Gemma4,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", _Script("/foo\nnever\n"))
-    with pytest.raises(ValueError, match="unknown command /foo"):
-        chat_of(model).run()
-    assert capsys.readouterr().out == ""
+    def fails(self: Chat, text: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Chat, "answer", fails)
+    monkeypatch.setattr(sys, "stdin", _Script("one\n/reset\n"))
+    assert chat_of(model).run() == 2
+    err = capsys.readouterr().err
+    assert "not enough memory" in err and err.endswith("conversation cleared\n")
+
+
+def test_quiet_leaves_only_errors(
+    model: Gemma4,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    tmp_path: Path,
+) -> None:
+    script = f"{QUESTION}\n/save {tmp_path / 'talk.json'}\n/reset\n/foo\n"
+    options = (*GREEDY, "--max-new-tokens", "3")
+    monkeypatch.setattr(sys, "stdin", _Script(script))
+    chat_of(model, *options).run()
+    loud = capsys.readouterr()
+    assert "cut off" in loud.err or "saved" in loud.err
+    monkeypatch.setattr(sys, "stdin", _Script(script))
+    chat_of(model, *options, "--quiet").run()
+    quiet = capsys.readouterr()
+    assert len(quiet.out.splitlines()) == len(loud.out.splitlines()) == 1
+    assert quiet.err.count("\n") == 1 and "unknown command /foo" in quiet.err
 
 
 def test_memory_that_runs_out_leaves_the_conversation(

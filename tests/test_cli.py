@@ -23,7 +23,7 @@ from gemma4_fast import Gemma4, Gemma4Config, __version__, cli, demo, ops, termi
 from gemma4_fast.arguments import CHECKS
 from gemma4_fast.chat import Chat, Conversation, Interrupt
 from gemma4_fast.cli import main
-from gemma4_fast.generate import Generation
+from gemma4_fast.generate import DEFAULT_NEW_TOKENS, Generation
 from gemma4_fast.tokenizer import Tokenizer
 from gemma4_fast.weights import tiny_path
 
@@ -118,7 +118,58 @@ def test_new_tokens_are_clamped_to_the_context(run: Run) -> None:
     code, out, err = run("generate", prompt, *options, "--json")
     data = json.loads(out)
     assert code == 0 and data["prompt_tokens"] + data["max_new_tokens"] == 1024
-    assert "--max-new-tokens 5000 exceeds" in err and err.count("\n") == 1
+    room = 1024 - data["prompt_tokens"]
+    assert f"reduced to {room}: the context is 1024 tokens and the prompt uses" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "demo"])
+def test_the_help_tells_how_many_tokens_there_are_by_default(command: str, run: Run) -> None:
+    known = {"generate": f"{DEFAULT_NEW_TOKENS}", "demo": f"{demo.NEW_TOKENS}"}
+    default = known.get(command, "no limit but the context")
+    assert f"(default: {default})" in " ".join(run(command, "--help")[1].split())
+
+
+def test_quiet_generation_writes_the_text_alone(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ("--max-new-tokens", "5000", "--temperature", "0", "--device", "cpu")
+    prompt = "word " * 1000
+    _, out, err = run("generate", prompt, *options, "--check", "off")
+    assert "reduced" in err and "decode" in err
+    assert run("generate", prompt, *options, "--check", "off", "--quiet") == (0, out, "")
+    assert run("generate", "", "--quiet")[2].count("\n") == 1  # an error
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    run("check", "--level", "quick", "--quiet")
+    run("generate", prompt, *options, "--check", "quick", "--quiet")
+    assert shown.getvalue() == ""
+
+
+def test_a_quiet_command_does_not_mention_downloads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    hub = huggingface_hub.utils
+    monkeypatch.setattr(hub, "disable_progress_bars", lambda: asked.append("bars"))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal.fetching("org/name", quiet=True)
+    assert sys.stderr.getvalue() == "" and asked == ["bars"]
+    terminal.fetching("org/name")
+    assert "org/name" in sys.stderr.getvalue() and asked == ["bars"]
+
+
+def test_a_progress_bar_appears_with_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    with terminal.progress_bar("checking") as bar:
+        assert bar is not None and shown.getvalue() == ""
+    assert shown.getvalue() == ""
+    with terminal.progress_bar("checking") as bar:
+        assert bar is not None
+        bar(1, 7)
+        assert "checking" in shown.getvalue() and "1/7" in shown.getvalue()
 
 
 def test_generate_says_that_its_text_was_cut(run: Run) -> None:
@@ -204,7 +255,7 @@ def test_chat_forgets_the_oldest_turns_when_full(run: Run) -> None:
     long = "good " * 300
     turns = "".join(f"{long}{i}\n" for i in range(5))
     code, out, err = run("chat", "--json", "--max-new-tokens", "4", "--check", "off", "--seed", "1", stdin=turns)
-    assert code == 0 and len(out.splitlines()) == 5 and "forgotten" in err
+    assert code == 0 and len(out.splitlines()) == 5 and "oldest turn was dropped" in err
     code, _, err = run("chat", "--max-new-tokens", "4", "--check", "off", stdin="good " * 2000 + "\n")
     assert code == 2 and "context of 1024" in err
 
@@ -237,10 +288,11 @@ def test_check_takes_a_seed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_command_takes_the_common_options() -> None:
-    benches = [["bench", what] for what in ("all", "ops", "model", "scale")]
+    options = ["--backend", "torch", "--dtype", "float32", "--device", "cpu", "--quantize", "int8"]
+    options += ["--threads", "1", "--seed", "3", "--json", "--quiet", "--debug"]
+    benches = [["bench", what] for what in ("all", "ops", "model", "scale", "cache")]
     for command in [[name] for name in cli.COMMANDS if name != "bench"] + benches:
-        argv = [*command, "--backend", "torch", "--dtype", "float32", "--device", "cpu", "--seed", "3", "--json"]
-        assert cli.parser(cli.COMMANDS).parse_args(argv).seed == 3
+        assert cli.parser(cli.COMMANDS).parse_args([*command, *options]).seed == 3
 
 
 @pytest.mark.parametrize("name", ["models/", "no/such/folder", "./a/b", "-a/b"])
@@ -304,6 +356,9 @@ def test_demo_json(run: Run) -> None:
 BAD: dict[str, tuple[list[str], str]] = {
     "no command": ([], "COMMAND"),
     "unknown command": (["tell"], "tell"),
+    "misspelled command": (["generat", "x"], "did you mean generate?"),
+    "misspelled choice": (["check", "--level", "quik"], "got 'quik'; did you mean quick?"),
+    "misspelled option": (["generate", "x", "--temprature=1"], "did you mean --temperature?"),
     "unknown option": (["generate", "x", "--colour"], "--colour (see gemma4-fast generate --help)"),
     "unknown option first": (["--colour", "info"], "--colour (see gemma4-fast --help)"),
     "no such model": (["generate", "x", "--model", "./nowhere"], "nowhere"),
@@ -314,10 +369,13 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a short preset": (["generate", "x", "--model", "26b"], "google/gemma-4-26B-A4B-it"),
     "unknown backend": (["generate", "x", "--backend", "fast"], "unknown backend"),
     "backend that cannot run here": (["generate", "x", "--backend", "triton"], "needs a GPU"),
-    "cuda without GPU": (["generate", "x", "--device", "cuda:9"], "not there"),
-    "a GPU by another name": (["generate", "x", "--device", "gpu"], "is cuda"),
+    "cuda without GPU": (["generate", "x", "--device", "cuda:9"], "'cuda:9'"),
+    "a GPU by another name": (["generate", "x", "--device", "gpu"], "use cuda"),
     "bad device": (["generate", "x", "--device", "what"], "expected cpu, cuda"),
-    "bad dtype": (["check", "--dtype", "int4"], "dtype"),
+    "bad dtype": (["check", "--dtype", "int4"], "(--quantize int4)"),
+    "another dtype": (["check", "--dtype", "int16"], "float64, got 'int16'\n"),
+    "words beside standard input": (["generate", "-", "foo"], "- reads the prompt"),
+    "standard input after words": (["generate", "foo", "--seed", "1", "-"], "- reads the prompt"),
     "empty prompt": (["generate", ""], "empty"),
     "empty stdin": (["generate"], "empty"),
     "no tokens": (["generate", "x", "--max-new-tokens", "0"], "max-new-tokens"),
@@ -508,7 +566,8 @@ def test_the_numbers_of_presets(preset: str, total: float, active: float, run: R
 
 
 def test_info_gives_the_sizes_that_are_allocated(run: Run, copied: Path) -> None:
-    found = json.loads(run("info", "--json", "--device", "cpu", "--context", "64", "1K", "--batch", "3")[1])
+    contexts = ("--context", "64", "1K,64")
+    found = json.loads(run("info", "--json", "--device", "cpu", *contexts, "--batch", "3")[1])
     model = Gemma4.from_pretrained("tiny", device="cpu", check=False)
     assert found["parameters"]["total"] == sum(p.numel() for p in model.parameters())
     assert found["checkpoint"]["bytes"] == {"BF16": sum(p.nbytes for p in model.parameters())}

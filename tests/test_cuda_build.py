@@ -169,9 +169,9 @@ def test_a_build_that_fails_is_told_once(machine: Path, one_gpu: None, caplog: p
         why = table.backend_missing("cuda", "cuda")
         table.backend_missing.cache_clear()
         assert table.backend_missing("cuda", "cuda") == why
-    assert why == f"could not build its kernels with {machine}/bin/nvcc: the log has what it said"
+    assert why == f"could not build its kernels with {machine}/bin/nvcc: see the log"
     (told,) = (message for message in caplog.messages if "norms.cu(3): error: no such thing" in message)
-    assert "others serve" in told
+    assert "others are used" in told
     assert not list((machine / "cache").rglob("*.so")) and not list((machine / "cache").rglob("build-*"))
 
 
@@ -227,7 +227,7 @@ def test_what_is_missing_is_one_sentence(machine: Path, one_gpu: None, monkeypat
     nvcc.write_text(nvcc.read_text().replace("V13.0.88", "V12.6.3"))
     assert f"needs nvcc 12.8 or newer to build its kernels, and {nvcc} is 12.6.3" in missing()
     nvcc.write_text("#!/bin/sh\n")
-    assert "tells no version" in missing()
+    assert "reports no version" in missing()
     monkeypatch.setattr(cuda_build, "find_nvcc", lambda: None)
     assert "needs nvcc to build its kernels, and there is none: install the CUDA toolkit" in missing()
     monkeypatch.setenv("GEMMA4_FAST_NATIVE", "0")
@@ -259,7 +259,7 @@ def test_which_gpus_the_backend_is_for(one_gpu: None, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((8, 0), (7, 5))[i])
     assert str(missing()).startswith("needs compute capability 8.0, and A GPU has 7.5")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "PyTorch sees none" in str(missing())
+    assert "PyTorch finds none" in str(missing())
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert missing() == "needs an NVIDIA GPU"
 

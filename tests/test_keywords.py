@@ -113,7 +113,7 @@ def test_options_of_stream_reach_the_generation(tiny: Gemma4) -> None:
 )
 @pytest.mark.parametrize("name", ["generate", "stream"])
 def test_keywords_of_generation(name: str, keyword: str, ours: str, tiny: Gemma4) -> None:
-    with pytest.raises(TypeError, match=rf"^{name}\(\) has no argument '{keyword}': .*{ours}"):
+    with pytest.raises(TypeError, match=rf"^{name}\(\) has no argument '{keyword}'[:;] .*{ours}"):
         getattr(tiny, name)("x", **{keyword: 1})
     function = {"generate": generate, "stream": stream}[name]
     with pytest.raises(TypeError, match=f"'{keyword}'"):
@@ -133,7 +133,7 @@ def test_keywords_of_generation(name: str, keyword: str, ours: str, tiny: Gemma4
 )
 def test_keywords_of_loading(keyword: str, ours: str) -> None:
     for call in (Gemma4.from_pretrained, Gemma4.dummy, accelerate):
-        with pytest.raises(TypeError, match=f"{call.__name__}.*{keyword}.*: .*{ours}"):
+        with pytest.raises(TypeError, match=f"{call.__name__}.*{keyword}.*[:;] .*{ours}"):
             call("no/such/folder", **{keyword: "auto"})
 
 
@@ -160,20 +160,20 @@ def test_a_function_stays_what_it_is() -> None:
 def test_explain_refuses_other_objects() -> None:
     with pytest.raises(ValueError, match=r"expected a Gemma4 or an accelerated model.*got str"):
         explain("tiny")
-    with pytest.raises(ValueError, match="this Linear is not accelerated"):
+    with pytest.raises(ValueError, match="this Linear is not accelerated; call gemma4_fast"):
         explain(nn.Linear(2, 2))
 
 
 def test_explain_needs_no_transformers_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "gemma4_fast.integrations.transformers", raising=False)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match="this Linear is not accelerated"):
+    with pytest.raises(ValueError, match="this Linear is not accelerated; call gemma4_fast"):
         explain(nn.Linear(2, 2))
 
 
 def test_explain_takes_an_accelerated_model() -> None:
     theirs = family.transformers_model("26b-a4b")
-    with pytest.raises(ValueError, match="this Gemma4ForCausalLM is not accelerated"):
+    with pytest.raises(ValueError, match="this Gemma4ForCausalLM is not accelerated; call"):
         explain(theirs)
     fast = accelerate(copy.deepcopy(theirs), check=False, backend="torch")
     found = explain(fast)

@@ -320,7 +320,7 @@ def test_info_answers_the_question_in_a_sentence(
     monkeypatch.setattr(info, "read_rate", lambda device, free: 20.0 * GIB)
     monkeypatch.setattr(info, "cache_bytes", lambda device: 32 << 20)
     free(21.3)
-    found = answered(capsys, "--quantize", "int4", "--context", "1K", "32K")
+    found = answered(capsys, "--quantize", "int4", "--context", "1K,32K")
     load = Load(MOE, BF16, "int4", context=32768)
     assert (found["context"], found["needed"]) == (32768, needed(load).total)
     assert found["fits"] and found["tokens_per_s"] == 20 * GIB / found["step_bytes"]
@@ -328,7 +328,7 @@ def test_info_answers_the_question_in_a_sentence(
     assert what == "26B-A4B in int4 with a context of 32K needs 14.9 GiB"
     verdict, _, why = verdict.partition(" (")
     assert verdict == "21.3 GiB are free: it fits, at about 7 tokens/s"
-    assert why == ("an estimate: a step reads 2.9 GiB, and memory was just read at 20.0 GiB/s).")
+    assert why == ("an estimate: 2.9 GiB per token at a measured 20.0 GiB/s).")
     monkeypatch.setattr(info, "read_rate", lambda device, free: 2000.0 * GIB)
     found = answered(capsys, "--quantize", "int4", "--context", "32K")
     assert "at about 697 tokens/s" in found["answer"]
@@ -353,7 +353,7 @@ def test_info_says_what_would_fit(
     found = answered(capsys, "--quantize", "int8")
     assert "25.2 GiB are free: it does not fit. What" in found["answer"]
     free(None)
-    assert answered(capsys)["answer"].endswith("the memory that is free is unknown here.")
+    assert answered(capsys)["answer"].endswith("the free memory is unknown.")
 
 
 def test_no_speed_is_told_of_what_fits_into_a_cache(

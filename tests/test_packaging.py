@@ -126,7 +126,8 @@ def built(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         (folder,) = folder.iterdir()
         # -o: this environment is set up, whatever its age.
         make = ("make", "wheel", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.dev-done")
-        printed = run(*make, cwd=folder, MAKEFLAGS="", **not_optimized)
+        both = ("sh", "-c", '"$@" 2>&1', "sh")  # the warnings too
+        printed = run(*both, *make, cwd=folder, MAKEFLAGS="", **not_optimized)
         folder = folder / "dist"
     (wheel,) = folder.glob("*.whl")
     return wheel, printed
@@ -281,6 +282,34 @@ def test_a_build_says_how_far_it_is(built: tuple[Path, str]) -> None:
     assert len({total for _, total in steps}) == 1
     total = int(steps[0][1])
     assert total > 20 and [int(done) for done, _ in steps] == list(range(1, total + 1))
+
+
+@makes_wheel
+def test_making_a_wheel_uses_nothing_deprecated(built: tuple[Path, str]) -> None:
+    assert "eprecat" not in built[1]
+
+
+def test_a_wheel_holds_nothing_of_an_earlier_build(tree: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tree, source)
+    for name in ("lib", f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"):
+        stale = source / "build" / name / "gemma4_fast" / "removed_long_ago.py"
+        stale.parent.mkdir(parents=True)
+        stale.touch()
+    run(*pip_wheel(source, tmp_path), cwd=tmp_path, GEMMA4_FAST_NATIVE="0")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert python_files() <= members(wheel)
+    assert "gemma4_fast/removed_long_ago.py" not in members(wheel)
+
+
+@makes_wheel
+def test_linting_does_not_fetch_triton(tmp_path: Path) -> None:
+    def steps(target: str) -> str:
+        return run("make", "-n", target, f"VENV={tmp_path}/venv", cwd=ROOT, MAKEFLAGS="")
+
+    assert "requirements/triton.txt" in steps("test")
+    lint = steps("lint")
+    assert "requirements/dev.txt" in lint and "triton.txt" not in lint
 
 
 @makes_wheel

@@ -432,7 +432,7 @@ def test_words_and_states_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="quantize must be 'int8', 'int4' or None, got 'q4'"):
         Gemma4.from_pretrained("tiny", quantize="q4")
     model = Gemma4.from_pretrained("tiny", quantize="int4", check=False, progress=False)
-    with pytest.raises(ValueError, match="quantized to int4 already"):
+    with pytest.raises(ValueError, match="already quantized to int4"):
         model.quantize("int8")
     with pytest.raises(UnsupportedError, match="quantized to int4 cannot be saved"):
         model.save_pretrained(tmp_path / "no")

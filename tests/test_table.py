@@ -114,7 +114,7 @@ def test_a_named_backend_never_falls_back(fake_cpu: None) -> None:
 def test_a_backend_that_cannot_run_here_says_so(backend: str) -> None:
     with use_backend(backend), pytest.raises(UnsupportedError, match=f"{backend}: needs a GPU"):
         ops.rms_norm(X)
-    why = f"{backend}: needs a GPU, and the tensors are on cpu$"
+    why = f"{backend}: needs a GPU, and the device is cpu$"
     with pytest.raises(UnsupportedError, match=why):
         gemma4_fast.Gemma4.from_pretrained("tiny", backend=backend)
 
@@ -179,14 +179,14 @@ def test_explain_shows_the_decision(fake_cpu: None) -> None:
     assert by_op["moe"].backend == "composed"
     text = str(shown)
     assert "rms_norm" in text
-    assert "cuda is passed over everywhere: needs a GPU, and the tensors are on cpu" in text
-    assert "passed over\n" in text.splitlines(keepends=True)[2]  # `linear` has a reason of its own
+    assert "cuda not used: needs a GPU, and the device is cpu" in text
+    assert "not used\n" in text.splitlines(keepends=True)[2]  # `linear` has a reason of its own
     assert shown.to_dict()["ops"]["linear"]["backend"] == "torch"
     assert explain(device="cpu").choices[0].backend == "torch"  # bf16: the fake takes fp32 only
     with use_backend("reference"):
         shown = explain(device="cpu")
         assert {c.backend for c in shown.choices} == {"reference", "composed"}
-        assert "passed over" not in str(shown)
+        assert "not used" not in str(shown)
     model = gemma4_fast.Gemma4.from_pretrained("tiny", check=False, backend="reference")
     assert {c.backend for c in explain(model).choices} == {"reference", "composed"}
 

@@ -38,8 +38,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The level of each self-check that runs; none of them computes anything."""
     levels: list[str] = []
 
-    def passed(model: Gemma4, *, level: str, **_: Any) -> Report:
+    def passed(model: Gemma4, *, level: str, progress: Any = None, **_: Any) -> Report:
         levels.append(level)
+        if progress is not None:
+            progress(1, 1)
         return Report(level, "cpu", "bfloat16", {})
 
     module = sys.modules["gemma4_fast.verify"]  # the package exports the function by this name
@@ -129,6 +131,26 @@ def test_the_command_line_names_its_own_option(
     printed = capsys.readouterr()
     assert "self-check" not in printed.err
     assert json.loads(printed.out)["check"].startswith("self-check passed on 20")
+
+
+def test_a_verdict_from_disk_shows_no_progress(
+    kept: Path,
+    runs: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = ["generate", "It", "--max-new-tokens", "1", "--device", "cpu"]
+
+    def shown(*options: str) -> str:
+        stderr = Terminal()
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert main([*command, *options]) == 0
+        return stderr.getvalue()
+
+    load()
+    again = shown()
+    assert "self-check passed on" in again and "checking" not in again
+    assert shown("--quiet") == ""
+    assert "checking" in shown("--check", "quick")
 
 
 def test_the_demo_says_what_checked_the_model(

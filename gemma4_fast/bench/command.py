@@ -24,9 +24,10 @@ from gemma4_fast.bench.plan import EVERYTHING, MINUTES, PEERS, Plan, fitting, pr
 from gemma4_fast.bench.recorder import Recorder
 from gemma4_fast.bench.rows import OURS, Row
 from gemma4_fast.bench.timing import RATE_DTYPES, Roofline
-from gemma4_fast.config import PRESETS, Gemma4Config
+from gemma4_fast.config import PRESETS, Gemma4Config, preset_name
 from gemma4_fast.memory import Load, require
 from gemma4_fast.model import parse_device, parse_dtype
+from gemma4_fast.spelling import did_you_mean
 
 PROMPTS = [128, 512]  # tokens
 Say = Callable[[str], None]
@@ -67,7 +68,7 @@ def measured(args: Namespace, device: torch.device, work: Work, output: Path | N
             with _terminated_like_ctrl_c():
                 work(say, recorder.add)
         except KeyboardInterrupt:
-            terminal.note(f"gemma4-fast: stopped; the {len(recorder.rows)} rows that were done are kept")
+            terminal.note(f"gemma4-fast: stopped; the {len(recorder.rows)} finished rows are kept")
             return 130, recorder.rows
     if recorder.failed:
         return 2, recorder.rows
@@ -111,9 +112,11 @@ def _common(args: Namespace, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _names(wanted: Sequence[str], known: Sequence[str], what: str) -> list[str]:
-    """`wanted`, or all of them; ValueError for one that is not known."""
+    """`wanted`, or all of them. ValueError for one that is not known."""
     if unknown := [w for w in wanted if w not in known]:
-        raise ValueError(f"unknown {what} {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+        got = ", ".join(map(repr, unknown))
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(f"unknown {what} {got}; expected {', '.join(known)}{hint}")
     return list(wanted) or list(known)
 
 
@@ -168,7 +171,8 @@ def scale_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Wor
 def cache_work(args: Namespace, device: torch.device, dtype: torch.dtype) -> Work:
     ops.parse_backend(args.backend)
     every = memory.members()
-    wanted = {name: every[name] for name in _names(args.config, list(every), "config")}
+    asked = [preset_name(name) or name for name in args.config]
+    wanted = {name: every[name] for name in _names(asked, list(every), "config")}
 
     def work(say: Say, add: Add) -> None:
         for name, layers in wanted.items():
@@ -205,7 +209,7 @@ def model_plan(args: Namespace, device: torch.device, dtype: torch.dtype) -> Pla
         config = Gemma4Config.from_pretrained(path)
         name = path.name if Path(args.model).is_dir() else args.model  # rows do not tell where a folder lies
     else:
-        name = _names([args.config], list(PRESETS), "config")[0]
+        name = _names([preset_name(args.config) or args.config], list(PRESETS), "config")[0]
         config = PRESETS[name]
         if args.layers or args.vocab:
             config = config.slice(num_layers=args.layers, vocab_size=args.vocab)
@@ -321,7 +325,8 @@ def everything(args: Namespace, device: torch.device, dtype: torch.dtype) -> int
             try:
                 inner(say_in_time, add)
             except _Over:
-                terminal.note(f"bench: {args.minutes} minutes are over; what was left is not measured (--minutes gives more)")
+                over = f"{args.minutes} minutes are over; the rest was not measured"
+                terminal.note(f"bench: {over} (--minutes allows more)")
                 return
 
     code, made = measured(args, device, work, part, append=False)
@@ -344,16 +349,16 @@ def everything(args: Namespace, device: torch.device, dtype: torch.dtype) -> int
         try:
             found = comparing.compare(rows.read(previous), made, 0.05)
         except ValueError as e:  # of another schema, or nothing in common: no reason to fail
-            terminal.note(f"not compared with the run before: {e}")
+            terminal.note(f"not compared with the previous run: {e}")
         else:
-            terminal.note("beside the run before:\n" + comparing.text(found, 0.05))
+            terminal.note("compared with the previous run:\n" + comparing.text(found, 0.05))
     return code
 
 
 def _write_crossovers(made: Sequence[Row]) -> None:
     found = scale.crossovers(made)
     if not found:
-        raise ValueError("no crossover was measured: it takes the experts along --axis tokens")
+        raise ValueError("no crossover was measured; use --axis tokens")
     scale.write_crossovers(found)
     terminal.note("written to gemma4_fast/ops/moe.py: " + ", ".join(f"{where}: {x} tokens" for where, x in found.items()))
 
@@ -374,12 +379,12 @@ def _check_targets(args: Namespace) -> None:
         if not there:
             raise ValueError(f"{target}: there is no folder {target.parent}")
         if target.is_dir():
-            raise ValueError(f"{target} is a folder, and a file is to be written")
+            raise ValueError(f"{target} is a folder, expected a file")
     if args.html is not None and args.html.exists() and not args.html.is_file():
-        raise ValueError(f"{args.html} is no plain file, and a page replaces what is there")
+        raise ValueError(f"{args.html} is not a regular file, so --html cannot replace it")
     taken = [*targets, *inputs]
     if any(_same(a, b) for i, a in enumerate(taken) for b in taken[:i] if a in targets or b in targets):
-        raise ValueError("two of the files are the same one; what is written must not replace another")
+        raise ValueError("two of the files are the same; an output must not replace another file")
     if args.plot is not None and args.plot.exists() and not args.plot.is_dir():
         raise ValueError(f"--plot takes a folder, and {args.plot} is a file")
     if args.plot is not None:
@@ -425,7 +430,7 @@ def _write_files(made: Sequence[Row], args: Namespace) -> None:
 def report(args: Namespace) -> int:
     """Rows that were saved, shown again."""
     if args.markdown and args.json:
-        raise ValueError("--markdown and --json both want standard output")
+        raise ValueError("--markdown and --json both write to standard output")
     made = [row for file in dict.fromkeys(args.files) for row in rows.read(file)]
     _check_targets(args)
     if args.markdown:

@@ -92,7 +92,8 @@ below. Their times are not taken.</p>{% endif %}
 {% endfor %}
 </tbody>
 </table></div>
-{% if table.notes %}<ol class="soft">
+{% for note in table.common %}<p class="soft">{{ note }}</p>
+{% endfor %}{% if table.notes %}<ol class="soft">
 {% for note in table.notes %}<li>{{ note }}</li>
 {% endfor %}</ol>{% endif %}
 {% endfor %}
@@ -154,5 +155,6 @@ def _table(kind: str, rows: Sequence[Row]) -> dict[str, object]:
         "title": title[0].upper() + title[1:],
         "headings": made.headings,
         "lines": lines,
+        "common": [f"{show.ALL_ROWS.capitalize()}: {note}." for note in made.common],
         "notes": made.notes,
     }

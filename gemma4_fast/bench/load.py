@@ -123,14 +123,35 @@ def allowed(machine: dict[str, Any], device: str) -> float:
     return max(0, machine.get("cpus", threads) - threads) + TOLERATED
 
 
-def reasons(row: Row) -> list[str]:
-    """In words, why this row counts as busy. Empty if it does not. The figures are in the row."""
+def disturbed(row: Row) -> bool:
+    """Whether this row counts as busy, by its own figures."""
+    return _crowded(row) or _drifted(row)
+
+
+def reasons(row: Row, rows: Sequence[Row]) -> list[str]:
+    """In words, why this row counts as busy. Empty if it does not.
+
+    rows: the rows of its table. The amounts are those of all rows that share the reason, so that
+    the table has one note for each reason.
+    """
     found = []
     if _crowded(row):
-        found.append("other processes used processors that this run needed")
+        sharing = [other for other in rows if _crowded(other)] or [row]
+        loads = [other.other_load or 0.0 for other in sharing]
+        sizes = {other.machine.get("cpus") for other in sharing}
+        size = sizes.pop() if len(sizes) == 1 else None
+        total = f" of {size}" if size else ""
+        kept = f"kept {_range(loads)}{total} processors busy"
+        found.append(f"other processes competed for CPU time and {kept}")
     if _drifted(row):
-        found.append(f"the machine's own rates varied by more than {DRIFT}x in this run")
+        drifts = [other.drift or 1.0 for other in rows if _drifted(other)] or [row.drift or 1.0]
+        found.append(f"the machine's own rates varied in this run, by a factor of {_range(drifts)}")
     return found
+
+
+def _range(amounts: Sequence[float]) -> str:
+    """ "0.4 to 1.2", or "0.4" for amounts that look the same."""
+    return " to ".join(dict.fromkeys(f"{amount:.2g}" for amount in (min(amounts), max(amounts))))
 
 
 def _crowded(row: Row) -> bool:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from gemma4_fast.bench.load import summary
 from gemma4_fast.bench.machine import label
-from gemma4_fast.bench.rows import OURS, Row
-from gemma4_fast.bench.show import above, busy, memory, number, numbers, who
+from gemma4_fast.bench.rows import OURS, Row, beside
+from gemma4_fast.bench.show import ALL_ROWS, above, busy, common, memory, number, numbers, who
 from gemma4_fast.config import PRESETS
 
 _LONG = 131072  # tokens of context at which the README tells the size of the caches
@@ -64,7 +64,7 @@ def workload(row: Row) -> str:
     if p["phase"] == "decode":
         before = "at depth " if p["depth"] else "after "
     text = f"{p['phase']} {before}{p['prompt_len']:,}, batch {p['batch']}"
-    return f"{text}, {p['busy_processes']} busy beside it" if p.get("busy_processes") else text
+    return text + beside(p.get("busy_processes", 0))
 
 
 def ours_first(rows: Iterable[Row]) -> list[str]:
@@ -98,33 +98,43 @@ def _speeds(rows: list[Row]) -> str:
     lines: dict[str, dict[str, Row]] = {}
     for row in rows:
         lines.setdefault(f"{subject(row)}: {workload(row)}", {})[who(row)] = row
-    every = list(dict.fromkeys(note for row in rows for note in (_cut(row), *_notes(row)) if note))
+    shared = common([_all_notes(row, rows) for row in rows if row.status == "ok"])
+    every: list[str] = []  # the numbered notes, in reading order
+
+    def marked(cell: str, notes: Iterable[str]) -> str:
+        own = [note for note in notes if note not in shared]
+        every.extend(note for note in own if note not in every)
+        return f"{cell} {numbers(own, every)}".strip()
+
     cells = []
     for name, found in lines.items():
-        cut = {note: None for row in found.values() if (note := _cut(row))}
+        cuts = dict.fromkeys(note for row in found.values() for note in _cut(row))
         fastest = best(found.values())
-        speeds = [_marked(_speed(found.get(c), fastest), _notes(found.get(c)), every) for c in contenders]
-        cells.append([_marked(name, cut, every), *speeds])
+        first = marked(name, cuts)
+        of_line = map(found.get, contenders)
+        speeds = [marked(_speed(row, fastest), _notes(row, rows)) for row in of_line]
+        cells.append([first, *speeds])
     facts = [hardware(rows[0])]
     if total := rows[0].machine.get("memory_bytes"):
         facts.append(f"{memory(total)} of memory")
     under = [", ".join(facts), versions(rows), commits(rows)]
+    told_once = "".join(f"\n{ALL_ROWS.capitalize()}: {note}.\n" for note in shared)
     listed = "".join(f"{i}. {note[0].upper()}{note[1:]}.\n" for i, note in enumerate(every, 1))
     table = _table(["tokens/s", *contenders], cells)
     told = f"{'; '.join(filter(None, under))}. {summary(rows)}".rstrip()
-    return f"{table}\n{told}\n" + (f"\n{listed}" if listed else "")
+    return f"{table}\n{told}\n{told_once}" + (f"\n{listed}" if listed else "")
 
 
-def _marked(cell: str, of_cell: Iterable[str], every: Sequence[str]) -> str:
-    return f"{cell} {numbers(list(of_cell), every)}".strip()
+def _all_notes(row: Row, rows: Sequence[Row]) -> list[str]:
+    return [*_cut(row), *_notes(row, rows)]
 
 
-def _notes(row: Row | None) -> list[str]:
-    """Those of a row's notes that bear on how its figure compares with the others."""
+def _notes(row: Row | None, rows: Sequence[Row]) -> list[str]:
+    """Those of a row's notes that bear on how its figure compares with the others of its table."""
     if row is None or row.status != "ok":
         return []
     reason = above(row) if _told(row) else ""
-    return [reason, *busy(row)] if reason else busy(row)
+    return [reason, *busy(row, rows)] if reason else busy(row, rows)
 
 
 def _speed(row: Row | None, fastest: Row | None) -> str:
@@ -149,12 +159,14 @@ def _told(row: Row) -> bool:
     return row.contender.startswith(OURS)
 
 
-def _cut(row: Row) -> str:
-    """Of a model whose vocabulary was cut, what is left of it; empty for others."""
+def _cut(row: Row) -> list[str]:
+    """A note on what is left of the vocabulary, if it was cut."""
     name = row.params["model"]
     vocab = row.params["vocab"]
     whole = PRESETS[name].vocab_size if name in PRESETS else vocab
-    return "" if vocab == whole else f"the vocabulary is cut to {vocab:,} of {whole:,} tokens"
+    if vocab == whole:
+        return []
+    return [f"the vocabulary is cut to {vocab:,} of {whole:,} tokens"]
 
 
 def _caches(rows: list[Row]) -> str:

@@ -48,7 +48,7 @@ from gemma4_fast.bench.plan import (
 )
 from gemma4_fast.bench.process import Worker
 from gemma4_fast.bench.recorder import fault
-from gemma4_fast.bench.rows import OURS, Row, Spread
+from gemma4_fast.bench.rows import OURS, Row, Spread, beside
 from gemma4_fast.bench.timing import Roofline, Stopwatch, rotated
 from gemma4_fast.errors import UnsupportedError
 from gemma4_fast.model import weights_size
@@ -492,7 +492,7 @@ class ModelBench:
             if c.is_heavy and self.together:
                 notes.append("had its turns after the others")
             if result.cold:
-                notes.append("so slow that its first run counts")
+                notes.append("so slow that its first run is counted")
             if c.peer != OURS:
                 notes.append(_distance(self._our_scores(), self.scores.get(c)) or f"not compared with {OURS}")
                 if plan.path is not None and not w.depth:  # dummy weights repeat the last token, whoever runs them
@@ -515,7 +515,8 @@ class ModelBench:
             for phase, samples, undisturbed, new, before in phases:
                 if result.fault is None and not samples:
                     continue
-                name = f"{phase} {'at ' if phase == 'decode' else ''}{w.length}, batch {w.batch}{_beside(w)}"
+                where = "at " if phase == "decode" else ""
+                name = f"{phase} {where}{w.length}, batch {w.batch}{beside(w.busy)}"
                 row = Row("model", name, c.label, params={**at, "phase": phase, "depth": w.depth}, **fields)
                 if result.fault is None:
                     need = floor(plan.config, plan.dtype, plan.quantize, w.batch, new, before)
@@ -585,11 +586,7 @@ def _fault_of(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name(w: Workload) -> str:
-    return f"{'depth' if w.depth else 'prompt'} {w.length}, batch {w.batch}{_beside(w)}"
-
-
-def _beside(w: Workload) -> str:
-    return f", {w.busy} busy beside it" if w.busy else ""
+    return f"{'depth' if w.depth else 'prompt'} {w.length}, batch {w.batch}{beside(w.busy)}"
 
 
 def _quiet(w: Workload) -> Workload:

@@ -21,6 +21,7 @@ from gemma4_fast.bench.timing import Call, Roofline, Rotation, Stopwatch, captur
 from gemma4_fast.ops.accuracy import Judge, Verdict
 from gemma4_fast.ops.table import Maker, Op
 from gemma4_fast.quant import QuantizedWeight, WeightLike
+from gemma4_fast.spelling import did_you_mean
 
 _BLOCK = 1_000_003  # a prime, so that the noise does not come round at the same column of any matrix
 _NARROW_FROM = 1 << 28  # bytes of inputs in half precision above which truth is computed in fp32, which fits
@@ -89,7 +90,9 @@ def cases(names: Sequence[str], wanted: Sequence[str], device: torch.device, riv
         others = RIVALS.get(name, {}) if rivals else {}
         found += [Case(op, f"{name}/{c}", every[c], rivals=others, command=f"--op {name} --case {c}") for c in chosen]
     if unknown := [w for w in wanted if w not in known and w != "all"]:
-        raise ValueError(f"no case {', '.join(unknown)} among these ops; they have {', '.join(sorted(known))}")
+        hint = did_you_mean(unknown[0], known)
+        listed = ", ".join(sorted(known))
+        raise ValueError(f"these ops have no case {', '.join(unknown)}; expected {listed}{hint}")
     return found
 
 

@@ -99,7 +99,8 @@ class Worker:
         if late:
             return _failed(f"no answer within {LIMIT:.0f} s")
         if code == -signal.SIGKILL:
-            return _failed("killed by the system, most likely for its memory", "out of memory")
+            why = "killed by the system, most likely because memory ran out"
+            return _failed(why, "out of memory")
         self.log.flush()
         last = Path(self.log.name).read_bytes()[-4000:].decode(errors="replace").strip().splitlines()[-1:]
         return _failed(": ".join([f"ended with exit code {code}", *last])[:250])

@@ -52,7 +52,7 @@ class Recorder:
         row = dataclasses.replace(row, command=f"gemma4-fast bench {command}" if command else row.command, **own)
         row.drift = self._rates.drift(row)
         if row.drift is not None or row.other_load is not None:
-            row.busy = bool(load.reasons(row))
+            row.busy = load.disturbed(row)
         self.rows.append(row)
         line = rows.line(row) + "\n"
         if self._file is not None and not self.failed:
@@ -76,20 +76,20 @@ class Recorder:
             self.failed = True
             with contextlib.suppress(OSError):  # half a line would spoil the rows before it
                 file.truncate(file.tell() - written)
-            terminal.note(f"gemma4-fast: {file.name}: {e.strerror}; from here on its rows are not saved there")
+            terminal.note(f"gemma4-fast: {file.name}: {e.strerror}; later rows are not saved there")
 
 
 def _opened(output: Path, append: bool) -> BinaryIO:
     """The file, unbuffered, at its end, and at the beginning of a line."""
     if output.exists() and not append:
-        raise ValueError(f"{output} is there already: give another --output, or --append to add to it")
+        raise ValueError(f"{output} exists: give another --output, or --append to add to it")
     file = cast(BinaryIO, open(output, "ab", buffering=0))  # noqa: SIM115  the recorder closes it
     if output.is_file() and output.stat().st_size:
         try:
             rows.read(output)
         except (ValueError, OSError) as e:
             file.close()
-            raise ValueError(f"nothing is appended to what is no file of rows: {e}") from e
+            raise ValueError(f"--append takes a file of rows: {e}") from e
         if not output.read_bytes().endswith(b"\n"):
             file.write(b"\n")
     return file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -132,6 +133,7 @@ class Row:
         for name, right in _FIELDS.items():
             if name in own and not right.holds(own[name]):
                 raise ValueError(f"{name} must be {right.words}, got {_short(own[name])}")
+        own["name"] = _OLD_BESIDE.sub(lambda found: beside(int(found[1])), own["name"])
         for name, right in PARAMS.get(own["kind"], {}).items():
             if not right.holds(value := own.get("params", {}).get(name)):
                 raise ValueError(f"params.{name} of a {own['kind']} row must be {right.words}, got {_short(value)}")
@@ -141,6 +143,16 @@ class Row:
         if row.status == "ok" and (row.cache_bytes if row.kind == "cache" else row.time_us) is None:
             raise ValueError(f"{row.kind} rows that are ok must have {'cache_bytes' if row.kind == 'cache' else 'time_us'}")
         return row
+
+
+def beside(count: int) -> str:
+    """The end of a row's name, ", with 2 busy processes": how many ran beside it; "" for none."""
+    if not count:
+        return ""
+    return f", with {count} busy {'process' if count == 1 else 'processes'}"
+
+
+_OLD_BESIDE = re.compile(r", (\d+) busy beside it$")  # as older files say it
 
 
 def _one_name(own: Mapping[str, Any]) -> Any:

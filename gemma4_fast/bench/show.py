@@ -24,6 +24,9 @@ TITLES = {
 }
 
 
+ALL_ROWS = "all measured rows"
+
+
 def number(value: float | None, unit: str = "") -> str:
     """Three digits, thousands separated; "-" for nothing."""
     if value is None:
@@ -83,8 +86,11 @@ def _why_above(row: Row) -> str:
     return "the kernel reads faster than PyTorch's sum, which measures the roofline"
 
 
-def notes(row: Row) -> list[str]:
-    """All that is to be said about a row beside its figures, each as a short text of its own."""
+def notes(row: Row, rows: Sequence[Row]) -> list[str]:
+    """All that is to be said about a row beside its figures, each as a short text of its own.
+
+    rows: the rows of its table.
+    """
     if row.status != "ok":
         return [row.message] if row.message else []
     found = row.message.split("; ") if row.message else []
@@ -92,14 +98,21 @@ def notes(row: Row) -> list[str]:
         found.append("warm: too small to rotate out of the cache")
     if text := above(row):
         found.append(text)
-    return found + busy(row)
+    return found + busy(row, rows)
 
 
-def busy(row: Row) -> list[str]:
-    """The notes on why a row counts as busy; none if it does not."""
+def busy(row: Row, rows: Sequence[Row]) -> list[str]:
+    """The notes on why a row of the table `rows` counts as busy; none if it does not."""
     if not row.busy:
         return []
-    return [f"busy: {why}" for why in load.reasons(row) or ["the row does not say why"]]
+    return [f"busy: {why}" for why in load.reasons(row, rows) or ["the row does not say why"]]
+
+
+def common(notes_of: Sequence[Sequence[str]]) -> list[str]:
+    """The notes that all rows have, if there are several rows. Such a note is stated once."""
+    if len(notes_of) < 2:
+        return []
+    return [note for note in notes_of[0] if all(note in others for others in notes_of)]
 
 
 def numbers(of_row: Sequence[str], every: Sequence[str]) -> str:
@@ -197,9 +210,11 @@ def tables(rows: Sequence[Row], on: Console) -> None:
             style = {"ok": "", "wrong": "bold red"}.get(row.status, "dim")
             table.add_row(*(Text(cell, style=style) for cell in cells))
         on.print(table)
+        for note in made.common:
+            on.print(Text(f"{ALL_ROWS}: {note}"))
         for i, note in enumerate(made.notes, 1):
             on.print(Text(f"[{i}] {note}"))
-        if made.notes:
+        if made.common or made.notes:
             on.print()
     if text := load.summary(rows):
         on.print(Text(text, style="bold yellow"))
@@ -207,23 +222,31 @@ def tables(rows: Sequence[Row], on: Console) -> None:
 
 @dataclass(frozen=True)
 class Shown:
-    """A table: the cells of each line, and the notes that its last column numbers from 1."""
+    """A table: the cells of each line, and its notes.
+
+    notes: those that the last column numbers from 1. common: those that hold for every row with a
+    result.
+    """
 
     headings: list[str]
     lines: list[list[str]]
     notes: list[str]
+    common: list[str]
 
 
 def shown(kind: str, rows: Sequence[Row]) -> Shown:
     """The table of these rows, all of one kind. A column that is empty in all rows is left out."""
-    every = list(dict.fromkeys(note for row in rows for note in notes(row)))
+    shared = common([notes(row, rows) for row in rows if row.status == "ok"])
+    every = list(dict.fromkeys(note for row in rows for note in notes(row, rows)))
+    every = [note for note in every if note not in shared]
 
     def last(row: Row) -> str:
         status = "" if row.status == "ok" else row.status
-        return f"{status} {numbers(notes(row), every)}".strip()
+        own = [note for note in notes(row, rows) if note not in shared]
+        return f"{status} {numbers(own, every)}".strip()
 
     wanted = [*COLUMNS[kind], ("notes", last)]
     columns = [(heading, [cell(row) for row in rows]) for heading, cell in wanted]
     columns = [(heading, cells) for heading, cells in columns if any(cells)]
     lines = [list(line) for line in zip(*(cells for _, cells in columns), strict=True)]
-    return Shown([heading for heading, _ in columns], lines, every)
+    return Shown([heading for heading, _ in columns], lines, every, shared)

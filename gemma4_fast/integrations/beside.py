@@ -28,7 +28,9 @@ def native_of(model: nn.Module) -> Gemma4:
     """The native model of an accelerated one. ValueError if it is not accelerated; UnsupportedError if it cannot be served."""
     text = accelerated_text(model)
     if text is None:
-        raise ValueError(f"this {type(model).__name__} is not accelerated: see gemma4_fast.accelerate")
+        kind = type(model).__name__
+        remedy = "call gemma4_fast.accelerate(model) first"
+        raise ValueError(f"this {kind} is not accelerated; {remedy}")
     engine = engine_of(text)
     if (reason := engine.bind(text)) is not None:
         raise UnsupportedError(f"all its calls are left to transformers' code: {reason}")

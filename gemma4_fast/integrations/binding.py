@@ -166,7 +166,8 @@ def _share(native: Gemma4, text: nn.Module, head: nn.Module | None) -> None:
                 else:
                     shared = getattr(text.get_submodule(name.removeprefix("model").removeprefix(".")), own)
             except AttributeError as error:
-                raise ValueError(f"it lacks {name}.{own}, of which the configuration tells: {error}") from error
+                lacks = f"it lacks {name}.{own}, which the configuration requires"
+                raise ValueError(f"{lacks}: {error}") from error
             if shared.shape != parameter.shape:
                 raise ValueError(f"{name}.{own} is {list(shared.shape)}, {list(parameter.shape)} by the configuration")
             use_huge_pages(shared, now=True)

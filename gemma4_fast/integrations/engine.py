@@ -371,7 +371,7 @@ def _unusual(text: nn.Module, kwargs: dict[str, Any], given: Any) -> str | None:
     if isinstance(given, Tensor) and given.is_meta:
         return "its input is on the meta device"
     if is_transformed():
-        return "it is differentiated forwards, or transformed by torch.func"
+        return "it runs under forward-mode autodiff or a torch.func transform"
     if kwargs.get("input_ids") is not None and kwargs.get("per_layer_inputs") is not None:
         return "it is given per_layer_inputs beside input_ids"
     if not isinstance(given, Tensor) or (kwargs.get("input_ids") is None) == (kwargs.get("inputs_embeds") is None):
@@ -381,7 +381,7 @@ def _unusual(text: nn.Module, kwargs: dict[str, Any], given: Any) -> str | None:
     for name, value in kwargs.items():
         asks_nothing = value is None or (value is False and name.startswith(("output_", "return_")))
         if name not in SERVED and not asks_nothing:
-            return f"{name} is asked for"
+            return f"{name} is requested"
     for name in ("output_attentions", "output_router_logits"):
         if kwargs.get(name) is None and getattr(config, name, False):
             return f"{name} is on in its configuration"
@@ -400,7 +400,7 @@ def _placed(mask: Any, positions: Any, cache: Gemma4Cache | None, batch: int, co
     seen, lens = (0, [0] * batch) if cache is None or cache.kv is None else (cache.seen, cache.kv.host_lens)
     before = None if cache is None else cache.mask
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        return "its attention mask is not one of padding, [batch, tokens]"
+        return "its attention mask is not a padding mask [batch, tokens]"
     if mask is not None and mask.shape != (batch, seen + columns):
         return f"its attention mask has shape {list(mask.shape)}, its tokens {[batch, seen + columns]}"
     if positions is not None and not (
@@ -445,8 +445,8 @@ def _placed(mask: Any, positions: Any, cache: Gemma4Cache | None, batch: int, co
 
 def _refuse_unmasked(seen: int) -> None:
     raise ValueError(
-        f"attention_mask shows tokens among the first {seen} that were padding when they were seen, so that no keys of them "
-        "were kept: pass the mask of before, and the new tokens' after it"
+        f"attention_mask shows tokens among the first {seen} that were padding before, so their "
+        "keys were not kept: pass the earlier mask, followed by that of the new tokens"
     )
 
 

@@ -59,7 +59,7 @@ def experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_w
 
     self.gate_up_proj [E, 2 I, H], gate rows first, self.down_proj [E, H, I], of hidden_states' dtype. An id of E or more, in
     expert parallelism another rank's expert, adds nothing and costs nothing. UnsupportedError for experts of another kind, for
-    dtypes that differ, for sharded parameters, and where a gradient is asked for.
+    dtypes that differ, for sharded parameters, and where gradients are requested.
     """
     if (why := _foreign(self)) is not None:
         raise UnsupportedError(f'experts_implementation="gemma4_fast" serves Gemma 4\'s experts; {type(self).__name__} {why}')
@@ -296,11 +296,11 @@ def _why_not(
     if padding is not None and (padding.tokens, padding.keys, padding.window) != (query.shape[2], key.shape[2], window):
         return "a mask is used for other shapes than those it was made for"
     if dropout > 0:
-        return "there is dropout"
+        return "dropout is active"
     if _wants_gradients(query, key, value):
-        return "a gradient is asked for"
+        return "gradients are requested"
     if kwargs.get("output_attentions") or any(kwargs.get(name) is not None for name in FOREIGN):
-        return "more is asked for than attention's output"
+        return "more than the attention output is requested"
     if key.shape != value.shape or not query.dtype == key.dtype == value.dtype:
         return "keys, values and queries are of different kinds"
     if not 0 < query.shape[2] <= key.shape[2]:

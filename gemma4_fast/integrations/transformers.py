@@ -202,7 +202,7 @@ class _Generates(_Accelerated):
         prompt = isinstance(given, Tensor) and given.dim() > 1 and given.shape[1] > 1
         if prompt and isinstance(mask, Tensor) and mask.dim() == 2:
             if kwargs.get("labels") is not None and not bool(mask[:, 0].all()):
-                reason = "there are labels behind padding, whose loss counts what padding foretells"
+                reason = "labels follow padding, and the loss counts what is predicted from padding"
             elif _is_one(kwargs.get("logits_to_keep")) and not bool(mask[:, -1].all()):
                 reason = "the newest token of a sequence is padding"
         text = None if reason is None else accelerated_text(self)
@@ -239,7 +239,7 @@ class Linear(nn.Linear):
         native = None if engine is None else engine.native
         if engine is not None and engine.quantization is not None:
             if self.training or self.bias is not None or (torch.is_grad_enabled() and input.requires_grad):
-                engine.decline("its head is trained, has a bias, or is asked for gradients")
+                engine.decline("its head is trained, has a bias, or needs gradients")
         elif native is None or not self._is_plain(input, cast(Tensor, native.head)):
             return super().forward(input)
         native = cast(Gemma4, native)
@@ -424,10 +424,12 @@ def accelerate(model: Any, *, backend: str | None = None, quantize: str | None =
     parse_quantize(quantize)
     ops.parse_backend(backend)
     if isinstance(model, Gemma4):
-        raise ValueError("expected a model of transformers, got a Gemma4 of this package, which runs on its kernels already")
+        already = "a Gemma4, which already runs on these kernels"
+        raise ValueError(f"expected a transformers model, got {already}")
     text = text_of(model) if isinstance(model, nn.Module) else None
     if text is None:
-        raise ValueError(f"{type(model).__name__} holds no Gemma 4 text model of transformers, or several")
+        where = f"{type(model).__name__}, got none or several"
+        raise ValueError(f"expected one transformers Gemma 4 text model in {where}")
     if ENGINE in vars(text):
         restore(model)
     engine = Engine(backend, _head_of(model, text))

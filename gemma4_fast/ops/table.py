@@ -27,6 +27,7 @@ from torch import Tensor
 from gemma4_fast import native
 from gemma4_fast.errors import UnsupportedError
 from gemma4_fast.quant import QuantizedWeight, WeightLike
+from gemma4_fast.spelling import did_you_mean
 
 log = logging.getLogger("gemma4_fast")
 
@@ -234,7 +235,7 @@ def backend_missing(backend: str, device_type: str, *, named: bool = True) -> st
         return native.kernels_missing() if device_type == "cpu" else "runs on CPU tensors only"
     interpreted = backend == "triton" and device_type == "cpu" and named and _triton_interprets()
     if device_type != "cuda" and not interpreted:
-        return f"needs a GPU, and the tensors are on {device_type}"
+        return f"needs a GPU, and the device is {device_type}"
     if backend == "cuda":
         return _cuda_missing()
     if backend == "triton" and importlib.util.find_spec("triton") is None:
@@ -246,7 +247,7 @@ def _cuda_missing() -> str | None:
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU"
     if not torch.cuda.is_available():
-        return "needs a GPU, and PyTorch sees none"
+        return "needs a GPU, and PyTorch finds none"
     for i in range(torch.cuda.device_count()):  # each, since a tensor may be on any
         if (capability := torch.cuda.get_device_capability(i)) < OLDEST_GPU:
             has = ".".join(map(str, capability))
@@ -265,7 +266,7 @@ def _say_once(op: str, backend: str, reason: str) -> None:
     """The first reason alone: others may be as many as there are shapes."""
     if (op, backend) not in _SAID:
         _SAID.add((op, backend))
-        log.warning("gemma4_fast: %s passes over %s: %s", op, backend, reason)
+        log.warning("gemma4_fast: %s does not use %s: %s", op, backend, reason)
 
 
 def slow_reason(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -332,7 +333,9 @@ def parse_backend(backend: str | Iterable[str] | None) -> tuple[str, ...]:
         raise ValueError("no backend named; leave the argument out for the automatic choice")
     for name in names:
         if name not in BACKENDS:
-            raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}, or auto")
+            listed = ", ".join(BACKENDS)
+            hint = did_you_mean(name, [*BACKENDS, "auto"])
+            raise ValueError(f"unknown backend {name!r}; expected {listed} or auto{hint}")
     return tuple(names)
 
 

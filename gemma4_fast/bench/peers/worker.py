@@ -82,7 +82,7 @@ def answer(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
         found = {"steps_s": steps, "tokens": tokens}
     elif what == "score":
         if not hasattr(peer, "score"):
-            return {"ok": False, "status": "unsupported", "message": "tells no log-probabilities"}
+            return {"ok": False, "status": "unsupported", "message": "gives no log-probabilities"}
         found = {"top": peer.score(variant, request["ids"], request["new"])}
     elif what == "step":
         steps, parts, launches = peer.step(variant, request["ids"], request["new"])
