@@ -3,14 +3,17 @@
 #   make test PYTHON=python3.12        choose the interpreter that the .venv is made from
 #   make test VENV=../venv            put the environment elsewhere
 #   make test PYTEST_ARGS="-k moe -x"  pass arguments to pytest
+#   make test TEST_JOBS=0              run the tests one by one, as a debugger needs them
 #   make bench BENCH_ARGS="--peers transformers,vllm"
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+TEST_JOBS ?= logical
 BENCH_ARGS ?= --peers transformers,torch.compile,vllm,llama.cpp
 
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -type f)
 WHEEL := build/wheel
@@ -56,22 +59,23 @@ help:
 	@echo "make format    let ruff fix and format the code"
 	@echo "make clean     remove what was built and cached; for a fresh start remove $(VENV) too"
 	@echo
-	@echo "PYTHON=... chooses the interpreter, VENV=... the environment, PYTEST_ARGS=... goes to pytest"
+	@echo "PYTHON=... chooses the interpreter, VENV=... the environment, PYTEST_ARGS=... goes to pytest,"
+	@echo "TEST_JOBS=... the number of test processes (0: the tests run one by one)"
 
 demo: $(RUN_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
 	$(BIN)/gemma4-fast demo
 
 test: lint $(TRITON_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-full: lint $(TRITON_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
-	$(BIN)/python -m pytest -m "full or not full" $(PYTEST_ARGS)
+	$(PYTEST) -m "full or not full" $(PYTEST_ARGS)
 
 test-cpus: $(TRITON_DONE) $(PACKAGE_DONE) $(NATIVE_DONE)
 	@set -e; for setting in $(CPU_SETTINGS); do \
 		echo "== $$setting"; \
 		env $$(echo $$setting | tr , ' ') \
-			$(BIN)/python -m pytest $(FLOAT_TESTS:%=tests/test_%.py) $(PYTEST_ARGS); \
+			$(PYTEST) $(FLOAT_TESTS:%=tests/test_%.py) $(PYTEST_ARGS); \
 	done
 
 # With what the interpreter has: a GPU's PyTorch is large, and often there already. Nothing is downloaded.

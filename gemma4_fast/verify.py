@@ -1,8 +1,9 @@
 """The self-check: does the fast path give the reference's answer, with these weights, on this machine?
 
 Each layer of the fast path and of the reference gets the same input, so an error shows in the layer
-that makes it and cannot grow. The truth is the reference in a wider dtype; its matrices are widened
-block by block. The yardstick is what plain PyTorch loses: the reference in the model's own dtype. A
+that makes it and cannot grow. The truth is the reference in a wider dtype. Its matrices are widened
+block by block; on a CPU a kernel does that, and some rows of each matrix are compared with plain
+PyTorch. The yardstick is what plain PyTorch loses: the reference in the model's own dtype. A
 comparison passes if its error is at most SLACK x the yardstick + FLOOR. If a block fails, the check
 replaces one op after the other by the reference and names the op whose replacement mends the block.
 
