@@ -124,7 +124,9 @@ class Build(build):
     """
 
     def run(self) -> None:
-        shutil.rmtree(Path(self.build_lib, "gemma4_fast"), ignore_errors=True)
+        built = Path(self.build_lib, "gemma4_fast").resolve()
+        if built != Path(__file__).resolve().parent / "gemma4_fast":  # `--build-lib .` builds in place
+            shutil.rmtree(built, ignore_errors=True)
         super().run()
 
 

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from gemma4_fast.model import Gemma4
 
 NEW = 16  # tokens whose queries are pointed
-HEADS = 4  # KV heads that the reference takes at once
 SHORT = 5  # length of a sequence whose cache is mostly empty
-
+HEADS = 4  # KV heads that the reference takes at once
 
 Edge = tuple[str, str, float, float]  # op, phase, relative error, what plain PyTorch loses
 
@@ -52,9 +51,9 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     def keys(v: Tensor) -> Tensor:
-        """K of positions 0, 1, ...: from V where they are one projection, else as random as V."""
+        """K of positions 0, 1, ...: from V where they are one projection."""
         if not layer.k_eq_v:
-            return v.flip(0, -1)
+            return v.flip(0, -1)  # as random as V, and at once
         angles = reference.rope_angles(torch.arange(v.shape[0], device=device), freq)
         return reference.rotate(v.float() * k_weight.float(), *angles).to(dtype)
 
@@ -98,7 +97,9 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         """The newest keys and values of sequences of these lengths, with garbage in the slots that stay empty."""
         for b, length in enumerate(lens):
             if length < kv.slots:
-                kv.write(garbage_k, garbage_v, kv.rows(torch.full_like(everywhere, b), everywhere))
+                slot = torch.arange(kv.slots, device=device)
+                rows = kv.rows(torch.full_like(slot, b), slot)
+                kv.write(garbage_k[: kv.slots], garbage_v[: kv.slots], rows)
             at = torch.arange(max(0, length - kv.slots), length, device=device)
             kv.write(k[at], v[at], kv.rows(torch.full_like(at, b), at))
 
@@ -176,6 +177,11 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
     oldest = max(0, last - window + 1) if window is not None else 0
     before = oldest - 1 if oldest - 1 > last - kv.slots and oldest > 0 else last
     del sequences, old
+    few = min(2 * NEW, total)
+    lens_of_five = [few, few - 1, short, 1, 0]
+    pointed = [k[max(0, length - 1)] for length in lens_of_five]
+    kv_of_five = allocate(layer, 5, few, dtype, device)
+    yield from decode(kv_of_five, "decode of five sequences", lens_of_five, pointed)
     yield from decode(kv, "decode beside an idle row", [total, 0], [k[last], k[last]])
     del kv
     kv = allocate(layer, 3, total, dtype, device)

@@ -31,12 +31,14 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.limit and math.isfinite(self.error)  # False for NaN
+        return math.isfinite(self.error) and self.error <= self.limit
 
     def describe(self) -> str:
         """One line that names place, op and figures."""
         where = self.what if self.layer is None else f"layer {self.layer} ({self.kind}), {self.what}"
         where += f", {self.phase}" if self.phase else ""
+        if not self.ok and not math.isfinite(self.plain_error):
+            return f"{where}: not finite in this dtype, in plain PyTorch neither; use bfloat16 or float32"
         culprit = f"; the op at fault is {self.op}" if self.op else ""
         return f"{where}: relative error {self.error:.2g}, allowed {self.limit:.2g}{culprit}"
 

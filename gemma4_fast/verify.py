@@ -39,7 +39,7 @@ from gemma4_fast.edges import relative_error, window_edges
 from gemma4_fast.graph import DecodeGraph, recordable
 from gemma4_fast.layers import model_ops
 from gemma4_fast.ops.moe import moe_crossover
-from gemma4_fast.quant import PANEL, QuantizedWeight, WeightLike, linear_in_blocks, rounded
+from gemma4_fast.quant import PANEL, QuantizedWeight, WeightLike, rounded, widened_linear
 from gemma4_fast.reference import model as reference
 from gemma4_fast.reference import ops as reference_ops
 from gemma4_fast.report import FLOOR, Comparison, EndToEnd, Report
@@ -123,6 +123,8 @@ def _verify(model: Gemma4, level: str, tokens: _Tokens, progress: Callable[[int,
         report = Report(level, str(model.device), str(model.dtype).removeprefix("torch."), _backends(model))
         tensors = model.state_dict()
         check = _Check(model, tensors, tokens, report, progress)
+        if progress is not None:  # to read all weights takes a while
+            progress(0, check.total)
         report.not_finite = [n for n, t in tensors.items() if not _all_finite(t)]
         check.step()
         if not report.not_finite:
@@ -191,23 +193,24 @@ def _misread(view: WeightLike, wide: torch.dtype) -> float:
     if isinstance(view, QuantizedWeight):
         per_part = view.rows // view.parts
         borders = [part * per_part - 1 - view.first for part in range(1, view.parts)]
-    x = torch.randn(2, view.shape[1], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(7, view.shape[1], generator=torch.Generator().manual_seed(0))
     x = x.to(view.device, wide)
     for start in (0, *(at for at in borders if 0 <= at < n), max(0, n - PANEL - 1)):
         ids = torch.arange(start, min(start + PANEL + 1, n), device=view.device)
         rows: WeightLike = view[start : start + len(ids)]
-        if isinstance(view, QuantizedWeight):
+        plain = rows.to(wide)
+        if isinstance(rows, QuantizedWeight) and isinstance(view, QuantizedWeight):
+            plain = view.rows_by_formula(ids, wide)
             for dtype in {torch.float32, view.dtype}:
-                got = view[start : start + len(ids)].dequantize(dtype)
+                got = rows.dequantize(dtype)
                 want = view.rows_by_formula(ids, dtype)
                 if not torch.equal(got, want):  # equal infinities are right, and fp16 has no room for norms
                     worst = max(worst, relative_error(got.float(), want.float()))
-            plain = view.rows_by_formula(ids, wide)
-        else:
-            plain = rows.to(wide)
-        off = (linear_in_blocks(x, rows) - F.linear(x, plain)).abs()
-        off /= F.linear(x.abs(), plain.abs()).clamp(min=1e-30)  # a sum may cancel, its terms' sizes do not
-        worst = max(worst, off.max().item() if off.isfinite().all() else math.inf)
+        for count in (5, 6, 7):  # the kernel takes four rows of x, and one, two or three that are left
+            off = (widened_linear(x[:count], rows) - F.linear(x[:count], plain)).abs()
+            # A sum may cancel, but the sizes of its terms do not.
+            off /= F.linear(x[:count].abs(), plain.abs()).clamp(min=1e-30)
+            worst = max(worst, off.max().item() if off.isfinite().all() else math.inf)
     return worst
 
 
@@ -711,7 +714,9 @@ class _Check:
         self.report.comparisons.append(self._blamed(row, op))
 
     def _blamed(self, row: Comparison, op: str) -> Comparison:
-        return row if row.ok else replace(row, op=f"{op} [{self.report.backends[op]}]")
+        if row.ok or not math.isfinite(row.plain_error):  # plain PyTorch overflows too
+            return row
+        return replace(row, op=f"{op} [{self.report.backends[op]}]")
 
     def _suspects(self) -> list[str]:
         """The model's ops. One made of others is not at fault where they are; one that a backend has in one comes before them,
@@ -739,7 +744,7 @@ class _Check:
         h = hidden[one]
         fast_one, best_one = self.model.logits(h), self.model.logits(h, argmax=True)
         truth_of_one = self._reference_logits(h, head, wide=True)
-        ids = self._sample([fast, fast_one, truth_of_one], [best, best_one])
+        ids, spread = self._sample([fast, fast_one, truth_of_one], [best, best_one])
         table = head.index_select(0, ids)
         truth, plain = self._both_logits(hidden, table)
         self._judge_logits(_rows(most), fast[:, ids], truth, plain)
@@ -748,10 +753,14 @@ class _Check:
         place = torch.where(there, place, -1)
         self._judge_choice(_rows(most), place, truth, self._allowed(truth, plain))
         self._judge_head(hidden, table, truth, plain, (5,))
-        # Of one token the truth covers the whole vocabulary. What plain PyTorch loses is known from
-        # the sample, which holds the likeliest tokens.
-        lost = relative_error(plain[one], truth[one])
-        self._note(Comparison("logits", _rows(1), relative_error(fast_one, truth_of_one), lost), "logits")
+        # Of one token the truth covers the whole vocabulary. What plain PyTorch loses is estimated: the
+        # rows that are spread stand for all that are not in the sample.
+        off = (plain[one].to(truth.dtype) - truth[one]).square().flatten()
+        stands_for = torch.ones_like(off)
+        stands_for[spread] += (len(head) - len(ids)) / spread.sum()
+        lost = (off * stands_for).sum().sqrt() / truth_of_one.norm().clamp(min=1e-30)
+        error = relative_error(fast_one, truth_of_one)
+        self._note(Comparison("logits", _rows(1), error, lost.item()), "logits")
         allowed = self._allowed(truth[one], plain[one])
         self._judge_choice(_rows(1), best_one, truth_of_one, allowed)
         self._draws(h, truth_of_one, allowed, head, whole=True)
@@ -782,18 +791,20 @@ class _Check:
             if n <= 5:  # a quarter of a million logits are sorted for each
                 self._draws(h, t, allowed, table)
 
-    def _sample(self, logits: Sequence[Tensor], ids: Sequence[Tensor]) -> Tensor:
-        """Ids of some rows of the head, in order.
+    def _sample(self, logits: Sequence[Tensor], ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Ids [n] of some rows of the head, in order, and which of them are only there to be spread.
 
         They are runs of rows spread over the head, the likeliest tokens by these logits [T, V], and
         the given ids.
         """
         vocab = len(self.model.head)
         starts = torch.linspace(0, vocab - RUN, RUNS, dtype=torch.float64).long()
-        runs = (starts[:, None] + torch.arange(RUN)).to(self.ids.device)
+        runs = (starts[:, None] + torch.arange(RUN)).flatten().to(self.ids.device)
         likely = [y.topk(CANDIDATES, dim=-1).indices for y in logits]
-        found = torch.cat([part.flatten() for part in (runs, *likely, *ids)]).unique()
-        return found[(found >= 0) & (found < vocab)]
+        chosen = torch.cat([runs[:0], *(part.flatten() for part in (*likely, *ids))]).unique()
+        chosen = chosen[(chosen >= 0) & (chosen < vocab)]
+        found = torch.cat((runs, chosen)).unique()
+        return found, ~torch.isin(found, chosen)
 
     def _judge_logits(self, phase: str, got: Tensor, truth: Tensor, plain: Tensor) -> None:
         errors = relative_error(got, truth), relative_error(plain, truth)
@@ -901,7 +912,7 @@ class _Check:
         if isinstance(table, QuantizedWeight) and self.wide == torch.float32:
             # Both multiply by the table's values in fp32, so it is dequantized once for the two.
             rows = torch.cat((hidden.to(self.wide), rounded(hidden)))
-            truth, plain = linear_in_blocks(rows, table).chunk(2)
+            truth, plain = widened_linear(rows, table).chunk(2)
             plain = plain.to(hidden.dtype)
             return reference.softcap(truth, self.config), reference.softcap(plain, self.config)
         truth = self._reference_logits(hidden, table, wide=True)

@@ -17,9 +17,9 @@ from gemma4_fast.report import Comparison, Report
 from gemma4_fast.verify import Layered, compare_layers, kinds_of
 
 WHOSE = "transformers"
-# Compared at level "quick", where each costs time in fp32. A model with experts runs all tokens: in
-# half precision the routing of three in four is too close to call, and only the others are compared.
-TOKENS = 8
+# Compared at level "quick", where each costs time in fp32. With experts, the routing of three tokens
+# in four is too close to call in half precision, and only the others are compared.
+TOKENS, ROUTED_TOKENS = 8, 24
 LOGITS = 64  # newest tokens whose logits are compared at level "full"
 STEPS = 4  # of those, decoded one by one
 
@@ -45,8 +45,8 @@ def compare(model: nn.Module, report: Report, ids: Tensor) -> None:
     if engine_of(text).quantization is not None:
         return
     native = cast(Gemma4, engine_of(text).native)
-    if report.level != "full" and not native.config.enable_moe_block:
-        ids = ids[:TOKENS]
+    if report.level != "full":
+        ids = ids[: ROUTED_TOKENS if native.config.enable_moe_block else TOKENS]
     layers = native.config.layers() if report.level == "full" else kinds_of(native.config)
     seen = _layers(text, ids, {c.index for c in layers})
     compare_layers(native, ids, seen, WHOSE, report)

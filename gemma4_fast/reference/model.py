@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma4_fast.config import Gemma4Config, LayerConfig
-from gemma4_fast.quant import linear_in_blocks
+from gemma4_fast.quant import QuantizedWeight, rounded, widened_linear
 from gemma4_fast.reference import ops
 
 SMALL = 1 << 20  # values of a matrix that is widened whole
@@ -25,14 +25,15 @@ class Widened:
     """A matrix [N, K], or one for each expert [E, N, K], that is widened block by block in products.
 
     It offers what this page needs of a weight: `shape`, `dtype`, `to`, indexing by an expert's
-    number, and `F.linear`.
+    number, and `F.linear`. rounds_x: x is rounded to 8 bits first, as for a quantized weight.
     """
 
-    def __init__(self, weight: Any, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Any, dtype: torch.dtype, *, rounds_x: bool = False) -> None:
         self.weight, self.dtype, self.shape = weight, dtype, weight.shape
+        self.rounds_x = rounds_x
 
     def __getitem__(self, expert: int) -> Widened:
-        return Widened(self.weight[expert], self.dtype)
+        return Widened(self.weight[expert], self.dtype, rounds_x=self.rounds_x)
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """All of it."""
@@ -42,7 +43,10 @@ class Widened:
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is not F.linear or kwargs or len(args) != 2 or args[0].dtype != args[1].dtype:
             return NotImplemented
-        return linear_in_blocks(args[0], args[1].weight)
+        x, matrix = args
+        if matrix.rounds_x:
+            return widened_linear(rounded(x), matrix.weight).to(x.dtype)
+        return widened_linear(x, matrix.weight)
 
 
 class Weights(Mapping[str, Tensor]):
@@ -70,9 +74,11 @@ class Weights(Mapping[str, Tensor]):
         A large one that keeps its dtype is also multiplied in blocks, since PyTorch may copy a whole
         matrix before a product.
         """
-        if w.numel() <= SMALL or (self._dtype is None and not isinstance(w, Tensor)):
+        if w.numel() <= SMALL:
             return self.widened(w)
-        return cast(Tensor, Widened(w, self._dtype or w.dtype))
+        if self._dtype is None:
+            return cast(Tensor, Widened(w, w.dtype, rounds_x=isinstance(w, QuantizedWeight)))
+        return cast(Tensor, Widened(w, self._dtype))
 
     def layer(self, index: int) -> Weights:
         """The tensors of decoder layer `index`, with names as in facts: "self_attn.q_proj.weight", "layer_scalar", ..."""
