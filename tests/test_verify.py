@@ -882,7 +882,7 @@ def test_progress_has_a_total(tiny: Gemma4) -> None:
 
         verify(tiny, level=level, progress=tell)
         total = told[0][1]
-        assert told == [(n + 1, total) for n in range(total)]
+        assert told == [(n, total) for n in range(total + 1)]
 
 
 def test_the_reference_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,6 +281,27 @@ struct Checks {
     });
   }
 
+  // The same rows of a quantized weight, or all rows of a bf16 one.
+  static void dequantized(int bits) {
+    constexpr int64_t n = 246, k = 267, tokens = 7;
+    const int64_t first = bits ? 5 : 0, rows = bits ? 233 : n;
+    const Weight<T> w(bits, 1, n, k, 2);
+    if (bits) {
+      check("dequantize_rows", w.name(), [&] {
+        auto y = out(rows * k);
+        kernels.dequantize_rows({dtype, w.at(), w.scale, y, rows, first, n, k, w.groups, 2, bits});
+        return outputs_of(y);
+      });
+    }
+    if (!bits && dtype != Dtype::bf16) return;
+    const auto x = random_values<float>(tokens * k);
+    check("widened_linear", w.name(), [&] {
+      auto y = unwritten<float>(tokens * rows);
+      kernels.widened_linear({x, w.at(), y, tokens, rows, k, k, w.q(), first, n, 2});
+      return outputs_of(y);
+    });
+  }
+
   // Two sequences: a ring of 512 slots with a window; or V alone, in blocks of 32 slots.
   static void attention(bool v_only) {
     constexpr int64_t slots = 512, block = 32, tiles = 16, tokens = 90, row = kKvHeads * kDim;
@@ -317,7 +338,7 @@ struct Checks {
     norms(), rope_angles(), grouped_gemm(), route_topk(), qkv_norm_rope(), attention(false), attention(true);
     for (const int64_t tokens : {1, 5, 70}) ple_gate(tokens);
     for (const int bits : {0, 8, 4}) {
-      embedding(bits), logits(bits);
+      embedding(bits), logits(bits), dequantized(bits);
       if (bits) quantize_rows(bits);
       for (const int64_t tokens : {1, 5, 70})  // one row, a few tiles of rows, more than one block of tiles
         linear(bits, tokens), geglu_mlp(bits, tokens), moe(bits, tokens);
