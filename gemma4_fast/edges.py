@@ -103,7 +103,13 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
             at = torch.arange(max(0, length - kv.slots), length, device=device)
             kv.write(k[at], v[at], kv.rows(torch.full_like(at, b), at))
 
-    def decode_args(kv: LayerCache, q: Tensor, lens: Tensor, own: slice) -> tuple[Any, ...]:
+    def decode_args(
+        kv: LayerCache,
+        q: Tensor,
+        lens: Tensor,
+        window: int | None,
+        own: slice,
+    ) -> tuple[Any, ...]:
         """The arguments of gqa_decode for some sequences of a batch."""
         k_own = None if kv.k is None else kv.k[own]
         return q[own], k_own, kv.v[own], lens[own], window, None, *rebuild
@@ -113,19 +119,30 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
         phase: str,
         host_lens: Sequence[int],
         pointed: Sequence[Tensor],
+        window: int | None,
         alone: Sequence[int] = (),
     ) -> Iterator[Edge]:
         """One step of sequences of these lengths, whose queries point at these keys; of some also alone."""
         fill(kv, host_lens)
         q, lens = point(torch.stack(tuple(pointed))), torch.tensor(host_lens, dtype=torch.int32, device=device)
         parts = [slice(b, b + 1) for b in range(len(host_lens))]
-        args = [decode_args(kv, q, lens, own) for own in parts]
+        args = [decode_args(kv, q, lens, window, own) for own in parts]
         truth, plain = references(reference.gqa_decode, args)
-        got = ops.gqa_decode(*decode_args(kv, q, lens, slice(None)))
+        got = ops.gqa_decode(*decode_args(kv, q, lens, window, slice(None)))
         yield row("gqa_decode", phase, got, truth, plain)
         for b in alone:  # kernels split the work by the size of the batch
             got = ops.gqa_decode(*args[b])
             yield row("gqa_decode", "decode, batch 1", got, truth[parts[b]], plain[parts[b]])
+
+    def five_sequences() -> Iterator[Edge]:
+        """A larger batch, in small: short sequences, and a window that is short as well."""
+        most = min(2 * NEW, total)
+        near = None if window is None else min(window, most // 2)
+        oldest = 0 if near is None else most - near
+        pointed = [k[oldest], k[max(0, oldest - 1)], k[most - 2], garbage_k[short], k[0]]
+        kv = allocate(layer, 5, most, dtype, device)
+        lens = [most, most, most - 1, short, 0]
+        yield from decode(kv, "decode of five sequences", lens, pointed, near)
 
     v = randn(total, layer.num_kv_heads, layer.head_dim)
     k = keys(v)
@@ -177,13 +194,9 @@ def window_edges(model: Gemma4, layer: LayerConfig, wide: torch.dtype) -> Iterat
     oldest = max(0, last - window + 1) if window is not None else 0
     before = oldest - 1 if oldest - 1 > last - kv.slots and oldest > 0 else last
     del sequences, old
-    few = min(2 * NEW, total)
-    lens_of_five = [few, few - 1, short, 1, 0]
-    pointed = [k[max(0, length - 1)] for length in lens_of_five]
-    kv_of_five = allocate(layer, 5, few, dtype, device)
-    yield from decode(kv_of_five, "decode of five sequences", lens_of_five, pointed)
-    yield from decode(kv, "decode beside an idle row", [total, 0], [k[last], k[last]])
+    yield from five_sequences()
+    yield from decode(kv, "decode beside an idle row", [total, 0], [k[last], k[last]], window)
     del kv
     kv = allocate(layer, 3, total, dtype, device)
     pointed = [k[oldest], k[before], garbage_k[short]]
-    yield from decode(kv, "decode", [total, total, short], pointed, alone=(0, 2))
+    yield from decode(kv, "decode", [total, total, short], pointed, window, alone=(0, 2))
