@@ -518,7 +518,8 @@ def test_the_kernel_multiplies_by_widened_rows(bits: int, isa: str) -> None:
         for weight in (whole, whole[n // 3 :], whole[n // 2 : n // 2 + 1]):
             wide = weight.to(torch.float64)
             with use_backend("cpu", isa=isa):
-                assert (got := _by_widened_linear(x, weight)) is not None
+                got = _by_widened_linear(x, weight)
+            assert got is not None
             sizes = F.linear(x.abs().double(), wide.abs())
             roundings = k / 4 + 20  # eight lanes, two roundings for each term; then the lanes' sum
             off = (got - F.linear(x.double(), wide)).abs()

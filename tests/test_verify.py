@@ -424,6 +424,17 @@ def test_a_short_window_in_one_kv_head_is_caught(op: str, head: int) -> None:
     assert "window edge" in {c.what for c in report.comparisons if not c.ok}
 
 
+@pytest.mark.parametrize("wrong", [_decode_window_plus(-1), _decode_window_plus(1), _stale_slot])
+def test_a_fault_of_larger_decode_batches_is_caught(wrong: Callable[..., Any], tiny: Gemma4) -> None:
+    def only_in_larger(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return (wrong if len(q) > 3 else torch_backend.gqa_decode)(q, *rest)
+
+    with broken("gqa_decode", only_in_larger):
+        report = verify(tiny)
+    wrongs = {c.phase for c in report.comparisons if not c.ok}
+    assert wrongs == {"decode of five sequences"}
+
+
 @pytest.mark.parametrize("dtype, seed", [("bfloat16", 11), ("float16", 107), ("bfloat16", 22)])
 def test_routing_that_differs_in_half_precision_is_no_alarm(dtype: str, seed: int) -> None:
     """End to end a right model of experts may be far from the truth here, as plain PyTorch may."""
